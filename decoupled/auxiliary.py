@@ -1,0 +1,58 @@
+"""The auxiliary networks of the paper (Sec. 5.2, Table 1): small classifiers that give each module a loss of its own.
+
+All take a representation (B, C, h, w) and return logits (B, classes). ``size`` is its (h, w).
+"""
+
+from torch import nn
+
+from decoupled import InputError
+
+
+def mlp(features, classes, hidden_layers):
+    """hidden_layers × [Linear, BN, ReLU] of constant width, then Linear to the classes: (B, features) → (B, classes)."""
+    hidden = [m for _ in range(hidden_layers) for m in (nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True))]
+    return nn.Sequential(*hidden, nn.Linear(features, classes))
+
+
+def pool_to_quarter(size):
+    """The spatially reduced size of MLP and MLP-SR: a quarter of each side, rounded up."""
+    return nn.AdaptiveAvgPool2d(tuple(-(-side // 4) for side in size))
+
+
+def mlp_auxiliary(channels, size, classes, hidden_layers=3):
+    """MLP-aux: average pool to a quarter of the size, then to 2×2, then an MLP of width 4C."""
+    return nn.Sequential(pool_to_quarter(size), nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
+
+
+def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
+    """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions there, average pool to 2×2, MLP of width 4C."""
+    layers = [m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))]
+    return nn.Sequential(
+        pool_to_quarter(size), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers)
+    )
+
+
+def cnn_auxiliary(channels, size, classes, convs=2):
+    """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer. ``size`` is not needed."""
+    layers = [
+        m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes))
+
+
+def head(channels, classes, hidden_layers=2):
+    """The last module's head in the layer-wise CNNs, whatever the auxiliaries below: average pool to 2×2 and an MLP of width 4C."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
+
+
+AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxiliary}
+
+
+def auxiliary(name, channels, size, classes, **options):
+    """The auxiliary network called ``name`` (mlp, mlp-sr or cnn) for a representation of ``channels`` and ``size`` = (h, w).
+
+    Raises InputError for another name.
+    """
+    if name not in AUXILIARIES:
+        raise InputError(f"unknown auxiliary network {name!r}: choose from {', '.join(AUXILIARIES)}")
+    return AUXILIARIES[name](channels, size, classes, **options)

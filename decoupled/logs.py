@@ -1,0 +1,91 @@
+"""Per-epoch logs: one text line a head and epoch, in the format of the authors' published logs, which ``read_log`` reads too.
+
+Fields: n, the head (from 1; from 0 in async_buffer); epoch (from 1; the authors' DGL log of the dni experiment counts from 0); loss, the mean
+training cross-entropy; accuracies in %. A log starts with the run's arguments as ``Namespace(…)`` and the network's repr. Lines that start with
+``#`` say where and how the run was made and how long each epoch took; the authors' notebooks pass over them, as over every line they do not know.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from decoupled import InputError
+
+NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+
+
+def pattern(template, columns):
+    """Compiled form of a line in which each ``{}`` is a number, and the columns those numbers fill."""
+    return re.compile(NUMBER.join(re.escape(part) for part in template.split("{}")) + r"\s*"), columns
+
+
+LINES = (
+    pattern("n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")),
+    pattern(
+        "n: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{}), top1ens:{} top5ens:{}",
+        ("n", "epoch", "train_top1", "train_top5", "test_top1", "test_top5", "ensemble_top1", "ensemble_top5"),
+    ),
+    pattern(
+        "lr: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{})",
+        ("lr", "epoch", "train_top1", "train_top5", "test_top1", "test_top5"),
+    ),
+    pattern(
+        "n: {}, epoch {},epochtrue {}, train {}, test {},ense {} ",
+        ("n", "epoch", "own_epoch", "train_top1", "test_top1", "ensemble_top1"),
+    ),
+)
+INTEGERS = ("n", "epoch", "own_epoch")
+SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
+
+
+def head_line(n, epoch, loss, train, test):
+    """The line of head ``n`` in learning_curves, aux_nets, dni and ddg_comparison: loss to 5 places, accuracies in %."""
+    return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{train} test top1:{test} "
+
+
+def read_log(path):
+    """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields (see the module's text).
+
+    ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each epoch's wall time where logged. A last
+    line that was cut off is left out. Raises InputError when the file cannot be read or holds no results.
+    """
+    try:
+        text = Path(path).read_text(errors="replace")
+    except OSError as error:
+        raise InputError(f"the log {path} cannot be read: {error.strerror}") from error
+    lines = text.split("\n")
+    if not lines[-1].endswith(" "):  # cut off mid-line: its last number may lack digits
+        lines.pop()
+    rows, comments, arguments, seconds = [], [], {}, []
+    for line in lines:
+        if line.startswith("Namespace("):
+            arguments = parse_namespace(line)
+        elif line.startswith("#"):
+            comments.append(line[1:].strip())
+            seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
+        else:
+            for expression, columns in LINES:
+                if match := expression.fullmatch(line):
+                    rows.append(dict(zip(columns, map(float, match.groups()), strict=True)))
+    if not rows:
+        raise InputError(f"the log {path} holds no line of results")
+    frame = pd.DataFrame(rows)
+    frame = frame.astype({column: int for column in INTEGERS if column in frame})
+    frame.attrs = {"arguments": arguments, "comments": comments, "seconds": seconds}
+    return frame
+
+
+def parse_namespace(line):
+    """The arguments in a line ``Namespace(k=v, …)``, as a dict; values that are no Python literals stay text."""
+    try:
+        call = ast.parse(line.strip(), mode="eval").body
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AttributeError):
+        return dict(re.findall(r"(\w+)=([^,)]*)", line))
+
+
+def final(frame):
+    """The result of each head: its row at the last epoch, never the best."""
+    return frame.sort_values("epoch", kind="stable").groupby("n").tail(1).sort_values("n").set_index("n")

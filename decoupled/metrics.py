@@ -1,0 +1,80 @@
+"""Accuracy and loss that stay on the device until they are read, single-pass evaluation of every head, and ensembles of heads."""
+
+import torch
+from torch.nn import functional as F
+
+from decoupled.network import eval_mode
+
+
+def ranks(logits, labels):
+    """How many classes come before the label, for each sample: (B, classes), (B,) → (B,); top-k means rank < k.
+
+    Exact with ties: of equal logits the lower class comes first. A NaN never lets its sample count as correct.
+    """
+    target = logits.gather(1, labels[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return (~(logits <= target) | (before & (logits == target))).sum(1)
+
+
+class Meter:
+    """Mean loss and top-k accuracy over the samples given so far.
+
+    ``update`` only queues work on the device; ``loss`` and ``top(k)`` read it out, once an epoch.
+    """
+
+    def __init__(self, topk=(1,)):
+        self.topk = topk
+        self.count = 0
+        self._losses = []
+        self._hits = []
+
+    def update(self, loss, logits, labels):
+        """Adds a mini-batch: its mean loss (scalar), logits (B, classes), labels (B,)."""
+        self.count += len(labels)
+        self._losses.append(loss.detach().float() * len(labels))
+        rank = ranks(logits.detach(), labels)
+        self._hits.append(torch.stack([(rank < k).sum() for k in self.topk]))
+
+    @property
+    def loss(self):
+        """Mean over samples; each mini-batch's loss weighs as many times as it has samples."""
+        return torch.stack(self._losses).double().cpu().sum().item() / self.count
+
+    def top(self, k):
+        """Top-k accuracy in %."""
+        hits = torch.stack(self._hits).sum(0)[self.topk.index(k)].item()
+        return 100 * hits / self.count
+
+    @property
+    def top1(self):
+        """Top-1 accuracy in %."""
+        return self.top(1)
+
+
+@torch.inference_mode()
+def evaluate(net, batches, heads=None, topk=(1,)):
+    """A Meter for every head of ``net`` (or for those in ``heads``, from 0) from one pass over ``batches``, in eval mode.
+
+    ``net(images, heads)`` must return a list of logits, as DecoupledNetwork does. ``net`` comes back in the mode it had.
+    """
+    meters = None
+    with eval_mode(net):
+        for images, labels in batches:
+            every_logits = net(images, heads)
+            meters = meters or [Meter(topk) for _ in every_logits]
+            for meter, logits in zip(meters, every_logits, strict=True):
+                logits = logits.float()
+                meter.update(F.cross_entropy(logits, labels), logits, labels)
+    return meters
+
+
+def ensembles(every_output):
+    """The ensemble of heads 0..n for every n: outputs [(B, classes), …] → as many, output i of n+1 weighted 2^i / (2^(n+1) − 1).
+
+    The outputs are probabilities in the ImageNet experiment and logits in the asynchronous one (Sec. 5.5, 5.6).
+    """
+    weighted, total = [], 0
+    for index, output in enumerate(every_output):
+        total = total + 2**index * output
+        weighted.append(total / (2 ** (index + 1) - 1))
+    return weighted

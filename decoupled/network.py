@@ -1,0 +1,112 @@
+"""A network as DGL sees it: a list of modules, each a body and the auxiliary network that teaches it."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from decoupled import InputError
+from decoupled.auxiliary import auxiliary as make_auxiliary
+from decoupled.auxiliary import head
+
+
+class DecoupledModule(nn.Module):
+    """One module: ``body`` maps the representation below to its own, ``auxiliary`` maps that to logits.
+
+    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: that is the algorithm's part.
+    """
+
+    def __init__(self, body, auxiliary):
+        super().__init__()
+        self.body = body
+        self.auxiliary = auxiliary
+
+    def forward(self, representation):
+        representation = self.body(representation)
+        return representation, self.auxiliary(representation)
+
+
+class DecoupledNetwork(nn.ModuleList):
+    """The modules from the image up. Indexing and slicing as in a list: ``net[:2]`` is the network of the two lowest modules."""
+
+    def forward(self, images, heads=None):
+        """Logits (B, classes) of every head in one pass, or of those in ``heads`` (indices from 0, ascending): a list.
+
+        Modules above the last head asked for are not run. No gradient crosses a module boundary.
+        """
+        heads = range(len(self)) if heads is None else heads
+        representation, logits = images, []
+        for index, module in enumerate(self[: max(heads) + 1]):
+            representation = module.body(representation.detach())
+            if index in heads:
+                logits.append(module.auxiliary(representation))
+        return logits
+
+
+def group(layers, block_size):
+    """Consecutive runs of ``block_size`` layers; a remainder is a last, shorter run. Raises InputError when no such split exists."""
+    if not 1 <= block_size <= len(layers):
+        raise InputError(f"block size {block_size} is impossible: the network has {len(layers)} layers, so choose from 1 to {len(layers)}")
+    return [layers[start : start + block_size] for start in range(0, len(layers), block_size)]
+
+
+def split(pieces, parts):
+    """``parts`` consecutive runs, of ⌈len(pieces)/parts⌉ pieces each but for a shorter last one.
+
+    Raises InputError when that cannot give exactly ``parts`` runs.
+    """
+    size = -(-len(pieces) // parts) if parts >= 1 else 0
+    runs = [pieces[start : start + size] for start in range(0, len(pieces), size)] if size else []
+    if len(runs) != parts:
+        raise InputError(f"{len(pieces)} pieces do not split into {parts} parts of equal length: choose another number of splits")
+    return runs
+
+
+@contextmanager
+def eval_mode(net):
+    """``net`` in eval mode inside the block; after it, every submodule is in the mode it had, frozen ones included."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def output_shape(body, input_shape):
+    """Shape (C, h, w) of ``body``'s representation of one input (C, h, w), read from a real activation; ``body`` is left as it was."""
+    parameter = next(body.parameters(), torch.empty(0))
+    with eval_mode(body):  # batch norm: no statistics from this pass, and a single 1×1 input is allowed
+        return tuple(body(parameter.new_zeros(1, *input_shape)).shape[1:])
+
+
+def conv_layer(in_channels, out_channels, downsample):
+    """[2×2 max pool], 3×3 convolution, BN, ReLU: a list of layers."""
+    pool = [nn.MaxPool2d(2)] if downsample else []
+    return [*pool, nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+def layerwise_cnn(
+    channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=10, block_size=1, input_shape=(3, 32, 32), **auxiliary_options
+):
+    """The layer-wise CNN of Sec. 5.2 and 5.3: ``depth`` 3×3 convolutions, ``block_size`` of them a module.
+
+    Layers listed in ``downsample`` (from 0) halve the size by a 2×2 max pool first and double the channels. Every module but the last has the
+    auxiliary network called ``auxiliary``; the last has ``head``. Raises InputError for an unknown auxiliary or an impossible block size.
+    """
+    layers, width, below = [], channels, input_shape[0]
+    for index in range(depth):
+        width = 2 * width if index in downsample else width
+        layers.append(conv_layer(below, width, index in downsample))
+        below = width
+    modules, shape = [], input_shape
+    blocks = group(layers, block_size)
+    for index, block in enumerate(blocks):
+        body = nn.Sequential(*(layer for layers in block for layer in layers))
+        shape = output_shape(body, shape)
+        last = index == len(blocks) - 1
+        aux = head(shape[0], classes) if last else make_auxiliary(auxiliary, shape[0], shape[1:], classes, **auxiliary_options)
+        modules.append(DecoupledModule(body, aux))
+    return DecoupledNetwork(modules)
