@@ -27,9 +27,7 @@ def mlp_auxiliary(channels, size, classes, hidden_layers=3):
 def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
     """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions there, average pool to 2×2, MLP of width 4C."""
     layers = [m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))]
-    return nn.Sequential(
-        pool_to_quarter(size), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers)
-    )
+    return nn.Sequential(pool_to_quarter(size), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
 
 
 def cnn_auxiliary(channels, size, classes, convs=2):

@@ -42,7 +42,7 @@ SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
 
 def head_line(n, epoch, loss, train, test):
     """The line of head ``n`` in learning_curves, aux_nets, dni and ddg_comparison: loss to 5 places, accuracies in %."""
-    return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{train} test top1:{test} "
+    return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{round(train, 4)} test top1:{round(test, 4)} "
 
 
 def read_log(path):

@@ -1,8 +1,8 @@
 """One run of one experiment: common flags, seed, device, precision, log, checkpoint and resume. The algorithm stays in the script.
 
-    run = Run(parser(__doc__, epochs=50, batch_size=128).parse_args())
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
-        for images, labels in run.progress(train): ...
+run = Run(parser(__doc__, epochs=50, batch_size=128).parse_args())
+for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+    for images, labels in run.progress(train): ...
 """
 
 import argparse
@@ -91,9 +91,8 @@ def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
     group = parser.add_argument_group("log and checkpoint")
     group.add_argument("--name", default="", help="part of the log's name")
     group.add_argument("--log-dir", default=".", metavar="DIR", help="where log and checkpoint are written (default: %(default)s)")
-    group.add_argument(
-        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="continue this checkpoint, or this script's newest one of that --name in --log-dir"
-    )
+    resume = "continue this checkpoint, or this script's newest one of that --name in --log-dir"
+    group.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
     return parser
 
 
@@ -185,14 +184,15 @@ class Run:
         if not all(finite):
             batch, n, loss = self.watched[finite.index(False)]
             raise InputError(
-                f"the loss of module {n} became {loss.item()} in epoch {self.epoch}, batch {batch}: the checkpoint of the epoch before stays in {self.path('.pt')}"
+                f"the loss of module {n} became {loss.item()} in epoch {self.epoch}, batch {batch}: "
+                f"the last good checkpoint stays in {self.path('.pt')}"
             )
         self.watched.clear()
 
     def progress(self, batches):
         """Iterates over ``batches``, with a progress bar on a terminal, and watches the losses."""
         bar = tqdm(batches, desc=self.where(), leave=False, disable=not sys.stderr.isatty())
-        for self.batch, batch in enumerate(bar, start=1):  # noqa: B020
+        for self.batch, batch in enumerate(bar, start=1):
             yield batch
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
