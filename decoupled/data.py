@@ -42,7 +42,7 @@ class Batches:
         self.shift = torch.tensor(mean, device=images.device) * 255
         self.generator = torch.Generator().manual_seed(seed)
         # Guards a resumed run against other images under the same name.
-        self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().numpy()))
+        self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
 
     def __len__(self):
         full, rest = divmod(len(self.labels), self.batch_size)

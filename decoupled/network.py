@@ -51,15 +51,17 @@ def group(layers, block_size):
 
 
 def split(pieces, parts):
-    """``parts`` consecutive runs, of ⌈len(pieces)/parts⌉ pieces each but for a shorter last one.
+    """``parts`` consecutive runs of ⌈len(pieces)/parts⌉ pieces, the last one shorter; where these do not add up, runs whose lengths differ by one.
 
-    Raises InputError when that cannot give exactly ``parts`` runs.
+    Raises InputError when there are fewer pieces than parts.
     """
-    size = -(-len(pieces) // parts) if parts >= 1 else 0
-    runs = [pieces[start : start + size] for start in range(0, len(pieces), size)] if size else []
-    if len(runs) != parts:
-        raise InputError(f"{len(pieces)} pieces do not split into {parts} parts of equal length: choose another number of splits")
-    return runs
+    if not 1 <= parts <= len(pieces):
+        raise InputError(f"{len(pieces)} pieces do not split into {parts} parts: choose from 1 to {len(pieces)} splits")
+    size, rest = divmod(len(pieces), parts)
+    runs = group(pieces, size + (rest > 0))
+    if len(runs) == parts:
+        return runs
+    return group(pieces[: rest * (size + 1)], size + 1) + group(pieces[rest * (size + 1) :], size)
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""Throughput and memory of the learning-curves network: DGL beside sequential greedy learning, back-propagation and the matrix-product ceiling.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --half
+
+What it shows: how near the machine's ceiling each step runs; that DGL's needs less memory than back-propagation's; that what is not the step (data,
+meters, log) is a small part of an epoch; what evaluating every head costs beside the last alone. Needs no data set: the images are random.
+
+Columns:
+  images/s      median over the rounds
+  % of DGL      time an image takes, DGL's step being 100
+  GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.costs)
+  GFLOP/s       the product of both
+  % of ceiling  GFLOP/s beside the best large square matrix product of the same precision, measured before and after each round
+  peak MiB      made by two steps from the start on, momentum included, on top of network and images (decoupled.costs.peak_memory)
+Rows: training steps on one batch, already on the device; "stage n" learns module n on the frozen ones below, their mean is that of sequential
+training as a whole (and its largest peak). Evaluation includes its data and meters. "an epoch's" rows are done once for 50,000 images.
+Each round measures every row, so that a drift of the machine hits all alike.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import math
+import tempfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from decoupled import runs
+from decoupled.costs import count_flops, peak_memory
+from decoupled.data import CIFAR10_MEAN, CIFAR10_STD, Batches
+from decoupled.metrics import Meter, evaluate
+from decoupled.network import layerwise_cnn
+
+TRAIN, TEST, CLASSES = 50_000, 10_000, 10  # CIFAR-10's
+TEST_BATCH = 1000
+DEPTH = 4
+SECONDS = 0.1  # a row is repeated within a round for at least as long
+SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
+
+
+def parse_args():
+    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--threads", type=runs.whole_number(1), help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
+    parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.runs.keep_freed_memory")
+    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
+    return parser.parse_args()
+
+
+class Row(NamedTuple):
+    """A line of the table: ``step()`` deals with ``images`` images."""
+
+    name: str
+    images: int
+    step: callable
+
+
+# The rows. One function a method: it makes its own run and networks, and returns a list of rows, so others can be added beside them.
+
+
+def sgd(module):
+    return SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+
+
+def begin(args, block_size=1):
+    """(run, network, optimizers), the run ready for its first step."""
+    run = runs.Run(args)
+    net = run.prepare(layerwise_cnn(channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size))
+    optimizers = [sgd(module) for module in net]
+    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
+    return run, net, optimizers
+
+
+def dgl(args, images, labels, block_size=1, name="DGL step"):
+    """The step of learning_curves/cifar_dgl.py without meters. With all layers in one block it is back-propagation."""
+    run, net, optimizers = begin(args, block_size)
+
+    def step():
+        representation = images
+        for module, optimizer in zip(net, optimizers, strict=True):
+            with run.autocast():
+                representation, logits = module(representation)
+            loss = F.cross_entropy(logits.float(), labels)
+            run.step(loss, optimizer)
+            representation = representation.detach()
+
+    return [Row(name, len(labels), step)]
+
+
+def sequential(args, images, labels):
+    """The steps of learning_curves/cifar_sequential_greedy.py, one stage after the other, without meters."""
+    return [sequential_stage(args, images, labels, n) for n in range(1, DEPTH + 1)]
+
+
+def sequential_stage(args, images, labels, n):
+    run, net, optimizers = begin(args)
+    *frozen, module = net[:n]
+    net.eval()
+    module.train()
+
+    def step():
+        representation = images
+        with run.autocast():
+            with torch.no_grad():
+                for below in frozen:
+                    representation = below.body(representation)
+            _, logits = module(representation)
+        loss = F.cross_entropy(logits.float(), labels)
+        run.step(loss, optimizers[n - 1])
+
+    return Row(f"sequential step, stage {n}", len(labels), step)
+
+
+def evaluation(args, train, test):
+    run, net, _ = begin(args)
+
+    def step(heads=None):
+        with run.autocast():
+            evaluate(net, test, heads)
+
+    return [Row(f"evaluation, all {DEPTH} heads", TEST_BATCH, step), Row("evaluation, last head", TEST_BATCH, lambda: step([DEPTH - 1]))]
+
+
+def housekeeping(args, images, labels, train, test):
+    """Data, meters, log and checkpoint of DGL."""
+    run, net, _ = begin(args)
+    stream = itertools.chain.from_iterable(itertools.repeat(train))
+    with torch.no_grad(), run.autocast():
+        every_logits = net(images)
+    losses = [F.cross_entropy(logits.float(), labels) for logits in every_logits]
+    train_meter, test_meter = Meter(), Meter()
+    for meter, batches in ((train_meter, len(train)), (test_meter, TEST // TEST_BATCH)):
+        for _ in range(batches):
+            meter.update(losses[0], every_logits[0], labels)
+
+    def meters():
+        for loss, logits in zip(losses, every_logits, strict=True):
+            Meter().update(loss, logits, labels)
+
+    def log():
+        with contextlib.redirect_stdout(io.StringIO()):
+            for n in range(1, DEPTH + 1):
+                run.log(n, 1, train_meter, test_meter)
+
+    return [
+        Row("data, training batch", len(labels), lambda: next(stream)),
+        Row("data, test batch", TEST_BATCH, lambda: next(iter(test))),
+        Row("meters, training batch", len(labels), meters),
+        Row("data, an epoch's order", TRAIN, train.draw),
+        Row("log, an epoch's", TRAIN, log),
+        Row("checkpoint, an epoch's", TRAIN, run.save),
+    ]
+
+
+# Measuring
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds(step, calls, device):
+    """What a call of ``step`` takes, on average of ``calls``."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def matrix_product(half, device):
+    """A callable that multiplies two large square matrices in the precision of the convolutions, and the FLOPs of that."""
+    dtype = torch.float32 if not half else torch.float16 if device.type == "cuda" else torch.bfloat16
+    side = SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty(side, side, device=device, dtype=dtype)
+
+    def multiply():
+        before = torch.backends.cuda.matmul.fp32_precision  # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+        torch.mm(left, right, out=product)
+        torch.backends.cuda.matmul.fp32_precision = before
+
+    return multiply, 2 * side**3
+
+
+def measure(rows, args, device):
+    """(frame with a line for each row: images, FLOPs an image, peak bytes; seconds an image, rounds × rows; ceiling in FLOP/s)."""
+    lines, calls = [], []
+    for row in rows:
+        memory = peak_memory(lambda row=row: (row.step(), row.step()), device)
+        lines.append({"images": row.images, "flops": count_flops(row.step) / row.images, "memory": memory})
+        calls.append(math.ceil(SECONDS / seconds(row.step, 1, device)))
+    multiply, flops = matrix_product(args.half, device)
+    seconds(multiply, 1, device)
+    products = [seconds(multiply, 1, device)]
+    products_calls = math.ceil(SECONDS / products[0])
+    rounds = []
+    for _ in range(args.repeats):
+        products.append(seconds(multiply, products_calls, device))
+        rounds.append([seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)])
+        products.append(seconds(multiply, products_calls, device))
+    names = [row.name for row in rows]
+    return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), flops / min(products)
+
+
+def table(lines, times, ceiling):
+    """The frame to print, from measure's three results."""
+    stages = [name for name in times if name.startswith("sequential step, stage")]
+    mean = "sequential step, mean"
+    times[mean] = times[stages].mean(axis=1)
+    lines.loc[mean] = {"images": lines["images"][stages[0]], "flops": lines["flops"][stages].mean(), "memory": lines["memory"][stages].max()}
+    place = times.columns.get_loc(stages[-1]) + 1
+    order = [*times.columns[:place], mean, *times.columns[place:-1]]
+    typical = times.median()
+    speed = lines["flops"] / typical
+    frame = pd.DataFrame(
+        {
+            "images/s": 1 / typical,
+            "% of DGL": 100 * typical / typical["DGL step"],
+            "GFLOP/image": lines["flops"] / 1e9,
+            "GFLOP/s": speed / 1e9,
+            "% of ceiling": 100 * speed / ceiling,
+            "peak MiB": lines["memory"] / 2**20,
+        }
+    )
+    without = frame["GFLOP/image"] == 0
+    frame.loc[without, ["GFLOP/image", "GFLOP/s", "% of ceiling"]] = np.nan
+    return frame.loc[order]
+
+
+def print_epoch(times):
+    """What data, meters and log take of an epoch of DGL, and all heads' evaluation beside the last head's."""
+    typical = times.median()
+    parts = {
+        "data": TRAIN * (typical["data, training batch"] + typical["data, an epoch's order"]) + TEST * typical["data, test batch"],
+        "meters": (TRAIN + TEST) * typical["meters, training batch"],  # a little too much for the test images: their batches are larger
+        "log": TRAIN * typical["log, an epoch's"],
+    }
+    checkpoint = TRAIN * typical["checkpoint, an epoch's"]
+    evaluated = f"evaluation, all {DEPTH} heads"
+    training = TRAIN * (typical["DGL step"] + typical["data, training batch"] + typical["meters, training batch"] + typical["data, an epoch's order"])
+    epoch = training + TEST * typical[evaluated] + parts["log"] + checkpoint
+    share = " + ".join(f"{name} {100 * part / epoch:.2f}" for name, part in parts.items())
+    print(f"\nAn epoch of DGL ({TRAIN:,} images trained, {TEST:,} evaluated) takes {epoch:.1f} s.")
+    print(f"data + meters + log: {100 * sum(parts.values()) / epoch:.2f} % of it ({share}); checkpoint {100 * checkpoint / epoch:.2f} %")
+    ratio = (times[evaluated] / times["evaluation, last head"]).median()
+    print(f"evaluation of all heads takes {ratio:.3f} times as long as of the last head")
+
+
+def main():
+    args = parse_args()
+    if args.plain_malloc:
+        runs.keep_freed_memory = lambda: None  # every Run would call it
+    runs.keep_freed_memory()  # before the first large tensor
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = runs.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    pixels, labels = torch.randint(256, (TRAIN, 32, 32, 3), dtype=torch.uint8), torch.randint(CLASSES, (TRAIN,))
+    common = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+    train = Batches(pixels.to(device), labels.to(device), args.batch_size, augment=True, **common)
+    test = Batches(pixels[:TEST_BATCH].to(device), labels[:TEST_BATCH].to(device), TEST_BATCH, **common)
+    batch = next(iter(train))
+    with tempfile.TemporaryDirectory() as args.log_dir:
+        rows = [
+            *dgl(args, *batch),
+            *sequential(args, *batch),
+            *dgl(args, *batch, block_size=DEPTH, name="back-propagation step"),
+            *evaluation(args, train, test),
+            *housekeeping(args, *batch, train, test),
+        ]
+        print("\n".join(runs.Run(args).environment()))
+        lines, times, ceiling = measure(rows, args, device)
+    frame = table(lines, times, ceiling)
+    malloc = ", plain malloc" if args.plain_malloc else ""
+    print(f"# batch {args.batch_size}, {args.repeats} rounds{malloc}; ceiling {ceiling / 1e9:,.0f} GFLOP/s\n")
+    formats = {column: ("{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}").format for column in frame}
+    print(frame.to_string(formatters=formats, na_rep=""))
+    print_epoch(times)
+
+
+if __name__ == "__main__":
+    runs.start(main)

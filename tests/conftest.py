@@ -1,0 +1,53 @@
+"""Runs scripts as a user does, but in this process: their real main, with real flags, logs and checkpoints."""
+
+import os
+import sys
+from pathlib import Path
+
+# One thread, here and in the processes started from here: the networks are tiny, and nothing then waits for a busy core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from running import ROOT, Finished, load_script
+
+from decoupled import runs
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path):
+    """run(script, *flags, folder=…, **names): runs the script with those module-level names replaced; returns what it left."""
+
+    def run(script, *flags, folder=tmp_path / "logs", **names):
+        module = load_script(script)
+        for name, value in names.items():
+            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags), "--log-dir", str(folder)])
+        runs.start(module.main)
+        return Finished(folder)
+
+    return run
+
+
+@pytest.fixture
+def fails(run_script, capsys, tmp_path):
+    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr and nothing written; returns that line."""
+
+    def run(script, *flags, folder=tmp_path / "logs", **names):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, *flags, folder=folder, **names)
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and message.startswith(f"{Path(script).name}: error: "), message
+        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None
+        assert after == before
+        return message
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)

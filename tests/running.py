@@ -1,0 +1,53 @@
+"""What the tests of scripts share: loading a script, a small network for it, and what a run leaves."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from decoupled.network import layerwise_cnn
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script(path):
+    """The script at ``path`` (from the repository's root) as a module, its own folder importable as when it is run."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Finished:
+    """What a run left in its log folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.log = max(folder.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
+        self.checkpoint = self.log.with_suffix(".pt")
+
+    @property
+    def lines(self):
+        """The log's lines of results."""
+        return [line for line in self.log.read_text().splitlines() if line.startswith("n: ")]
+
+    @property
+    def state(self):
+        return torch.load(self.checkpoint, weights_only=True)["state"]
+
+    @property
+    def weights(self):
+        return self.state["net"][0]
+
+
+PARALLEL = "learning_curves/cifar_dgl.py"
+SEQUENTIAL = "learning_curves/cifar_sequential_greedy.py"
+
+
+def small(**fixed):
+    """layerwise_cnn as the script calls it, but with 4 channels and what is fixed here."""
+    return lambda **settings: layerwise_cnn(**{**settings, "channels": 4, **fixed})

@@ -1,0 +1,166 @@
+"""The claims of the algorithms, tested on the scripts themselves."""
+
+import pytest
+import torch
+from running import PARALLEL, SEQUENTIAL, small
+from torch.nn import functional as F
+
+from decoupled import runs
+from decoupled.data import load
+from decoupled.metrics import evaluate
+
+SHORT = ("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--epochs", 2, "--device", "cpu")
+
+
+@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
+def test_no_gradient_crosses_a_module_boundary(run_script, monkeypatch, script):
+    nets, steps = [], []
+
+    def build(**settings):
+        nets.append(small()(**settings))
+        return nets[0]
+
+    class Watched(runs.Run):
+        def step(self, loss, optimizer):
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            others = [p for p in nets[0].parameters() if id(p) not in mine]
+            before = [None if p.grad is None else p.grad.clone() for p in others]
+            values = [p.detach().clone() for p in others]
+            super().step(loss, optimizer)
+            for parameter, grad, value in zip(others, before, values, strict=True):
+                assert (parameter.grad is None) if grad is None else torch.equal(parameter.grad, grad)
+                assert torch.equal(parameter, value)
+            assert all(p.grad is not None and p.grad.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+            steps.append(loss)
+
+    monkeypatch.setattr(runs, "Run", Watched)
+    run_script(script, *SHORT, layerwise_cnn=build)
+    assert len(steps) == 2 * 4 * 4  # epochs × modules × batches
+
+
+def back_propagation(net, images, epochs=2):
+    """Plain end-to-end training with the recipe of the script, written without any of its code but the images."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+    for _ in range(epochs):
+        for batch, labels in images:
+            optimizer.zero_grad()
+            F.cross_entropy(net[0].auxiliary(net[0].body(batch)), labels).backward()
+            optimizer.step()
+
+
+def test_one_module_is_back_propagation_bit_for_bit(run_script):
+    whole = small(block_size=4)
+    left = run_script(PARALLEL, *SHORT, "--seed", 3, layerwise_cnn=whole)
+    torch.manual_seed(3)
+    net = whole().to(memory_format=torch.channels_last)
+    train, _, _ = load("digits", batch_size=64, train_samples=200, seed=3)
+    back_propagation(net, train)
+    assert len(net) == 1
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, left.weights[key]), key
+
+
+def test_stepping_each_module_at_once_equals_one_backward_of_the_summed_losses(run_script):
+    """The script frees each module's graph before the next forward; the gradients are those of the sum of all losses."""
+    left = run_script(PARALLEL, *SHORT, layerwise_cnn=small())
+    torch.manual_seed(1)
+    net = small()().to(memory_format=torch.channels_last)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    train, _, _ = load("digits", batch_size=64, train_samples=200, seed=1)
+    for _ in range(2):
+        for images, labels in train:
+            representation, losses = images, []
+            for module in net:
+                representation, logits = module(representation.detach())
+                losses.append(F.cross_entropy(logits, labels))
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            sum(losses).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, left.weights[key]), key
+
+
+def test_the_representation_handed_on_was_computed_before_the_step(run_script, monkeypatch):
+    """Algorithm 1: module 2 sees what module 1 made with the weights it had before its step; no second forward."""
+    made, seen = [], []
+
+    def build(**settings):
+        net = small()(**settings)
+        net[0].body.register_forward_hook(lambda module, inputs, output: made.append(output.detach().clone()) if module.training else None)
+        net[1].body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None)
+        return net
+
+    run_script(PARALLEL, *SHORT, layerwise_cnn=build)
+    assert len(made) == len(seen) == 8
+    assert all(torch.equal(a, b) for a, b in zip(made, seen, strict=True))
+
+
+def test_sequential_greedy_freezes_what_is_below(run_script, monkeypatch):
+    """Parameters and batch norm statistics of finished modules stay bit-identical, no graph reaches them, their auxiliaries do nothing."""
+    nets, finished, auxiliary_calls = [], {}, []
+
+    def build(**settings):
+        nets.append(small()(**settings))
+        for index, module in enumerate(nets[0]):
+            module.auxiliary.register_forward_hook(lambda *_, index=index: auxiliary_calls.append(index))
+            module.body.register_forward_hook(lambda _, inputs, output, index=index: reached.append((index, output.requires_grad)))
+        return nets[0]
+
+    reached, stages = [], []
+
+    class Watched(runs.Run):
+        def log(self, n, epoch, train, test):
+            super().log(n, epoch, train, test)
+            stages.append((n, epoch))
+            assert set(auxiliary_calls) == {n - 1}
+            assert {index for index, requires_grad in reached if requires_grad} == {n - 1}
+            auxiliary_calls.clear()
+            reached.clear()
+            for below, state in finished.items():
+                assert all(torch.equal(value, state[key]) for key, value in nets[0][below].state_dict().items())
+            if epoch == 2:
+                finished[n - 1] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
+
+    monkeypatch.setattr(runs, "Run", Watched)
+    left = run_script(SEQUENTIAL, *SHORT, layerwise_cnn=build)
+    assert stages == [(n, epoch) for n in (1, 2, 3, 4) for epoch in (1, 2)]
+    assert [line.split(",")[0] for line in left.lines] == [f"n: {n}" for n in (1, 1, 2, 2, 3, 3, 4, 4)]
+
+
+def test_sequential_first_module_learns_what_parallels_first_module_learns(run_script, tmp_path):
+    """Module 1 sees the same images in both: same seed, same weights after the same number of epochs."""
+    parallel = run_script(PARALLEL, *SHORT, folder=tmp_path / "parallel", layerwise_cnn=small())
+    sequential = run_script(SEQUENTIAL, *SHORT, folder=tmp_path / "sequential", layerwise_cnn=small())
+    first = [key for key in parallel.weights if key.startswith("0.")]
+    assert len(first) > 20
+    assert all(torch.equal(parallel.weights[key], sequential.weights[key]) for key in first)
+
+
+@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
+def test_learning_rate_sequence(run_script, monkeypatch, script):
+    rates, flags = {}, ("--dataset", "digits", "--train-samples", 16, "--batch-size", 16, "--epochs", 50, "--device", "cpu")
+
+    class Watched(runs.Run):
+        def step(self, loss, optimizer):
+            super().step(loss, optimizer)
+            rates.setdefault((self.module_of[id(optimizer)], self.epoch), optimizer.param_groups[0]["lr"])
+            assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.9, 5e-4)
+
+        def save(self):
+            pass
+
+    monkeypatch.setattr(runs, "Run", Watched)
+    shallow = small(channels=2, depth=2, downsample=(0, 1))
+    left = run_script(script, *flags, layerwise_cnn=shallow, evaluate=first_images)
+    expected = [0.1] * 15 + [0.02] * 15 + [0.004] * 15 + [0.0008] * 5
+    for n in (1, 2):
+        assert [rates[n, epoch] for epoch in range(1, 51)] == pytest.approx(expected)
+    assert len(left.lines) == 100
+
+
+def first_images(net, batches, heads=None):
+    """Evaluation on a few images: the test is about the learning rate."""
+    images, labels = next(iter(batches))
+    return evaluate(net, [(images[:8], labels[:8])], heads)

@@ -1,0 +1,90 @@
+"""Meters, single-pass evaluation and ensembles, against numpy and the naive way."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from decoupled.metrics import Meter, ensembles, evaluate, ranks
+from decoupled.network import layerwise_cnn
+
+
+def test_meter_weighs_batches_by_their_size():
+    meter = Meter()
+    logits = torch.eye(10)[[1, 2, 3, 4]]
+    meter.update(torch.tensor(1.0), logits, torch.tensor([1, 2, 3, 0]))
+    meter.update(torch.tensor(4.0), logits[:2], torch.tensor([1, 0]))
+    assert meter.loss == pytest.approx((4 * 1 + 2 * 4) / 6)
+    assert meter.top1 == pytest.approx(100 * 4 / 6)
+
+
+def test_top_k_against_numpy():
+    logits, labels = torch.randn(50, 20), torch.randint(20, (50,))
+    meter = Meter(topk=(1, 3, 20))
+    meter.update(torch.tensor(0.0), logits[:30], labels[:30])
+    meter.update(torch.tensor(0.0), logits[30:], labels[30:])
+    order = np.argsort(-logits.numpy(), axis=1)
+    for k in (1, 3, 20):
+        assert meter.top(k) == pytest.approx(100 * np.mean([label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)]))
+    assert meter.top(20) == 100
+
+
+def test_ties_go_to_the_lower_class_and_nan_is_never_correct():
+    logits = torch.zeros(4, 6)
+    assert ranks(logits, torch.tensor([0, 1, 4, 5])).tolist() == [0, 1, 4, 5]
+    for bad in (torch.full((1, 6), float("nan")), torch.tensor([[1.0, float("nan"), 0, 0, 0, 0]])):
+        assert all(ranks(bad, torch.tensor([label])).item() >= 1 for label in range(6))
+
+
+def test_meter_keeps_no_graph():
+    logits = torch.randn(4, 10, requires_grad=True)
+    meter = Meter()
+    meter.update(F.cross_entropy(logits, torch.zeros(4, dtype=torch.long)), logits, torch.zeros(4, dtype=torch.long))
+    assert not any(value.requires_grad for value in meter._losses + meter._hits)
+
+
+def batches(count, size):
+    torch.manual_seed(1)
+    images, labels = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
+    return [(images[start : start + size], labels[start : start + size]) for start in range(0, count, size)]
+
+
+def test_one_pass_equals_evaluating_head_by_head():
+    net = layerwise_cnn(channels=4, depth=4)
+    net.train()
+    test = batches(50, 16)
+    passes = []
+    together = evaluate(net, (passes.append(1) or batch for batch in test))
+    assert len(passes) == len(test)
+    net.eval()
+    for index, meter in enumerate(together):
+        correct, loss = 0, 0.0
+        for images, labels in test:
+            representation = images
+            with torch.no_grad():
+                for module in net[: index + 1]:
+                    representation, logits = module(representation)
+            correct += (logits.argmax(1) == labels).sum().item()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        assert meter.top1 == 100 * correct / 50
+        assert meter.loss == pytest.approx(loss / 50, rel=1e-5)
+        (alone,) = evaluate(net, test, heads=[index])
+        assert (alone.top1, alone.loss) == (meter.top1, meter.loss)
+
+
+def test_evaluation_changes_nothing():
+    net = layerwise_cnn(channels=4, depth=2)
+    net.train()
+    net[0].eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    evaluate(net, batches(8, 8))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not net[0].body[1].training and net[1].training
+
+
+def test_ensembles_against_numpy():
+    outputs = [torch.randn(5, 7) for _ in range(4)]
+    for n, ensemble in enumerate(ensembles(outputs)):
+        weights = np.array([2**i / (2 ** (n + 1) - 1) for i in range(n + 1)])
+        assert weights.sum() == pytest.approx(1)
+        np.testing.assert_allclose(ensemble.numpy(), np.tensordot(weights, np.stack([o.numpy() for o in outputs[: n + 1]]), 1), rtol=1e-5, atol=1e-6)
