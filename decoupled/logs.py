@@ -45,6 +45,11 @@ def head_line(n, epoch, loss, train, test):
     return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{round(train, 4)} test top1:{round(test, 4)} "
 
 
+def async_line(n, epoch, own_epoch, train, test, ensemble):
+    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs that its layer has finished. Accuracies in %."""
+    return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)} "
+
+
 def read_log(path):
     """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields (see the module's text).
 

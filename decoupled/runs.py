@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from decoupled import InputError, logs
-from decoupled.data import DATASETS
+from decoupled.data import DATASETS, load
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
 WHEREABOUTS = ("resume", "log_dir", "data_dir")  # flags that may differ on resume; the images themselves are compared
@@ -148,6 +148,12 @@ class Run:
         torch.backends.cudnn.benchmark = True
         torch.manual_seed(args.seed)
 
+    def data(self, **options):
+        """(train, test, number of classes) of the data set that the flags name, on the run's device: see decoupled.data.load, also for options."""
+        args = self.args
+        sizes = {"batch_size": args.batch_size, "test_batch_size": args.test_batch_size, "train_samples": args.train_samples}
+        return load(args.dataset, args.data_dir, **sizes, seed=args.seed, device=self.device, **options)
+
     # Precision and the step
 
     def autocast(self):
@@ -221,7 +227,7 @@ class Run:
             self.load()
         else:
             self.begin(state)
-        while (self.stage, self.epoch) != (stages or 1, self.args.epochs):
+        while not self.finished():
             if self.epoch == self.args.epochs:
                 self.stage, self.epoch = self.stage + 1, 0
             self.epoch += 1
@@ -231,6 +237,9 @@ class Run:
             self.write(f"# {self.where()} took {time.perf_counter() - started:.2f} s\n")
             self.save()
         print(f"finished: {self.path('.log')}")
+
+    def finished(self):
+        return (self.stage, self.epoch) == (self.stages or 1, self.args.epochs)
 
     def log(self, n, epoch, train, test):
         """Logs head ``n`` after ``epoch``: the Meter of its training and that of its evaluation."""
@@ -334,6 +343,8 @@ class Run:
         if checkpoint["random_cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], self.device)
         self.stage, self.epoch = checkpoint["stage"], checkpoint["epoch"]
+        if self.finished():
+            return
         with writing(log):
             os.truncate(log, checkpoint["log_bytes"])
         self.write("\n".join([f"# resumed after {self.where()}", *self.environment()]) + "\n")

@@ -11,7 +11,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from decoupled import runs
-from decoupled.data import load
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import layerwise_cnn
 
@@ -23,15 +22,7 @@ def parse_args():
 def main():
     args = parse_args()
     run = runs.Run(args)
-    train, test, classes = load(
-        args.dataset,
-        args.data_dir,
-        batch_size=args.batch_size,
-        test_batch_size=args.test_batch_size,
-        train_samples=args.train_samples,
-        seed=args.seed,
-        device=run.device,
-    )
+    train, test, classes = run.data()
     net = run.prepare(layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes))
     optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]  # at epochs 16, 31, 46, …

@@ -108,6 +108,7 @@ def test_resuming_a_finished_run_changes_no_result(run_script, whole, tmp_path):
     shutil.copytree(whole[PARALLEL].folder, tmp_path / "logs")
     left = run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
     assert_same(left, whole[PARALLEL])
+    assert left.log.read_bytes() == whole[PARALLEL].log.read_bytes()
 
 
 def test_same_seed_same_run_other_seed_another(run_script, whole, tmp_path):
