@@ -84,6 +84,18 @@ def output_shape(body, input_shape):
         return tuple(body(parameter.new_zeros(1, *input_shape)).shape[1:])
 
 
+def draw_batch_norm_weights(net):
+    """Draws the weights of every batch norm in ``net`` from U(0, 1), and returns ``net``.
+
+    PyTorch did so by default up to release 1.1, with which the authors' logs of the CIFAR experiments were made; since 1.2 they start at 1
+    (https://github.com/pytorch/pytorch/issues/12259). It matters: from 1, the learning-curves network learns more slowly from the first epoch on.
+    """
+    for layer in net.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.uniform_(layer.weight)
+    return net
+
+
 def conv_layer(in_channels, out_channels, downsample):
     """[2×2 max pool], 3×3 convolution, BN, ReLU: a list of layers."""
     pool = [nn.MaxPool2d(2)] if downsample else []
@@ -96,7 +108,8 @@ def layerwise_cnn(
     """The layer-wise CNN of Sec. 5.2 and 5.3: ``depth`` 3×3 convolutions, ``block_size`` of them a module.
 
     Layers listed in ``downsample`` (from 0) halve the size by a 2×2 max pool first and double the channels. Every module but the last has the
-    auxiliary network called ``auxiliary``; the last has ``head``. Raises InputError for an unknown auxiliary or an impossible block size.
+    auxiliary network called ``auxiliary``; the last has ``head``. Batch norm weights are drawn as in the published runs. Raises InputError for an
+    unknown auxiliary or an impossible block size.
     """
     layers, width, below = [], channels, input_shape[0]
     for index in range(depth):
@@ -111,4 +124,4 @@ def layerwise_cnn(
         last = index == len(blocks) - 1
         aux = head(shape[0], classes) if last else make_auxiliary(auxiliary, shape[0], shape[1:], classes, **auxiliary_options)
         modules.append(DecoupledModule(body, aux))
-    return DecoupledNetwork(modules)
+    return draw_batch_norm_weights(DecoupledNetwork(modules))

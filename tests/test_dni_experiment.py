@@ -221,7 +221,7 @@ def test_in_dni_no_block_learns_from_anything_but_its_synthesizer(run_script):
     class Silent(script.Network):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
-            for interface in self[1::2]:
+            for interface in list(self)[1::2]:
                 nn.init.zeros_(interface.synthesizer.layers[-1].bias)
                 interface.synthesizer.layers[-1].requires_grad_(False)
             states.append(copy.deepcopy(self.state_dict()))

@@ -97,6 +97,20 @@ def test_block_sizes(block_size, convs):
     assert [tuple(logits.shape) for logits in net(torch.randn(2, 3, 32, 32))] == [(2, 10)] * len(convs)
 
 
+def test_batch_norm_weights_start_uniform_as_in_the_published_runs_and_nothing_else_changes():
+    torch.manual_seed(3)
+    net = layerwise_cnn(channels=64, depth=4)
+    norms = [layer for layer in net.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert len(norms) == 4 + 3 * 6 + 2
+    weights = torch.cat([norm.weight.detach() for norm in norms])
+    histogram = torch.histc(weights, 10, 0, 1) / len(weights)
+    assert weights.min() >= 0 and weights.max() <= 1 and (histogram - 0.1).abs().max() < 0.02
+    assert not any(norm.bias.any() for norm in norms)
+    torch.manual_seed(3)
+    first = nn.Conv2d(3, 64, 3, padding=1)  # PyTorch's default
+    assert torch.equal(net[0].body[0].weight, first.weight) and torch.equal(net[0].body[0].bias, first.bias)
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 7])
 def test_impossible_block_sizes(block_size):
     with pytest.raises(InputError, match="choose from 1 to 6"):
