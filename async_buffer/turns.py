@@ -1,0 +1,163 @@
+"""Whose turn it is, what it found, and how far each layer has come: the bookkeeping of the asynchronous simulation (Sec. 5.6)."""
+
+import argparse
+import math
+import re
+from itertools import islice
+
+import pandas as pd
+import torch
+from replay_buffer import Sample
+
+from decoupled import InputError
+from decoupled.metrics import Meter
+
+SEQUENCES = ("random", "sequential")
+WARM_UP = 2  # turns of each layer, from the lowest up, before the first draw: then every buffer holds something
+
+
+def number(*, least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a number of at least ``least``, greater than ``above`` and less than ``below``."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and above < value < below):
+            limits = {"of at least": least, "above": above, "below": below}
+            raise argparse.ArgumentTypeError(f"{text!r} is no number " + " and ".join(f"{k} {v}" for k, v in limits.items() if math.isfinite(v)))
+        return value
+
+    return convert
+
+
+class Turns:
+    """Decides which layer is next and counts the mini-batches each has learned from.
+
+    ``weights``: a layer is drawn with a probability proportional to its own, from the draws' own generator; None: the layers take turns in order.
+    ``length``: mini-batches an epoch. A layer learns for ``epochs`` of its own epochs.
+    """
+
+    def __init__(self, layers, length, epochs, *, weights=None, warm_up=True, seed=0):
+        self.layers, self.length, self.epochs, self.warm_up = layers, length, epochs, warm_up
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.taken = 0
+        self.learned = [0] * layers  # mini-batches
+        self.frozen = [0] * layers  # turns since its last epoch was over
+
+    def until(self, epoch):
+        """Yields the layer (from 0) of each turn, until the slowest layer has finished ``epoch`` of its own."""
+        while min(self.learned) < epoch * self.length:
+            layer = self.draw()
+            self.frozen[layer] += not self.learns(layer)
+            yield layer
+
+    def draw(self):
+        turn, self.taken = self.taken, self.taken + 1
+        if self.warm_up and turn < WARM_UP * self.layers:
+            return turn // WARM_UP
+        if self.weights is None:
+            return turn % self.layers
+        return torch.multinomial(self.weights, 1, generator=self.generator).item()
+
+    def learns(self, layer):
+        return self.learned[layer] < self.epochs * self.length
+
+    def feeds(self, layer):
+        """Whether a layer above still learns from what this one makes."""
+        return any(self.learns(above) for above in range(layer + 1, self.layers))
+
+    def own_epochs(self, layer):
+        """The epochs that ``layer`` has finished."""
+        return self.learned[layer] // self.length
+
+    def state_dict(self):
+        return {
+            "generator": self.generator.get_state(),
+            "taken": self.taken,
+            "learned": self.learned,
+            "frozen": self.frozen,
+            "epochs": self.epochs,
+        }
+
+    def load_state_dict(self, state):
+        if state["epochs"] != self.epochs and any(state["frozen"]):
+            raise InputError(f"a layer has stopped learning after its epoch {state['epochs']}: resume with --nepochs {state['epochs']}")
+        self.generator.set_state(state["generator"])
+        self.taken, self.learned, self.frozen = state["taken"], list(state["learned"]), list(state["frozen"])
+
+
+class ImageStream:
+    """What the lowest layer reads: the training images' mini-batches, pass after pass. Knows where it stands, so that a run resumes amid a pass."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.start_pass(0)
+
+    def start_pass(self, position):
+        self.start = self.batches.generator.get_state()
+        self.position = position
+        self.iterator = islice(iter(self.batches), position, None)
+
+    def read(self):
+        if self.position == len(self.batches):
+            self.start_pass(0)
+        self.position += 1
+        return Sample(*next(self.iterator), uses=0, step=0)
+
+    def state_dict(self):
+        """The random state that the current pass began with, and how many of its mini-batches are gone."""
+        if self.position == len(self.batches):
+            return {"start": self.batches.generator.get_state(), "position": 0}
+        return {"start": self.start, "position": self.position}
+
+    def load_state_dict(self, state):
+        """After that of the batches: their generator goes back to the start of the pass."""
+        self.batches.generator.set_state(state["start"])
+        self.start_pass(state["position"])
+
+
+class Tally:
+    """What one layer did between two lines of the log: a Meter of its learning, its turns, and the age and uses of what it learned from.
+
+    Staleness is the steps that the layer below has taken since it wrote the mini-batch; reuse how often the mini-batch had been read before.
+    """
+
+    def __init__(self):
+        self.meter = Meter()
+        self.turns = self.skipped = self.frozen = 0
+        self.staleness, self.reuse = [], []
+
+    def learned(self, loss, logits, labels, staleness, reuse):
+        """Adds a mini-batch that the layer learned from; ``staleness`` None: from the images."""
+        self.meter.update(loss, logits, labels)
+        if staleness is not None:
+            self.staleness.append(staleness)
+            self.reuse.append(reuse)
+
+    @property
+    def top1(self):
+        """Running train top-1 in %; nan when the layer has learned nothing."""
+        return self.meter.top1 if self.meter.count else float("nan")
+
+    def line(self, n, epoch):
+        """The line of the log: staleness and reuse only above the lowest layer, and where it learned."""
+        text = f"# layer {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
+        for name in ("staleness", "reuse"):
+            if values := getattr(self, name):
+                text += f", {name} mean {sum(values) / len(values):.4f} max {max(values)}"
+        return text
+
+
+TALLY = re.compile(
+    r"layer (?P<n>\d+), epoch (?P<epoch>\d+): turns (?P<turns>\d+), skipped (?P<skipped>\d+), frozen (?P<frozen>\d+)"
+    r"(?:, staleness mean (?P<staleness>[\d.]+) max (?P<staleness_max>\d+), reuse mean (?P<reuse>[\d.]+) max (?P<reuse_max>\d+))?"
+)
+
+
+def tallies(comments):
+    """A frame with a row for each line that Tally.line wrote among a log's ``comments``; staleness and reuse are nan where the line has none."""
+    rows = [match.groupdict() for match in map(TALLY.fullmatch, comments) if match]
+    return pd.DataFrame(rows, columns=list(TALLY.groupindex)).astype(float)

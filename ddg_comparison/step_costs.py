@@ -1,0 +1,149 @@
+"""Time and peak memory of a training step of DGL, DDG, back-propagation and back-propagation with checkpointing, against the number of modules K.
+
+    python ddg_comparison/step_costs.py
+    python ddg_comparison/step_costs.py --depth 20 --splits 2 4 --half
+
+Each row is the very step of that method's script, with random images, on one device: its modules take turns, so the times show what a method
+computes, not what it gains on K devices. Memory is that of the whole network.
+
+Columns:
+  ms/step       median over the rounds; each round measures every row, so that a drift of the machine hits all alike
+  images/s      from that
+  GFLOP/image   counted in a step; a multiply-add is 2 (decoupled.costs)
+  peak MiB      made by K+1 steps from the start on, so with momentum and all that is in flight, on top of network and images (peak_memory there)
+"""
+
+import argparse
+import importlib.util
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from cifar_resnet import chained_resnet, decoupled_resnet
+from torch.optim import SGD
+
+from decoupled import runs
+from decoupled.costs import count_flops, peak_memory
+
+CLASSES = 10
+SECONDS = 0.1  # a row is repeated within a round for at least as long
+
+
+def parse_args():
+    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
+    parser.add_argument("--splits", type=runs.whole_number(2), nargs="+", default=[2, 4], metavar="K", help="numbers of modules (default: 2 4)")
+    parser.add_argument("--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
+    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
+    return parser.parse_args()
+
+
+class Row(NamedTuple):
+    """A line of the table: ``step()`` is a training step of ``method`` with K modules."""
+
+    method: str
+    splits: int
+    step: callable
+
+
+def script(name):
+    """The script ``name`` of this folder as a module; by its path, since other experiments have a cifar_dgl.py too."""
+    spec = importlib.util.spec_from_file_location(f"ddg_comparison_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The rows. One function a method: it makes its own run and network.
+
+
+def begin(args, net, learners):
+    """(run, optimizers), one for each of ``learners``, the run ready for its first step."""
+    run = runs.Run(args)
+    run.prepare(net).train()
+    optimizers = [SGD(learner.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for learner in learners]
+    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
+    return run, optimizers
+
+
+def backprop(args, images, labels, splits=1):
+    net = chained_resnet(args.depth, splits, CLASSES)
+    run, (optimizer,) = begin(args, net, [net])
+    step = script("cifar_backprop").step
+    name = "checkpointing" if splits > 1 else "back-propagation"
+    return Row(name, splits, lambda: step(run, net, optimizer, images, labels, checkpointing=splits > 1))
+
+
+def ddg(args, images, labels, splits):
+    net = chained_resnet(args.depth, splits, CLASSES)
+    run, optimizers = begin(args, net, net)
+    cifar_ddg = script("cifar_ddg")
+    in_flight = [cifar_ddg.InFlight(run, net, k) for k in range(splits)]
+    return Row("DDG", splits, lambda: cifar_ddg.step(run, net, optimizers, in_flight, images, labels))
+
+
+def dgl(args, images, labels, splits):
+    net = decoupled_resnet(args.depth, splits, CLASSES)
+    run, optimizers = begin(args, net, net)
+    step = script("cifar_dgl").step
+    return Row("DGL", splits, lambda: step(run, net, optimizers, images, labels))
+
+
+# Measuring
+
+
+def seconds(step, calls, device):
+    """What a call of ``step`` takes, on average of ``calls``."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def measure(rows, batch_size, repeats, device):
+    """The table: a frame indexed by method and K."""
+    lines, calls = [], []
+    for row in rows:
+        memory = peak_memory(lambda row=row: [row.step() for _ in range(row.splits + 1)], device)
+        lines.append({"GFLOP/image": count_flops(row.step) / batch_size / 1e9, "peak MiB": memory / 2**20})
+        calls.append(math.ceil(SECONDS / seconds(row.step, 1, device)))
+    rounds = [[seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)]
+    frame = pd.DataFrame(lines, index=pd.MultiIndex.from_tuples([row[:2] for row in rows], names=("method", "K")))
+    typical = pd.DataFrame(rounds).median().to_numpy()
+    frame.insert(0, "ms/step", 1000 * typical)
+    frame.insert(1, "images/s", batch_size / typical)
+    return frame
+
+
+def main():
+    args = parse_args()
+    runs.keep_freed_memory()  # before the first large tensor
+    device = runs.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    images = torch.randn(args.batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
+    with tempfile.TemporaryDirectory() as args.log_dir:
+        rows = [backprop(args, images, labels)]
+        rows += [method(args, images, labels, splits) for method in (backprop, ddg, dgl) for splits in args.splits]
+        print("\n".join(runs.Run(args).environment()))
+        print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n")
+        frame = measure(rows, args.batch_size, args.repeats, device)
+    print(frame.to_string(float_format="{:,.2f}".format))
+
+
+if __name__ == "__main__":
+    runs.start(main)

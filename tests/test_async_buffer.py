@@ -1,0 +1,399 @@
+"""The claims of the asynchronous simulation, tested on its script, and the sweep that makes the figures' runs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from naive_buffer import NaiveBuffer
+from running import ROOT, load_script
+from torch.nn import functional as F
+
+from decoupled import runs
+from decoupled.data import load
+from decoupled.logs import read_log
+
+SCRIPT = "async_buffer/cifar_buffer.py"
+load_script(SCRIPT)  # its folder can be imported from now on
+from asynchronous_cnn import WithEnsembles, asynchronous_cnn, representation_shapes  # noqa: E402
+from turns import ImageStream, Turns, tallies  # noqa: E402
+
+NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
+SMALL = ("--feature_size", 3, "--ncnn", 3, "--down", "[0,1]", "--mlp", 1, "--device", "cpu")
+FLAGS = ("--dataset", "digits", "--train-samples", 100, "--batch_size", 32, "--nepochs", 3, "--epochdecay", 2, "--seed", 5, *SMALL)
+LENGTH = 3  # mini-batches an epoch: the 4 images left over are dropped
+
+
+def fresh(seed=5):
+    """What a run with FLAGS starts from, without its code: network, optimizers, images."""
+    torch.manual_seed(seed)
+    net = asynchronous_cnn(**NETWORK).to(memory_format=torch.channels_last)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    train, _, _ = load("digits", batch_size=32, train_samples=100, drop_last=True, seed=seed)
+    return net, optimizers, train
+
+
+def rate(epochs_done):
+    return 0.1 * 0.2 ** (epochs_done // 2)
+
+
+def assert_weights(net, left):
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, left.weights[key]), key
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The layers of the turns that a run of the script takes, in order."""
+    taken, draw = [], Turns.draw
+
+    def noted(self):
+        taken.append(draw(self))
+        return taken[-1]
+
+    monkeypatch.setattr(Turns, "draw", noted)
+    return taken
+
+
+def test_layers_have_the_released_sizes():
+    net = asynchronous_cnn(hidden_layers=0)
+    counts = [sum(p.numel() for p in module.body.parameters()) for module in net]
+    assert counts == [3712, 147_712, 295_424, 590_336, 1_180_672, 2_360_320]
+    assert representation_shapes(net) == [(128, 32, 32), (128, 32, 32), (256, 16, 16), (256, 16, 16), (512, 8, 8), (512, 8, 8)]
+
+
+@pytest.mark.parametrize("downsampling", ["maxpool", "avgpool", "stride", "psi"])
+def test_down_sampling(downsampling):
+    net = asynchronous_cnn(4, 3, (0,), downsampling)
+    assert representation_shapes(net) == [(4, 32, 32), (8, 16, 16), (8, 16, 16)]
+    convolution = next(m for m in net[1].body if isinstance(m, torch.nn.Conv2d))
+    assert (convolution.in_channels, convolution.stride, convolution.bias) == (
+        16 if downsampling == "psi" else 4,
+        (2, 2) if downsampling == "stride" else (1, 1),
+        None,
+    )
+
+
+def test_heads():
+    def kinds(**options):
+        head = asynchronous_cnn(4, 1, (), **options)[0].auxiliary
+        return " ".join(type(layer).__name__ for layer in head)
+
+    mlp = "AdaptiveAvgPool2d Flatten"
+    assert kinds() == mlp + 3 * " Linear BatchNorm1d ReLU" + " Linear"
+    assert kinds(hidden_layers=1, batch_norm=False) == mlp + " Linear ReLU Linear"
+    assert kinds(hidden_layers=0, convs=1) == f"AdaptiveAvgPool2d Conv2d BatchNorm2d ReLU {mlp} Linear"
+    assert asynchronous_cnn(4, 1, (), hidden_layers=0, convs=2, conv_channels=5)[0].auxiliary[-1].in_features == 20
+    assert asynchronous_cnn(4, 1, ())[0].auxiliary[-1].in_features == 16
+
+
+def test_ensembles_are_of_logits_weighted_by_powers_of_two():
+    net = asynchronous_cnn(**NETWORK).eval()
+    first, second, third, *ensembles = WithEnsembles(net)(torch.randn(4, 3, 32, 32))
+    for ensemble, expected in zip(ensembles, (first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7), strict=True):
+        torch.testing.assert_close(ensemble, expected)
+
+
+def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
+    left = run_script(SCRIPT, *FLAGS)
+    net, optimizers, train = fresh()
+    for epoch in range(3):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate(epoch)
+        for images, labels in train:
+            representation = images
+            for module, optimizer in zip(net, optimizers, strict=True):
+                representation, logits = module(representation.detach())
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels).backward()
+                optimizer.step()
+    assert_weights(net, left)
+    counted = tallies(read_log(left.log).attrs["comments"])
+    assert (counted.turns == LENGTH).all() and not counted[["skipped", "frozen"]].any().any() and counted.staleness.max() == counted.reuse.max() == 0
+
+
+SETTINGS = [
+    ("--buffer", 3),
+    ("--buffer", 1, "--noise", 0.6, "--layer_noise", 1),
+    ("--buffer", 3, "--noise", 0.7, "--layer_noise", 2, "--max-buffer-reuse", 1),
+    ("--buffer", 4, "--noise", 0.8, "--max-buffer-reuse", 2, "--buffer-sampling", "fifo"),
+    ("--buffer", 2, "--layer-sequence", "sequential"),
+]
+
+
+@pytest.mark.parametrize("flags", SETTINGS)
+def test_it_is_algorithm_2(run_script, drawn, flags):
+    """The turns drawn, replayed with plain PyTorch and the naive buffer: the same weights to the bit, the same skips, staleness and reuse."""
+    left = run_script(SCRIPT, *FLAGS, *flags)
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    net, optimizers, train = fresh()
+    buffers = [NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "lifo")) for _ in range(2)]
+    images, learned, skipped, stale, reused = iter(()), [0, 0, 0], 0, [], []
+    for n in drawn:
+        if learned[n:] == [3 * LENGTH] * (3 - n):  # nobody needs what it makes any more
+            continue
+        if n == 0:
+            item, uses = next(images, None), 0
+            if item is None:
+                images = iter(train)
+                item = next(images)
+            item = (*item, 0)
+        else:
+            found = buffers[n - 1].read()
+            if found is None:
+                skipped += 1
+                continue
+            item, uses = found
+        values, labels, step = item
+        if learned[n] < 3 * LENGTH:
+            for group in optimizers[n].param_groups:
+                group["lr"] = rate(learned[n] // LENGTH)
+            values, logits = net[n](values)
+            optimizers[n].zero_grad()
+            F.cross_entropy(logits, labels).backward()
+            optimizers[n].step()
+            learned[n] += 1
+            if n:
+                stale.append(learned[n - 1] - step)
+                reused.append(uses)
+        else:
+            with torch.no_grad():
+                values = net[n].eval().body(values)
+        if n < 2:
+            buffers[n].write((values.detach().clone(memory_format=torch.preserve_format), labels, learned[n]))
+    assert learned == [3 * LENGTH] * 3
+    assert_weights(net, left)
+    counted = tallies(read_log(left.log).attrs["comments"])
+    assert counted.turns.sum() == len(drawn) and counted.skipped.sum() == skipped
+    assert counted.frozen.sum() == len(drawn) - skipped - 9 * LENGTH
+    assert (counted.staleness_max.max(), counted.reuse_max.max()) == (max(stale), max(reused))
+    lines = counted[counted.staleness.notna()]
+    weights = lines.turns - lines.skipped - lines.frozen
+    for name, values in (("staleness", stale), ("reuse", reused)):
+        assert (lines[name] * weights).sum() / weights.sum() == pytest.approx(sum(values) / len(values), abs=1e-3)
+    if "--max-buffer-reuse" in given:
+        assert counted.reuse_max.max() < given["--max-buffer-reuse"]
+    if given.get("--max-buffer-reuse") == 1:
+        assert skipped > 0
+
+
+def test_layers_are_drawn_by_their_weights():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    turns = Turns(4, 10, 1, weights=[1, 1, 0.5, 1], warm_up=False, seed=1)
+    draws = torch.tensor([turns.draw() for _ in range(20_000)])
+    shares = torch.bincount(draws, minlength=4) / len(draws)
+    assert (shares - torch.tensor([2, 2, 1, 2]) / 7).abs().max() < 5 * (0.25 / len(draws)) ** 0.5
+    assert torch.equal(torch.get_rng_state(), before)  # initialization and images do not depend on the draws
+
+
+def test_the_slow_layers_weight_is_one_minus_the_noise(run_script):
+    made = []
+
+    def noted(*arguments, **options):
+        made.append(options["weights"])
+        return Turns(*arguments, **options)
+
+    run_script(SCRIPT, *FLAGS, "--nepochs", 1, "--buffer", 2, "--noise", 0.25, "--layer_noise", 2, Turns=noted)
+    assert made == [[1, 1, 0.75]]
+
+
+@pytest.mark.parametrize("sequence", ["random", "sequential"])
+def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
+    """Not again when a layer's learning rate falls, here after each epoch."""
+    run_script(SCRIPT, *FLAGS, "--epochdecay", 1, "--buffer", 2, "--layer-sequence", sequence)
+    assert drawn[:6] == [0, 0, 1, 1, 2, 2]
+    if sequence == "sequential":
+        assert drawn[6:] == [turn % 3 for turn in range(len(drawn) - 6)]
+    else:
+        generator = torch.Generator().manual_seed(5)
+        assert drawn[6:] == [torch.multinomial(torch.ones(3).double(), 1, generator=generator).item() for _ in drawn[6:]]
+
+
+def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, monkeypatch):
+    rates, nets, final = {n: [] for n in (1, 2, 3)}, [], {}
+
+    def build(*arguments, **options):
+        nets.append(asynchronous_cnn(*arguments, **options))
+        return nets[0]
+
+    class Watched(runs.Run):
+        def step(self, loss, optimizer):
+            super().step(loss, optimizer)
+            n = self.module_of[id(optimizer)]
+            rates[n].append(optimizer.param_groups[0]["lr"])
+            if len(rates[n]) == 3 * LENGTH:
+                final[n] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
+
+    monkeypatch.setattr(runs, "Run", Watched)
+    left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, asynchronous_cnn=build)
+    for n in rates:
+        assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
+        for key, value in final[n].items():  # a layer that has learned all its epochs stays as it is, batch norm statistics included
+            assert torch.equal(value, left.weights[f"{n - 1}.{key}"]), key
+    counted = tallies(read_log(left.log).attrs["comments"]).groupby("n").frozen.sum()
+    assert counted[0] > 0 and counted[2] > 0 and counted[1] == 0
+    assert left.state["buffers"][0]["writes"] > 3 * LENGTH + counted[0] / 2  # the lowest goes on writing for the slow one above
+    frame = read_log(left.log)
+    assert frame[frame.n == 1].own_epoch.tolist() == [1, 2, 3] and (frame.own_epoch >= frame.epoch).all()
+    assert frame[frame.n == 0].own_epoch.tolist()[1:] == [3, 3]
+
+
+class Stopped(runs.Run):
+    """A run that is interrupted amid its second epoch."""
+
+    steps = 0
+
+    def step(self, loss, optimizer):
+        super().step(loss, optimizer)
+        Stopped.steps += self.epoch == 2
+        if Stopped.steps == 4:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--buffer", 3, "--noise", 0.5, "--layer_noise", 1),
+        ("--buffer", 2, "--compress", 4, "--max-buffer-reuse", 1),
+        ("--buffer", 2, "--compress", 8, "--half", "--layer-sequence", "sequential"),
+        (),
+    ],
+)
+def test_an_interrupted_run_resumes_exactly(run_script, monkeypatch, tmp_path, flags):
+    whole = run_script(SCRIPT, *FLAGS, *flags, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Stopped, "steps", 0)
+        patch.setattr(runs, "Run", Stopped)
+        run_script(SCRIPT, *FLAGS, *flags)
+    assert stop.value.code == 130
+    left = run_script(SCRIPT, *FLAGS, *flags, "--resume")
+    assert "# resumed after epoch 1" in left.log.read_text()
+    told = [[line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# layer", "# buffer"))] for run in (left, whole)]
+    assert told[0] == told[1] and len(left.lines) == 9
+    assert_same(left.state, whole.state)
+
+
+def assert_same(left, right):
+    """Two checkpoints' states, to the bit."""
+    if isinstance(right, dict):
+        assert left.keys() == right.keys()
+        left, right = list(left.values()), list(right.values())
+    if isinstance(right, (list, tuple)):
+        assert len(left) == len(right)
+        for mine, its in zip(left, right, strict=True):
+            assert_same(mine, its)
+    elif isinstance(right, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+def test_the_image_stream_resumes_amid_a_pass():
+    train, _, _ = load("digits", batch_size=32, train_samples=100, seed=1)
+    stream = ImageStream(train)
+    for taken in range(10):  # 4 a pass
+        state = stream.state_dict()
+        other = ImageStream(load("digits", batch_size=32, train_samples=100, seed=2)[0])
+        other.load_state_dict(state)
+        assert_same(other.state_dict(), state)
+        assert torch.equal(stream.read().representation, other.read().representation), taken
+
+
+def test_more_epochs_only_before_a_layer_has_stopped_learning(run_script, fails, tmp_path):
+    run_script(SCRIPT, *FLAGS, "--nepochs", 2, "--buffer", 2)
+    assert "a layer has stopped learning after its epoch 2: resume with --nepochs 2" in fails(SCRIPT, *FLAGS, "--buffer", 2, "--resume")
+    run_script(SCRIPT, *FLAGS, "--nepochs", 2, folder=tmp_path / "synchronous")
+    left = run_script(SCRIPT, *FLAGS, "--resume", folder=tmp_path / "synchronous")
+    assert left.lines == run_script(SCRIPT, *FLAGS, folder=tmp_path / "whole").lines
+
+
+def test_without_ensembles(run_script):
+    frame = read_log(run_script(SCRIPT, *FLAGS, "--nepochs", 1, "--ensemble", 0).log)
+    assert frame.n.tolist() == [0, 1, 2] and frame.ensemble_top1.isna().all() and frame.test_top1.notna().all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--buffer", 3, "--noise", 1), "argument --noise: '1' is no number of at least 0 and below 1"),
+        (("--buffer", 3, "--noise", "-0.1"), "argument --noise: '-0.1' is no number"),
+        (("--buffer", 3, "--noise", "nan"), "argument --noise: 'nan' is no number"),
+        (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' is no number"),
+        (("--lr", 0), "argument --lr: '0' is no number above 0"),
+        (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no layer: there are 3, from 0"),
+        (("--buffer", 3, "--noise", 0.1, "--layer_noise", -1), "argument --layer_noise: '-1' is no whole number of at least 0"),
+        (("--buffer", 3, "--buffer-sampling", "newest"), "argument --buffer-sampling: invalid choice: 'newest'"),
+        (("--buffer", 3, "--layer-sequence", "cyclic"), "argument --layer-sequence: invalid choice: 'cyclic'"),
+        (("--buffer", -1), "argument --buffer: '-1' is no whole number of at least 0"),
+        (("--buffer", 3, "--max-buffer-reuse", 0), "argument --max-buffer-reuse: '0' is no whole number of at least 1"),
+        (("--buffer", 3, "--compress", 5), "argument --compress: invalid choice: 5"),
+        (("--buffer", 3, "--noise", 0.1, "--layer-sequence", "sequential"), "--noise has no effect with --layer-sequence sequential"),
+        (("--noise", 0.1), "--noise has no effect without --buffer: the run is synchronous"),
+        (("--max-buffer-reuse", 2), "--max-buffer-reuse has no effect without --buffer"),
+        (("--compress", 8), "--compress has no effect without --buffer"),
+        (("--width_aux", 64), "--width_aux has no effect without --nlin"),
+        (("--down", "1;2"), "argument --down: '1;2' is no list of layers such as [1,3]"),
+        (("--down", "[0,2]"), "--down [0, 2] must list different layers from 0 to 1"),
+        (("--ncnn", 8, "--down", "0,1,2,3,4,5"), "layer 6 would have to halve 1x1"),
+        (("--ncnn", 1), "argument --ncnn: '1' is no whole number of at least 2"),
+        (("--ds-type", "sum"), "argument --ds-type: invalid choice: 'sum'"),
+        (("--buffer", 10**9), "the buffers need "),
+        (("-j", 4), "unrecognized arguments: -j 4"),
+    ],
+)
+def test_bad_flags(fails, flags, message):
+    assert message in fails(SCRIPT, *FLAGS, *flags)
+
+
+# The sweep
+
+
+@pytest.fixture
+def sweep(monkeypatch, tmp_path, capsys):
+    """sweep(*flags): runs the sweep, its runs in this process; returns the runs it made and what it printed."""
+    script, module, really_run = load_script(SCRIPT), load_script("async_buffer/sweep.py"), subprocess.run
+
+    def run(*flags, log_dir=tmp_path / "logs"):
+        made = []
+
+        def in_process(command, **options):
+            if command[0] != sys.executable:
+                return really_run(command, **options)
+            made.append(command[command.index("--name") + 1])
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", command[1:])
+                runs.start(script.main)
+            return subprocess.CompletedProcess(command, 0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.subprocess, "run", in_process)
+            patch.setattr(sys, "argv", [str(ROOT / "async_buffer/sweep.py"), *map(str, flags[: flags.index("--")]), "--log-dir", str(log_dir)])
+            sys.argv += [*map(str, flags[flags.index("--") :])]
+            runs.start(module.main)
+        return made, capsys.readouterr().out
+
+    return run
+
+
+def test_the_sweep_runs_what_has_no_complete_log_and_prints_the_table(sweep, tmp_path):
+    quick = ("--", *FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL)
+    five = ("--figure", 5, "--slow-downs", 1, 2, "--layers", 0, 2, "--buffers", 2, "--seeds", 0)
+    made, printed = sweep(*five, "--dry-run", *quick)
+    assert made == [] and "run 3 of 3: python " in printed and "no complete log in" in printed
+    made, printed = sweep(*five, *quick)
+    assert made == ["buffer2-slow1-seed0", "buffer2-slow2-layer0-seed0", "buffer2-slow2-layer2-seed0"]
+    assert [line.split()[:3] for line in printed.splitlines()[-3:]] == [["2", "-", "1.0"], ["0", "2.0", "1"], ["2", "2.0", "1"]]
+    assert not list((tmp_path / "logs").glob("*.pt"))
+    shortened = next((tmp_path / "logs").glob("*slow2-layer2*.log"))
+    shortened.write_text("".join(line for line in shortened.read_text().splitlines(True) if not line.startswith("n: 2")))
+    six = ("--figure", 6, "--slow-downs", 1, 2, "--layers", 2, "--buffers", 1, 2, "--seeds", 0)
+    assert sweep(*six, *quick)[0] == ["buffer1-slow1-seed0", "buffer1-slow2-layer2-seed0", "buffer2-slow2-layer2-seed0"]
+
+
+def test_a_bad_flag_ends_the_sweep_before_its_first_run(sweep, capsys, tmp_path):
+    for flags in (("--figure", 5, "--slow-downs", 0.5, "--"), ("--figure", 5, "--layers", 9, "--"), ("--figure", 6, "--", "--mlp", -1)):
+        with pytest.raises(SystemExit) as stop:
+            sweep(*flags)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "logs").exists()

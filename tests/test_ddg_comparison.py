@@ -1,0 +1,326 @@
+"""ResNets by back-propagation, DDG and DGL: the claims of the three scripts and of their network."""
+
+import sys
+import weakref
+
+import pytest
+import torch
+from running import load_script
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from decoupled import InputError
+from decoupled.data import load
+from decoupled.metrics import evaluate
+
+DGL, DDG, BACKPROP, COSTS = (f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop", "step_costs"))
+resnet = load_script("ddg_comparison/cifar_resnet.py")
+FLAGS = ("--depth", 8, "--dataset", "digits", "--train-samples", 90, "--batch-size", 50, "--device", "cpu", "--epochs", 3)  # batches of 50 and 40
+
+# With fewer iterations in an epoch than K, the lowest modules of DDG take their first step after the first epoch, which PyTorch takes for a mistake.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+
+
+def first_images(net, batches, heads=None):
+    """Evaluation on a few images."""
+    images, labels = next(iter(batches))
+    return evaluate(net, [(images[:8], labels[:8])], heads)
+
+
+def small(script, adapt=lambda net: net):
+    """The names to replace in ``script`` for a network of 2, 4 and 8 channels, which ``adapt`` may change."""
+    name = "decoupled_resnet" if script == DGL else "chained_resnet"
+    return {name: lambda *settings: adapt(getattr(resnet, name)(*settings, width=2)), "evaluate": first_images}
+
+
+@pytest.fixture
+def train_small(run_script, tmp_path):
+    """train_small(script, *flags): what the script leaves with FLAGS and the small network; ``to`` names its folder."""
+
+    def run(script, *flags, to="logs", adapt=lambda net: net, **names):
+        return run_script(script, *FLAGS, *flags, folder=tmp_path / to, **small(script, adapt), **names)
+
+    return run
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# The network
+
+
+def test_resnet_110_has_the_released_parameter_counts():
+    net, whole = resnet.decoupled_resnet(110, 2, 10), resnet.chained_resnet(110, 1, 10)
+    assert [count(module.body) for module in net] == [228_432, 1_498_880]
+    assert count(net[1].auxiliary) == 650 and count(whole) == 228_432 + 1_498_880 + 650
+    assert net[0].body(torch.zeros(1, 3, 32, 32)).shape == (1, 32, 16, 16)
+    assert len(resnet.pieces(8)) == 7 and [len(module.body) for module in net] == [29, 29]
+
+
+def test_initialization():
+    (body,), classifier = resnet.parts(20, 1, 10)
+    for layer in body.modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer.out_channels == 64:
+            assert layer.bias is None and layer.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+            assert abs(layer.weight.mean().item()) < 1e-3
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            assert (layer.weight == 1).all() and (layer.bias == 0).all()
+    assert classifier[1].weight.abs().max() <= 1 / 64**0.5  # PyTorch's default is uniform
+
+
+def test_the_shortcut_takes_every_second_pixel_and_appends_zero_channels():
+    block = resnet.Block(2, 4)
+    torch.nn.init.zeros_(block.bn2.weight)  # the residual vanishes
+    images = torch.randn(3, 2, 8, 8)
+    out = block(images)
+    assert torch.equal(out[:, :2], images[:, :, ::2, ::2].relu()) and not out[:, 2:].any()
+    same = resnet.Block(2, 2)
+    torch.nn.init.zeros_(same.bn2.weight)
+    assert torch.equal(same(images), images.relu())
+
+
+def test_every_split_is_the_same_network_from_the_same_start():
+    images, outputs = torch.randn(2, 3, 32, 32), []
+    for splits in range(1, 8):
+        torch.manual_seed(5)
+        chained = resnet.chained_resnet(8, splits, 10, width=2).eval()
+        torch.manual_seed(5)
+        decoupled = resnet.decoupled_resnet(8, splits, 10, width=2).eval()
+        assert len(chained) == len(decoupled) == len(decoupled(images)) == splits
+        outputs += [chained(images)[0], decoupled(images)[-1]]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("depth", [-4, 0, 2, 7, 9, 111])
+def test_a_depth_that_is_not_6n_2(depth):
+    with pytest.raises(InputError, match=f"--depth {depth} is no CIFAR ResNet's: choose 6n"):
+        resnet.pieces(depth)
+
+
+# The algorithms
+
+
+def assert_equal(left, right):
+    """Same values in the same order, whatever their names."""
+    assert len(left.weights) == len(right.weights)
+    for (name, value), other in zip(left.weights.items(), right.weights.values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_one_module_of_ddg_and_of_dgl_is_back_propagation_bit_for_bit(train_small):
+    flags = ("--seed", 3, "--milestones", 2)
+    left = train_small(BACKPROP, *flags)
+    for script in (DGL, DDG):
+        other = train_small(script, *flags, "--splits", 1, to=script)
+        assert_equal(left, other)
+        assert other.lines == left.lines
+
+    torch.manual_seed(3)
+    net = resnet.chained_resnet(8, 1, 10, width=2).to(memory_format=torch.channels_last)
+    train, _, _ = load("digits", batch_size=50, train_samples=90, seed=3)
+    optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    for epoch in (1, 2, 3):
+        for images, labels in train:
+            optimizer.zero_grad()
+            F.cross_entropy(net(images)[0], labels).backward()
+            optimizer.step()
+        if epoch == 2:
+            optimizer.param_groups[0]["lr"] *= 0.1
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, left.weights[name]), name
+
+
+def delayed_gradients(net, batches, epochs, milestone):
+    """DDG's equation with all gradients kept: w_k(t+1) = w_k(t) − lr·v_k, v_k ← 0.9 v_k + ∂f(x_s; w(s))/∂w_k + 5e-4 w_k(t), s = t − (K−1−k)."""
+    weights = [list(module.parameters()) for module in net]
+    velocities = [[torch.zeros_like(weight) for weight in own] for own in weights]
+    gradients, rate = [], 0.01
+    for epoch in range(1, epochs + 1):
+        for images, labels in batches:
+            loss = F.cross_entropy(net(images)[0], labels)
+            gradients.append([torch.autograd.grad(loss, own, retain_graph=True) for own in weights])
+            with torch.no_grad():
+                for k, (own, velocity) in enumerate(zip(weights, velocities, strict=True)):
+                    s = len(gradients) - 1 - (len(net) - 1 - k)
+                    if s >= 0:
+                        for w, v, gradient in zip(own, velocity, gradients[s][k], strict=True):
+                            v.mul_(0.9).add_(gradient + 5e-4 * w)
+                            w.sub_(rate * v)
+        rate *= 0.1 if epoch == milestone else 1
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_ddg_is_its_equation_in_double_precision(train_small, monkeypatch, splits):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # images and losses are in double precision too
+    left = train_small(DDG, "--splits", splits, "--milestones", 2, adapt=lambda net: net.double())
+    torch.manual_seed(1)
+    net = resnet.chained_resnet(8, splits, 10, width=2).double()
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    train, _, _ = load("digits", batch_size=50, train_samples=90, seed=1)
+    delayed_gradients(net, train, epochs=3, milestone=2)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(left.weights[name], value, rtol=1e-9, atol=1e-12, msg=name)
+        assert not torch.equal(value, start[name]), name
+
+
+def test_ddg_holds_the_mini_batches_it_needs_and_no_more(train_small):
+    """Module k: min(t, K−1−k) after t iterations, with their weights and graphs; its first step is in iteration K−k."""
+    script, copies, iterations = load_script(DDG), [[] for _ in range(4)], []
+
+    def step(run, net, optimizers, in_flight, images, labels):
+        before = [[weight.detach().clone() for weight in module.parameters()] for module in net]
+        result = script.step(run, net, optimizers, in_flight, images, labels)
+        iterations.append(len(images))
+        t = len(iterations)
+        for k, (module, own) in enumerate(zip(net, in_flight, strict=True)):
+            delay = 3 - k
+            assert [len(below) for below, _, _ in own.batches] == iterations[max(t - delay, 0) :]
+            copies[k] += [weakref.ref(weight) for weight in own.batches[-1][1].values()] if delay else []
+            alive = sum(copy() is not None for copy in copies[k])
+            assert alive == len(own.batches) * len(before[k])
+            moved = any(not torch.equal(weight, old) for weight, old in zip(module.parameters(), before[k], strict=True))
+            assert moved == (t > delay)
+        return result
+
+    left = train_small(DDG, "--splits", 4, step=step)
+    assert iterations == [50, 40] * 3
+    assert [len(state["batches"]) for state in left.state["in_flight"]] == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_checkpointing_is_back_propagation_bit_for_bit(train_small, splits):
+    """Batch norm's statistics included, though the forward pass runs twice."""
+    passes = []
+
+    def watch(net):
+        for module in net:
+            module.register_forward_pre_hook(lambda module, inputs: passes.append(module) if module.training else None)
+        return net
+
+    plain = train_small(BACKPROP)
+    left = train_small(BACKPROP, "--checkpointing", "--splits", splits, to="checkpointing", adapt=watch)
+    assert_equal(plain, left)
+    assert len(passes) == 6 * (2 * splits - 1)  # the last part is not recomputed
+    assert [line.split(", ", 1)[1] for line in left.lines] == [line.split(", ", 1)[1] for line in plain.lines]
+
+
+def test_a_loss_that_is_not_finite_stops_ddg(train_small, capsys):
+    def poison(net):
+        net[-1].register_forward_hook(lambda module, inputs, output: output * float("nan") if module.training else None)
+        return net
+
+    with pytest.raises(SystemExit) as stop:
+        train_small(DDG, adapt=poison)
+    assert stop.value.code == 2 and "the loss of module 2 became nan in epoch 1, batch 1" in capsys.readouterr().err
+
+
+# The runs
+
+METHODS = [(DGL, "--splits", 2), (DDG, "--splits", 3), (BACKPROP,), (BACKPROP, "--checkpointing")]
+
+
+def tensors(tree):
+    """The tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [leaf for branch in branches for leaf in tensors(branch)]
+
+
+@pytest.mark.parametrize("method", [*METHODS, (DDG, "--splits", 4, "--half")], ids=lambda method: " ".join(map(str, method)))
+def test_a_resumed_run_ends_as_if_never_stopped(train_small, method):
+    whole = train_small(*method, to="whole")
+    train_small(*method, "--epochs", 1)
+    left = train_small(*method, "--resume")
+    assert "# resumed after epoch 1" in left.log.read_text()
+    assert left.lines == whole.lines
+    mine, its = tensors(left.state), tensors(whole.state)
+    assert len(mine) == len(its) and all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda method: method[0])
+def test_learning_rate_sequence_with_momentum_kept(train_small, method):
+    steps = []
+
+    class Watched(SGD):
+        def step(self):
+            group, weight = self.param_groups[0], self.param_groups[0]["params"][0]
+            velocity = self.state[weight].get("momentum_buffer", torch.zeros(1)).clone()
+            expected = 0.9 * velocity + weight.grad + 5e-4 * weight.detach()
+            super().step()
+            steps.append((id(self), group["lr"], group["nesterov"]))
+            torch.testing.assert_close(self.state[weight]["momentum_buffer"], expected)
+
+    train_small(*method, "--epochs", 4, "--milestones", 2, 3, SGD=Watched)
+    for optimizer in {optimizer for optimizer, _, _ in steps}:
+        rates = [rate for other, rate, nesterov in steps if other == optimizer and not nesterov]
+        late = 8 - len(rates)  # iterations without a step in DDG
+        assert rates == pytest.approx(([0.01] * 4 + [0.001] * 2 + [0.0001] * 2)[late:])
+
+
+@pytest.mark.parametrize("script", [DGL, DDG, BACKPROP])
+def test_defaults_are_the_published_recipe(monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", [script])
+    args = load_script(script).parse_args()
+    expected = {"depth": 110, "epochs": 300, "batch_size": 128, "milestones": [150, 225], "seed": 1, "nesterov": False, "dataset": "cifar10"}
+    assert {name: vars(args)[name] for name in expected} == expected
+    assert args.splits == (1 if script == BACKPROP else 2)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        *((script, ("--depth", 9), "--depth 9 is no CIFAR ResNet's: choose 6n+2, such as 8, 20,") for script in (DGL, DDG, BACKPROP, COSTS)),
+        *((script, ("--splits", 8), "7 pieces do not split into 8 parts: choose from 1 to 7 splits") for script in (DGL, DDG)),
+        (BACKPROP, ("--checkpointing", "--splits", 8), "7 pieces do not split into 8 parts"),
+        (DDG, ("--splits", 7), "--splits 7 leaves a module without weights, which has nothing to learn: choose fewer"),
+        (DDG, ("--splits", 0), "argument --splits: '0' is no whole number of at least 1"),
+        (DGL, ("--milestones", 0), "argument --milestones: '0' is no whole number of at least 1"),
+        (BACKPROP, ("--splits", 2), "--splits 2 changes nothing in back-propagation: add --checkpointing or leave it out"),
+        (BACKPROP, ("--checkpointing", "--splits", 1), "--checkpointing keeps what is between parts: choose at least 2 --splits"),
+        (BACKPROP, ("--checkpointing", "--compile"), "--checkpointing does not work with --compile: leave one out"),
+    ],
+)
+def test_bad_flags(fails, monkeypatch, script, flags, message):
+    if script == COSTS:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        with pytest.raises(InputError, match="--depth 9 is no CIFAR ResNet's"):
+            load_script(script).main()
+    else:
+        assert message in fails(script, *FLAGS, *flags)
+
+
+def test_a_checkpoint_of_another_number_of_splits_is_refused(train_small, fails):
+    train_small(DDG)
+    assert "--splits 2 (now 3)" in fails(DDG, *FLAGS, "--splits", 3, "--resume", **small(DDG))
+
+
+def test_what_the_methods_cost(monkeypatch, capsys):
+    """Memory: DGL and checkpointing below back-propagation, DDG above. Computing: DDG as back-propagation, checkpointing more."""
+    frames, script = [], load_script(COSTS)
+
+    def measure(*args):
+        frames.append(script_measure(*args))
+        return frames[0]
+
+    script_measure, script.measure, script.SECONDS = script.measure, measure, 1e-9
+    flags = ("--depth", "20", "--splits", "2", "3", "--batch-size", "8", "--repeats", "1", "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["step_costs.py", *flags])
+    script.main()
+    (frame,) = frames
+    assert "peak MiB" in capsys.readouterr().out and (frame > 0).all(axis=None)
+    memory, flops = frame["peak MiB"], frame["GFLOP/image"]
+    plain = ("back-propagation", 1)
+    for splits in (2, 3):
+        assert memory["checkpointing", splits] < memory[plain] < memory["DDG", splits]
+        assert flops["DDG", splits] == flops[plain] < flops["checkpointing", splits] < 1.4 * flops[plain]
+    assert memory["DGL", 2] < memory[plain] and memory["DDG", 2] < memory["DDG", 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", [*METHODS, (DDG, "--splits", 4)], ids=lambda method: " ".join(map(str, method)))
+def test_on_a_gpu_in_half_precision(train_small, method):
+    left = train_small(*method[:1], *map(str, method[1:]), "--device", "cuda", "--half")
+    assert "fp16 mixed" in left.log.read_text() and all(scaler["scale"] > 0 for scaler in left.state["scalers"])
+    assert all(value.isfinite().all() for value in left.weights.values())
