@@ -7,7 +7,7 @@ from torch import nn
 from decoupled import InputError
 from decoupled.auxiliary import pool_to_quarter
 from decoupled.metrics import ensembles
-from decoupled.network import DecoupledModule, DecoupledNetwork, output_shape
+from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape
 
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
 
@@ -68,7 +68,7 @@ def asynchronous_cnn(channels=128, depth=6, down=(1, 3), downsampling="maxpool",
         body = layer(shape[0], width, downsampling if halved else None)
         shape = output_shape(body, shape)
         modules.append(DecoupledModule(body, layer_head(width, shape[1:], classes, **head_options)))
-    return DecoupledNetwork(modules)
+    return draw_batch_norm_weights(DecoupledNetwork(modules))  # as in the published runs
 
 
 def representation_shapes(net, input_shape=(3, 32, 32)):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from decoupled import InputError
 from decoupled.auxiliary import mlp_sr_auxiliary
-from decoupled.network import DecoupledModule, DecoupledNetwork, output_shape, split
+from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape, split
 
 STAGES = 3  # of constant size: 32×32, 16×16, 8×8
 
@@ -79,7 +79,7 @@ def decoupled_resnet(depth, splits, classes, width=16):
     heads, shape = [], (3, 32, 32)
     for body in bodies[:-1]:
         shape = output_shape(body, shape)
-        heads.append(mlp_sr_auxiliary(shape[0], shape[1:], classes))
+        heads.append(draw_batch_norm_weights(mlp_sr_auxiliary(shape[0], shape[1:], classes)))  # as in the published runs
     return DecoupledNetwork(map(DecoupledModule, bodies, [*heads, classifier]))
 
 

@@ -2,16 +2,18 @@
 
 from torch import nn
 
+from decoupled.network import draw_batch_norm_weights
+
 
 def backbone(channels, classes):
     """Its three blocks, 5×5 convolution, BN, ReLU, 3×3 pooling of stride 3, and its head: ([block, block, block], head).
 
     (B, 3, 32, 32) → (B, C, 10, 10) → (B, C, 3, 3) → (B, C, 1, 1) → logits (B, classes). Made before synthesizers and auxiliaries, so that all
-    methods start from the same weights with the same seed.
+    methods start from the same weights with the same seed. Batch norm weights, the synthesizer's too, are drawn as in the published runs.
     """
     layers = [(3, nn.MaxPool2d(3)), (channels, nn.AvgPool2d(3)), (channels, nn.AvgPool2d(3))]
     blocks = [nn.Sequential(conv(below, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool) for below, pool in layers]
-    return blocks, head(channels, classes)
+    return [draw_batch_norm_weights(block) for block in blocks], head(channels, classes)
 
 
 def head(channels, classes):
@@ -41,6 +43,7 @@ class ConvSynthesizer(nn.Module):
             nn.ReLU(inplace=True),
             conv(channels, channels),
         )
+        draw_batch_norm_weights(self.layers)
         nn.init.zeros_(self.layers[-1].weight)  # its bias keeps PyTorch's default, as in the released code
 
     def forward(self, trigger, context=None):

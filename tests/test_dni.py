@@ -671,7 +671,7 @@ def test_gradients_accumulate():
 def test_threads_do_not_disturb_each_other():
     """Threads meet amid their contexts and deferrals, and train as they would alone."""
     count, steps = 4, 5
-    barrier = threading.Barrier(count, timeout=300)
+    barrier = threading.Barrier(count, timeout=120)
 
     def train(seed, meet):
         generator = torch.Generator().manual_seed(seed)
