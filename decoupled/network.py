@@ -88,7 +88,7 @@ def draw_batch_norm_weights(net):
     """Draws the weights of every batch norm in ``net`` from U(0, 1), and returns ``net``.
 
     PyTorch did so by default up to release 1.1, with which the authors' logs of the CIFAR experiments were made; since 1.2 they start at 1
-    (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: from 1, the upper modules of the learning-curves network learn more slowly.
+    (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: from 1, the upper modules of learning_curves learn more slowly.
     """
     for layer in net.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
