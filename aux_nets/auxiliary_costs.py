@@ -18,7 +18,6 @@ FLOPs, parameters and memory are exact and the same on every machine: a multiply
 
 import argparse
 import contextlib
-import time
 
 import pandas as pd
 import torch
@@ -27,7 +26,7 @@ from torch.optim import SGD
 
 from decoupled import runs
 from decoupled.auxiliary import AUXILIARIES
-from decoupled.costs import Ones, costs, count_flops, peak_memory, training_step
+from decoupled.costs import Ones, costs, count_flops, peak_memory, step_seconds, training_step
 from decoupled.network import layerwise_cnn
 
 HEAD = "head"  # the last module's, whatever the type
@@ -133,20 +132,8 @@ def seconds(steps, repeats, device):
     """What each of ``steps`` (callables by name) takes: the median over ``repeats`` rounds of all of them, after one to warm up. A Series by name."""
     rounds = []
     for _ in range(1 + repeats):
-        times = []
-        for step in steps.values():
-            synchronize(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
-            times.append(time.perf_counter() - started)
-        rounds.append(times)
+        rounds.append([step_seconds(step, device=device) for step in steps.values()])
     return pd.Series(pd.DataFrame(rounds[1:]).median().tolist(), index=pd.Index(list(steps)))
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def added_time(times):

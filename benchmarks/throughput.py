@@ -24,7 +24,6 @@ import io
 import itertools
 import math
 import tempfile
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import runs
-from decoupled.costs import count_flops, peak_memory
+from decoupled.costs import count_flops, peak_memory, step_seconds
 from decoupled.data import CIFAR10_MEAN, CIFAR10_STD, Batches
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import layerwise_cnn
@@ -166,21 +165,6 @@ def housekeeping(args, images, labels, train, test):
 # Measuring
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def seconds(step, calls, device):
-    """What a call of ``step`` takes, on average of ``calls``."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - started) / calls
-
-
 def matrix_product(half, device):
     """A callable that multiplies two large square matrices in the precision of the convolutions, and the FLOPs of that."""
     dtype = torch.float32 if not half else torch.float16 if device.type == "cuda" else torch.bfloat16
@@ -203,16 +187,16 @@ def measure(rows, args, device):
     for row in rows:
         memory = peak_memory(lambda row=row: (row.step(), row.step()), device)
         lines.append({"images": row.images, "flops": count_flops(row.step) / row.images, "memory": memory})
-        calls.append(math.ceil(SECONDS / seconds(row.step, 1, device)))
+        calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
     multiply, flops = matrix_product(args.half, device)
-    seconds(multiply, 1, device)
-    products = [seconds(multiply, 1, device)]
+    step_seconds(multiply, 1, device)
+    products = [step_seconds(multiply, 1, device)]
     products_calls = math.ceil(SECONDS / products[0])
     rounds = []
     for _ in range(args.repeats):
-        products.append(seconds(multiply, products_calls, device))
-        rounds.append([seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)])
-        products.append(seconds(multiply, products_calls, device))
+        products.append(step_seconds(multiply, products_calls, device))
+        rounds.append([step_seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)])
+        products.append(step_seconds(multiply, products_calls, device))
     names = [row.name for row in rows]
     return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), flops / min(products)
 

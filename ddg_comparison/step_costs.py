@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import math
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from cifar_resnet import chained_resnet, decoupled_resnet
 from torch.optim import SGD
 
 from decoupled import runs
-from decoupled.costs import count_flops, peak_memory
+from decoupled.costs import count_flops, peak_memory, step_seconds
 
 CLASSES = 10
 SECONDS = 0.1  # a row is repeated within a round for at least as long
@@ -99,29 +98,14 @@ def dgl(args, images, labels, splits):
 # Measuring
 
 
-def seconds(step, calls, device):
-    """What a call of ``step`` takes, on average of ``calls``."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - started) / calls
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def measure(rows, batch_size, repeats, device):
     """The table: a frame indexed by method and K."""
     lines, calls = [], []
     for row in rows:
         memory = peak_memory(lambda row=row: [row.step() for _ in range(row.splits + 1)], device)
         lines.append({"GFLOP/image": count_flops(row.step) / batch_size / 1e9, "peak MiB": memory / 2**20})
-        calls.append(math.ceil(SECONDS / seconds(row.step, 1, device)))
-    rounds = [[seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)]
+        calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
+    rounds = [[step_seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)]
     frame = pd.DataFrame(lines, index=pd.MultiIndex.from_tuples([row[:2] for row in rows], names=("method", "K")))
     typical = pd.DataFrame(rounds).median().to_numpy()
     frame.insert(0, "ms/step", 1000 * typical)

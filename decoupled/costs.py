@@ -1,9 +1,10 @@
-"""What a module and its auxiliary network cost: parameters, FLOPs, peak memory of a training step.
+"""What a module and its auxiliary network cost: parameters, FLOPs, peak memory and time of a training step.
 
 One multiply-add is 2 FLOPs; matrix products and convolutions count, nothing else does (torch.utils.flop_counter).
 """
 
 import copy
+import time
 import weakref
 from functools import partial
 
@@ -84,6 +85,22 @@ def count_flops(step):
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def step_seconds(step, calls=1, device="cpu"):
+    """Wall time of a call of ``step()`` in seconds, on average of ``calls``, the device's queued work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def synchronize(device):
+    device = torch.device(device)
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def costs(net, images):
