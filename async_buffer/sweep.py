@@ -9,6 +9,7 @@ The checkpoint of a finished run, which holds its buffers, is deleted.
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def main():
         if any(complete for _, complete in same):
             continue
         checkpoints = [path.with_suffix(".pt") for path, _ in same if path.with_suffix(".pt").is_file()]
-        command = [sys.executable, cifar_buffer.__file__, *flags, *(["--resume", str(checkpoints[-1])] if checkpoints else [])]
+        command = [sys.executable, os.path.relpath(cifar_buffer.__file__), *flags, *(["--resume", str(checkpoints[-1])] if checkpoints else [])]
         print(f"run {index} of {len(todo)}: {shlex.join(['python', *command[1:]])}", flush=True)
         if args.dry_run:
             continue
