@@ -1,10 +1,13 @@
-"""Throughput and memory of the learning-curves network: DGL beside sequential greedy learning, back-propagation and the matrix-product ceiling.
+"""Throughput and memory of training steps beside the matrix-product ceiling, for two networks. Needs no data set: the images are random.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --half
+    python benchmarks/throughput.py --half --network dni
 
-What it shows: how near the machine's ceiling each step runs; that DGL's needs less memory than back-propagation's; that what is not the step (data,
-meters, log) is a small part of an epoch; what evaluating every head costs beside the last alone. Needs no data set: the images are random.
+learning_curves: DGL beside sequential greedy learning and back-propagation. It shows how near the machine's ceiling each step runs; that DGL's needs
+less memory than back-propagation's; that what is not the step (data, meters, log) is a small part of an epoch; what evaluating every head costs
+beside the last alone.
+dni: back-propagation, DGL, DNI and cDNI. It shows that DGL's step costs its modules' FLOPs and no more, at which share of the ceiling beside
+back-propagation's, and that synthesizers run no more often than the method needs.
 
 Columns:
   images/s      median over the rounds
@@ -13,44 +16,55 @@ Columns:
   GFLOP/s       the product of both
   % of ceiling  GFLOP/s beside the best large square matrix product of the same precision, measured before and after each round
   peak MiB      made by two steps from the start on, momentum included, on top of network and images (decoupled.costs.peak_memory)
-Rows: training steps on one batch, already on the device; "stage n" learns module n on the frozen ones below, their mean is that of sequential
-training as a whole (and its largest peak). Evaluation includes its data and meters. "an epoch's" rows are done once for 50,000 images.
+Rows, a table for each network: training steps on one batch, already on the device; "stage n" learns module n on the frozen ones below, their mean is
+that of sequential training as a whole (and its largest peak). Evaluation includes its data and meters. "an epoch's" rows are done once for 50,000
+images.
 Each round measures every row, so that a drift of the machine hits all alike.
 """
 
 import argparse
 import contextlib
+import copy
+import gc
+import importlib.util
 import io
 import itertools
 import math
+import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from decoupled import runs
-from decoupled.costs import count_flops, peak_memory, step_seconds
+from decoupled.costs import costs, count_flops, peak_memory, step_seconds
 from decoupled.data import CIFAR10_MEAN, CIFAR10_STD, Batches
 from decoupled.metrics import Meter, evaluate
-from decoupled.network import layerwise_cnn
+from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
+from dni import synthesizer_context
 
 TRAIN, TEST, CLASSES = 50_000, 10_000, 10  # CIFAR-10's
 TEST_BATCH = 1000
-DEPTH = 4
+BATCH = {"learning_curves": 128, "dni": 256}  # the experiments'
+DEPTH = 4  # of the learning-curves network
+CHANNELS = 128  # of the dni network
 SECONDS = 0.1  # a row is repeated within a round for at least as long
 SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
 
 
 def parse_args():
     parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=("all", *BATCH), default="all", help="(default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--threads", type=runs.whole_number(1), help="of PyTorch on the CPU (default: its own choice)")
-    parser.add_argument("--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=runs.whole_number(2), help="images a step (default: the experiment's, 128 or, for dni, 256)")
     parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
     parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.runs.keep_freed_memory")
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
@@ -58,14 +72,26 @@ def parse_args():
 
 
 class Row(NamedTuple):
-    """A line of the table: ``step()`` deals with ``images`` images."""
+    """A line of the table: ``step()`` deals with ``images`` images; ``net`` where what it costs is looked at more closely."""
 
     name: str
     images: int
     step: callable
+    net: nn.Module = None
 
 
-# The rows. One function a method: it makes its own run and networks, and returns a list of rows, so others can be added beside them.
+# The rows of learning_curves. One function a method: it makes its own run and networks, and returns a list of rows.
+
+
+def learning_curves(args, train, test):
+    batch = next(iter(train))
+    return [
+        *dgl(args, *batch),
+        *sequential(args, *batch),
+        *dgl(args, *batch, block_size=DEPTH, name="back-propagation step"),
+        *evaluation(args, train, test),
+        *housekeeping(args, *batch, train, test),
+    ]
 
 
 def sgd(module):
@@ -162,7 +188,77 @@ def housekeeping(args, images, labels, train, test):
     ]
 
 
+# The rows of dni
+
+
+def dni(args, train, test):
+    batch = next(iter(train))
+    return [
+        dni_adam(args, *batch, "back-propagation step"),
+        dni_dgl(args, *batch),
+        dni_adam(args, *batch, "DNI step", synthetic=True),
+        dni_adam(args, *batch, "cDNI step", synthetic=True, context=True),
+    ]
+
+
+def dni_script(name):
+    """The script ``name`` of the dni experiment as a module; by its path, since other experiments have a cifar_dgl.py too."""
+    folder = Path(__file__).resolve().parents[1] / "dni"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for the file beside it that it imports
+    spec = importlib.util.spec_from_file_location(f"dni_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dni_adam(args, images, labels, name, synthetic=False, context=False):
+    """The step of dni/cifar_cnn_dni.py without meters."""
+    run = runs.Run(args)
+    net = run.prepare(dni_script("cifar_cnn_dni").Network(CHANNELS, CLASSES, synthetic, context)).train()
+    optimizer = Adam(net.parameters(), lr=3e-5, fused=True)
+    next(run.epochs(net=net, optimizers=[optimizer]))
+
+    def step():
+        given = F.one_hot(labels, CLASSES).float() if context else None
+        optimizer.zero_grad()
+        with run.autocast(), synthesizer_context(given):
+            (logits,) = net(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+
+    return Row(name, len(labels), step, net)
+
+
+def dni_dgl(args, images, labels):
+    """The step of dni/cifar_dgl.py without meters."""
+    run, script = runs.Run(args), dni_script("cifar_dgl")
+    blocks, last = script.backbone(CHANNELS, CLASSES)
+    heads = [script.auxiliary(CHANNELS, CLASSES), script.auxiliary(CHANNELS, CLASSES), last]
+    net = run.prepare(DecoupledNetwork(map(DecoupledModule, blocks, heads))).train()
+    optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
+    next(run.epochs(net=net, optimizers=optimizers))
+
+    def step():
+        representation = images
+        for module, optimizer in zip(net, optimizers, strict=True):
+            with run.autocast():
+                representation, logits = module(representation)
+            loss = F.cross_entropy(logits.float(), labels)
+            run.step(loss, optimizer)
+            representation = representation.detach()
+
+    return Row("DGL step", len(labels), step, net)
+
+
 # Measuring
+
+
+def settle(rows):
+    """Takes each row's step once on CUDA, whose libraries try kernels and take lasting workspaces then: no row's peak is to have that memory."""
+    for row in rows:
+        row.step()
 
 
 def matrix_product(half, device):
@@ -203,12 +299,12 @@ def measure(rows, args, device):
 
 def table(lines, times, ceiling):
     """The frame to print, from measure's three results."""
-    stages = [name for name in times if name.startswith("sequential step, stage")]
-    mean = "sequential step, mean"
-    times[mean] = times[stages].mean(axis=1)
-    lines.loc[mean] = {"images": lines["images"][stages[0]], "flops": lines["flops"][stages].mean(), "memory": lines["memory"][stages].max()}
-    place = times.columns.get_loc(stages[-1]) + 1
-    order = [*times.columns[:place], mean, *times.columns[place:-1]]
+    order = [*times.columns]
+    if stages := [name for name in order if name.startswith("sequential step, stage")]:
+        mean = "sequential step, mean"
+        times[mean] = times[stages].mean(axis=1)
+        lines.loc[mean] = {"images": lines["images"][stages[0]], "flops": lines["flops"][stages].mean(), "memory": lines["memory"][stages].max()}
+        order.insert(order.index(stages[-1]) + 1, mean)
     typical = times.median()
     speed = lines["flops"] / typical
     frame = pd.DataFrame(
@@ -226,7 +322,7 @@ def table(lines, times, ceiling):
     return frame.loc[order]
 
 
-def print_epoch(times):
+def print_epoch(rows, frame, times):
     """What data, meters and log take of an epoch of DGL, and all heads' evaluation beside the last head's."""
     typical = times.median()
     parts = {
@@ -245,6 +341,31 @@ def print_epoch(times):
     print(f"evaluation of all heads takes {ratio:.3f} times as long as of the last head")
 
 
+def print_parts(rows, frame, times):
+    """DGL's step beside the sum of its parts at back-propagation's share of the ceiling, and how often synthesizers run."""
+    row = next(row for row in rows if row.name == "DGL step")
+    parts = costs(copy.deepcopy(row.net).to("meta"), torch.empty(2, 3, 32, 32, device="meta"))["training_flops"].xs("module", level="part") / 1e9
+    own, backprop = frame.loc["DGL step"], frame.loc["back-propagation step"]
+    each = " + ".join(f"{part:.3f}" for part in parts)
+    print(f"\nDGL's modules, each alone, cost {each} = {parts.sum():.3f} GFLOP/image; its step counts {own['GFLOP/image']:.3f}.")
+    ratio = ((times["back-propagation step"] / backprop["GFLOP/image"]) / (times["DGL step"] / parts.sum())).median()
+    share, speed = backprop["% of ceiling"], own["images/s"]
+    print(f"At back-propagation's share of the ceiling, {share:.1f} %, that is {speed / ratio:,.0f} images/s; DGL runs {speed:,.0f} ({ratio:.2f} ×).")
+    counts = ", ".join(f"{row.name.removesuffix(' step')} {synthesizer_runs(row)}" for row in rows)
+    print(f"Runs of synthesizers (DGL: auxiliaries) in a step: {counts}. The network has 3 interfaces, DGL 2 auxiliaries.")
+
+
+def synthesizer_runs(row):
+    """How often synthesizers run in a step."""
+    ran = []
+    synthesizers = [module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"]  # by name: scripts are loaded by path
+    hooks = [synthesizer.register_forward_hook(lambda *_: ran.append(1)) for synthesizer in synthesizers]
+    row.step()
+    for hook in hooks:
+        hook.remove()
+    return len(ran)
+
+
 def main():
     args = parse_args()
     if args.plain_malloc:
@@ -253,28 +374,28 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device = runs.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    pixels, labels = torch.randint(256, (TRAIN, 32, 32, 3), dtype=torch.uint8), torch.randint(CLASSES, (TRAIN,))
-    common = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
-    train = Batches(pixels.to(device), labels.to(device), args.batch_size, augment=True, **common)
-    test = Batches(pixels[:TEST_BATCH].to(device), labels[:TEST_BATCH].to(device), TEST_BATCH, **common)
-    batch = next(iter(train))
-    with tempfile.TemporaryDirectory() as args.log_dir:
-        rows = [
-            *dgl(args, *batch),
-            *sequential(args, *batch),
-            *dgl(args, *batch, block_size=DEPTH, name="back-propagation step"),
-            *evaluation(args, train, test),
-            *housekeeping(args, *batch, train, test),
-        ]
-        print("\n".join(runs.Run(args).environment()))
-        lines, times, ceiling = measure(rows, args, device)
-    frame = table(lines, times, ceiling)
     malloc = ", plain malloc" if args.plain_malloc else ""
-    print(f"# batch {args.batch_size}, {args.repeats} rounds{malloc}; ceiling {ceiling / 1e9:,.0f} GFLOP/s\n")
-    formats = {column: ("{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}").format for column in frame}
-    print(frame.to_string(formatters=formats, na_rep=""))
-    print_epoch(times)
+    with tempfile.TemporaryDirectory() as args.log_dir:
+        print("\n".join(runs.Run(args).environment()))
+        for network, rows_of, conclude in (("learning_curves", learning_curves, print_epoch), ("dni", dni, print_parts)):
+            if args.network not in ("all", network):
+                continue
+            batch_size = args.batch_size or BATCH[network]
+            torch.manual_seed(args.seed)
+            pixels, labels = torch.randint(256, (TRAIN, 32, 32, 3), dtype=torch.uint8), torch.randint(CLASSES, (TRAIN,))
+            common = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+            train = Batches(pixels.to(device), labels.to(device), batch_size, augment=True, **common)
+            test = Batches(pixels[:TEST_BATCH].to(device), labels[:TEST_BATCH].to(device), TEST_BATCH, **common)
+            if device.type == "cuda":
+                settle(rows_of(args, train, test))
+                gc.collect()
+            rows = rows_of(args, train, test)
+            lines, times, ceiling = measure(rows, args, device)
+            frame = table(lines, times, ceiling)
+            print(f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling {ceiling / 1e9:,.0f} GFLOP/s\n")
+            formats = {column: ("{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}").format for column in frame}
+            print(frame.to_string(formatters=formats, na_rep=""), flush=True)
+            conclude(rows, frame, times)
 
 
 if __name__ == "__main__":
