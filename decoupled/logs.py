@@ -37,6 +37,7 @@ LINES = (
     ),
 )
 INTEGERS = ("n", "epoch", "own_epoch")
+LOSS = pattern("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))[0]
 SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
 
 
@@ -50,9 +51,27 @@ def async_line(n, epoch, own_epoch, train, test, ensemble):
     return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)} "
 
 
+def loss_line(n, epoch, loss):
+    """The line of module ``n``'s training loss in imagenet, whose published lines have none: a comment to the authors' notebooks."""
+    return f"# n: {n}, epoch {epoch}, loss: {loss:.5f}"
+
+
+def imagenet_line(n, epoch, train, test, ensemble):
+    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % of its training, its evaluation, and the evaluation of the ensemble up to it."""
+    (a, b), (c, d), (e, f) = ((round(value, 4) for value in pair) for pair in (train, test, ensemble))
+    return f"n: {n}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d}), top1ens:{e} top5ens:{f}"
+
+
+def imagenet_backprop_line(lr, epoch, train, test):
+    """The line of an epoch of back-propagation in imagenet: its learning rate, (top-1, top-5) in % of training and of evaluation."""
+    (a, b), (c, d) = ((round(value, 4) for value in pair) for pair in (train, test))
+    return f"lr: {lr:g}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d})"
+
+
 def read_log(path):
     """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields (see the module's text).
 
+    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation's counts as n = 1 there.
     ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each epoch's wall time where logged. A last
     line that was cut off is left out. Raises InputError when the file cannot be read or holds no results.
     """
@@ -63,19 +82,22 @@ def read_log(path):
     lines = text.split("\n")
     if not lines[-1].endswith(" "):  # cut off mid-line: its last number may lack digits
         lines.pop()
-    rows, comments, arguments, seconds = [], [], {}, []
+    rows, comments, arguments, seconds, losses = [], [], {}, [], {}
     for line in lines:
         if line.startswith("Namespace("):
             arguments = parse_namespace(line)
         elif line.startswith("#"):
             comments.append(line[1:].strip())
             seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
+            losses |= {(float(match[1]), float(match[2])): float(match[3]) for match in [LOSS.match(line)] if match}
         else:
             for expression, columns in LINES:
                 if match := expression.fullmatch(line):
                     rows.append(dict(zip(columns, map(float, match.groups()), strict=True)))
     if not rows:
         raise InputError(f"the log {path} holds no line of results")
+    for row in rows if losses else []:
+        row.setdefault("loss", losses.get((row.get("n", 1), row["epoch"]), float("nan")))
     frame = pd.DataFrame(rows)
     frame = frame.astype({column: int for column in INTEGERS if column in frame})
     frame.attrs = {"arguments": arguments, "comments": comments, "seconds": seconds}

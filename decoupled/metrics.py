@@ -50,6 +50,22 @@ class Meter:
         """Top-1 accuracy in %."""
         return self.top(1)
 
+    @property
+    def top5(self):
+        """Top-5 accuracy in %, for a meter with 5 in its ``topk``."""
+        return self.top(5)
+
+    def state_dict(self):
+        """{"count", "losses" (batches,) summed over each batch, "hits" (batches, len(topk))}, for checkpoints and for adding up processes."""
+        nothing = torch.zeros(0), torch.zeros(0, len(self.topk), dtype=torch.int64)
+        losses, hits = (torch.stack(self._losses), torch.stack(self._hits)) if self._losses else nothing
+        return {"count": self.count, "losses": losses, "hits": hits}
+
+    def load_state_dict(self, state, device="cpu"):
+        """Takes over what state_dict gave; further batches are on ``device``."""
+        self.count = state["count"]
+        self._losses, self._hits = (list(state[key].to(device).unbind()) for key in ("losses", "hits"))
+
 
 @torch.inference_mode()
 def evaluate(net, batches, heads=None, topk=(1,)):

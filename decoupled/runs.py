@@ -134,6 +134,8 @@ class Run:
     Nothing is written before ``epochs`` starts. Raises InputError for a device that is not there or a folder that cannot be written to.
     """
 
+    whereabouts = WHEREABOUTS
+
     def __init__(self, args):
         self.args = args
         script = Path(sys.argv[0]).resolve()
@@ -169,6 +171,10 @@ class Run:
             for module in net:
                 module.compile()
         return net
+
+    def scaler(self):
+        """A new loss scale for one module, which does nothing but in fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.args.half and self.device.type == "cuda")
 
     def step(self, loss, optimizer):
         """zero_grad, backward and step of one module; with fp16 through that module's own loss scale."""
@@ -220,8 +226,7 @@ class Run:
         self.state = {key: list(value) if isinstance(value, (list, tuple)) else [value] for key, value in state.items()}
         optimizers = [o for objects in self.state.values() for o in objects if isinstance(o, Optimizer)]
         self.module_of = {id(optimizer): n for n, optimizer in enumerate(optimizers, start=1)}
-        scaling = self.args.half and self.device.type == "cuda"
-        self.scalers = {id(optimizer): torch.amp.GradScaler(self.device.type, enabled=scaling) for optimizer in optimizers}
+        self.scalers = {id(optimizer): self.scaler() for optimizer in optimizers}
         self.state["scalers"] = list(self.scalers.values())
         self.stage, self.epoch = 1, 0
         if self.args.resume:
@@ -293,21 +298,23 @@ class Run:
                 file.truncate(end)
                 raise
 
-    def save(self):
-        """Writes the checkpoint under a temporary name, then renames it: at any moment one whole checkpoint is on the disk."""
-        log = self.path(".log")
-        state = {
+    def snapshot(self):
+        """All that a checkpoint holds, as a dict."""
+        return {
             "script": self.script,
             "arguments": vars(self.args),
             "stage": self.stage,
             "epoch": self.epoch,
-            "log_bytes": log.stat().st_size,
+            "log_bytes": self.path(".log").stat().st_size,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "state": {key: [value.state_dict() for value in values] for key, values in self.state.items()},
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
+
+    def save(self):
+        """Writes the checkpoint under a temporary name, then renames it: at any moment one whole checkpoint is on the disk."""
+        log, buffer = self.path(".log"), io.BytesIO()
+        torch.save(self.snapshot(), buffer)
         temporary, target = self.path(".pt.tmp"), self.path(".pt")
         with writing(target):
             try:
@@ -343,13 +350,21 @@ class Run:
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], self.device)
-        self.stage, self.epoch = checkpoint["stage"], checkpoint["epoch"]
-        if self.finished():
-            return
+        self.restore(checkpoint)
+        if not self.finished():
+            self.reopen_log(checkpoint)
+            print(f"resuming {path} after {self.where()}")
+
+    def reopen_log(self, checkpoint):
+        """Cuts the log back to the lines that ``checkpoint`` knows of, and says where the run goes on."""
+        log = self.path(".log")
         with writing(log):
             os.truncate(log, checkpoint["log_bytes"])
         self.write("\n".join([f"# resumed after {self.where()}", *self.environment()]) + "\n")
-        print(f"resuming {path} after {self.where()}")
+
+    def restore(self, checkpoint):
+        """Goes to the place in training that ``checkpoint`` was saved at."""
+        self.stage, self.epoch = checkpoint["stage"], checkpoint["epoch"]
 
     def newest(self):
         """The newest checkpoint of this script and --name in --log-dir."""
@@ -362,7 +377,7 @@ class Run:
     def compare_arguments(self, path, checkpoint):
         """Raises InputError, naming them, when arguments differ from the saved run's in more than a larger --epochs."""
         before, now = checkpoint["arguments"], vars(self.args)
-        differing = [key for key in now | before if key not in WHEREABOUTS and now.get(key) != before.get(key)]
+        differing = [key for key in now | before if key not in self.whereabouts and now.get(key) != before.get(key)]
         if "epochs" in differing and now["epochs"] > before["epochs"] and checkpoint["stage"] == 1:
             differing.remove("epochs")
         if differing:

@@ -1,0 +1,67 @@
+"""Back-propagation of torchvision's VGG and ResNet on ImageNet: the end-to-end rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
+
+    python imagenet/imagenet.py DIR --arch resnet152 --half --dynamic-loss-scale -j 16
+    torchrun --nproc-per-node 4 imagenet/imagenet.py DIR --arch vgg19_bn --half --dynamic-loss-scale -j 8
+
+DIR holds train/ and val/; -b is the batch of all processes together. The paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn
+69.7 / 89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier, the greedy one has none.
+"""
+
+from imagenet_run import TOPK, ImageNetRun, parsed, parser, sgd
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import StepLR
+from torchvision import models
+
+from decoupled import InputError, logs, runs
+from decoupled.metrics import evaluate
+
+ARCHS = ("resnet50", "resnet101", "resnet152", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+
+
+def parse_args():
+    return parsed(parser(__doc__, ARCHS, default="resnet152"))
+
+
+def build(args, classes):
+    """torchvision's network, initialized as torchvision does. Raises InputError for images that five halvings leave nothing of."""
+    if args.image_size < 32:
+        raise InputError(f"--image-size {args.image_size} is too small for {args.arch}, which halves it five times: choose at least 32")
+    return models.get_model(args.arch, weights=None, num_classes=classes)
+
+
+class EndToEnd(nn.ModuleList):
+    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks for."""
+
+    def forward(self, images, heads=None):
+        return [self[0](images)]
+
+
+def main():
+    args = parse_args()
+    run = ImageNetRun(args)
+    train, val, classes = run.data()
+    net = run.prepare(EndToEnd([build(args, classes)]))
+    (network,) = run.parallel(net)
+    optimizer = sgd(args, net)
+    schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
+
+    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=val):
+        net.train()
+        (meter,) = run.meters(1)
+        for images, labels in run.training(train):
+            with run.autocast():
+                logits = network(images)  # (b, classes)
+            loss = F.cross_entropy(logits.float(), labels)
+            run.step(loss, optimizer)  # zero_grad, backward (with other processes: and their gradients), step
+            meter.update(loss, logits, labels)
+        with run.autocast():
+            score, meter = run.summed([*evaluate(net, run.evaluation(val), topk=TOPK), meter])
+        line = logs.imagenet_backprop_line(schedule.get_last_lr()[0], epoch, (meter.top1, meter.top5), (score.top1, score.top5))
+        run.write(f"{line}\n{logs.loss_line(1, epoch, meter.loss)}\n")
+        print(line, flush=True)
+        schedule.step()  # last: a run that is stopped while it evaluates comes here once
+
+
+if __name__ == "__main__":
+    runs.start(main)

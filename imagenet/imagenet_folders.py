@@ -1,0 +1,202 @@
+"""ImageNet, or any image folders DIR/{train,val}/<class>/<image>: read by worker processes as uint8, normalized on the training device.
+
+What is random about an image (place in the epoch, crop, flip) is drawn from the seed, the epoch and the image's number alone. So neither the number
+of workers nor that of processes changes it, and a run that goes on in the middle of an epoch sees what it would have seen.
+"""
+
+import signal
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import v2
+
+from decoupled import InputError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
+LAYOUT = "image folders are {train,val}/<class>/<image>"
+
+
+def mixed(*numbers):
+    """A 64-bit seed that depends on all of ``numbers`` (whole, not negative)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def list_images(folder, split):
+    """torchvision's ImageFolder of folder/split. Raises InputError for a folder that is missing or has no class, and for a class without images."""
+    path = Path(folder) / split
+    if not path.is_dir():
+        raise InputError(f"{path} is missing: {LAYOUT}")
+    try:
+        return ImageFolder(path)
+    except FileNotFoundError as error:
+        reason = str(error).split(". Supported")[0].rstrip(".")
+        raise InputError(f"{path} cannot be read as image folders ({reason}): {LAYOUT}") from error
+
+
+class Images(Dataset):
+    """``images[epoch, index]``: (uint8 (3, image_size, image_size), label), the image number ``index`` as ``transform`` changes it in that epoch."""
+
+    def __init__(self, samples, transform, seed):
+        self.paths = np.array([path for path, _ in samples], dtype=np.bytes_)  # one block of memory: workers share it, where a list would be copied
+        self.labels = torch.tensor([label for _, label in samples])
+        self.transform, self.seed = transform, seed
+
+    def __len__(self):
+        return len(self.labels)
+
+    def decode(self, index):
+        """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, when that is damaged."""
+        path = self.paths[index].decode()
+        try:
+            return v2.functional.to_dtype(decode_image(read_file(path), ImageReadMode.RGB), torch.uint8, scale=True)
+        except RuntimeError as error:
+            reason = str(error).split(".cpp:")[-1].split(", ", 1)[-1].splitlines()[0]
+            raise InputError(f"{path} is damaged or no image ({reason}): replace it") from error
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image = self.decode(index)
+        state = torch.get_rng_state()  # torchvision's transforms draw from PyTorch's own generator
+        try:
+            torch.default_generator.manual_seed(mixed(self.seed, epoch, index))
+            return self.transform(image), self.labels[index]
+        finally:
+            torch.set_rng_state(state)
+
+
+class Share:
+    """The keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on: what a DataLoader calls a batch sampler.
+
+    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are processes. ``shuffle``: in a new
+    order every epoch; otherwise as listed.
+    """
+
+    def __init__(self, count, batch_size, shuffle, seed, rank, processes):
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.rank, self.processes = rank, processes
+        self.epoch, self.start = 1, 0
+
+    def __len__(self):
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self):
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
+        else:
+            order = torch.arange(self.count)
+        for batch in order.split(self.batch_size)[self.start :]:
+            share = batch.tensor_split(self.processes)[self.rank]
+            if len(share):
+                yield [(self.epoch, index) for index in share.tolist()]
+
+
+class ImageBatches:
+    """Iterates over this process's share of the mini-batches: images (b, 3, s, s) float32, channels-last and normalized, labels (b,) int64.
+
+    Without other processes b is ``batch_size``, but for a shorter last one. ``share.epoch`` and ``share.start`` say where an iteration begins.
+    """
+
+    def __init__(self, folder, samples, transform, *, batch_size, shuffle, seed, workers, device, rank, processes):
+        self.images = Images(samples, transform, seed)
+        self.share = Share(len(samples), batch_size, shuffle, seed, rank, processes)
+        self.device, self.description = device, f"{len(samples)} images of {len({label for _, label in samples})} classes"
+        persistent = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": ignore_signals}
+        options = persistent if workers else {}
+        self.loader = DataLoader(self.images, batch_sampler=self.share, pin_memory=device.type == "cuda", **options)
+        self.scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
+        self.shift = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
+        names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in samples)
+        self.fingerprint = zlib.crc32(names.encode())  # guards a resumed run against other images
+
+    def __len__(self):
+        return len(self.share)
+
+    def __iter__(self):
+        try:
+            for images, labels in self.loader:
+                images = images.to(self.device, non_blocking=True)
+                yield self.normalize(images), labels.to(self.device, non_blocking=True)
+        except InputError as error:  # of a worker, with its traceback
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")) from error
+
+    def normalize(self, images):
+        """uint8 (B, 3, h, w) → float32 in channels-last memory, zero mean and unit variance."""
+        return images.to(torch.float32, memory_format=torch.channels_last).sub_(self.shift).mul_(self.scale)
+
+    def __str__(self):
+        return self.description
+
+    def state_dict(self):
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state):
+        if state["fingerprint"] != self.fingerprint:
+            raise InputError(f"the run was trained on other images than these {self}: name its folder")
+
+
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM are for the process that trains: it still needs its workers to finish the batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def spread(samples, count, flag):
+    """``count`` of the samples, evenly spaced, so that many classes are among them; all of them for None. Raises InputError for too many."""
+    if count is None:
+        return samples
+    if count > len(samples):
+        raise InputError(f"{flag} {count} is more than the {len(samples)} images there are")
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def load(
+    folder,
+    *,
+    image_size=224,
+    batch_size=256,
+    workers=4,
+    seed=1,
+    device="cpu",
+    train_samples=None,
+    val_samples=None,
+    rank=0,
+    processes=1,
+    least=1,
+):
+    """(train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of folder/val, cropped in the centre.
+
+    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it. Raises InputError for folders or
+    numbers that will not do.
+    """
+    train, val = list_images(folder, "train"), list_images(folder, "val")
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of train and val")
+    samples = spread(train.samples, train_samples, "--train-samples"), spread(val.samples, val_samples, "--val-samples")
+    check_batches(len(samples[0]), batch_size, max(2, processes * least))
+    if len(samples[1]) < processes:
+        raise InputError(f"{folder}/val has {len(samples[1])} images, fewer than the {processes} processes: start fewer")
+    augment = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
+    centre = v2.Compose([v2.Resize(image_size * 256 // 224, antialias=True), v2.CenterCrop(image_size)])
+    common = {"batch_size": batch_size, "seed": seed, "workers": workers, "device": torch.device(device), "rank": rank, "processes": processes}
+    batches = [
+        ImageBatches(folder, chosen, transform, shuffle=shuffle, **common)
+        for chosen, transform, shuffle in zip(samples, (augment, centre), (True, False), strict=True)
+    ]
+    return *batches, len(train.classes)
+
+
+def check_batches(count, batch_size, needed):
+    """Raises InputError when a mini-batch would have fewer images than ``needed``: one for each process, and two for batch norm."""
+    smallest = count % batch_size or batch_size
+    if count < batch_size:
+        raise InputError(f"{count} training images are fewer than one batch of {batch_size}: choose a smaller -b")
+    if smallest < needed:
+        raise InputError(
+            f"{count} images in batches of {batch_size} leave a batch of {smallest}, where at least {needed} are needed: choose another -b"
+        )
