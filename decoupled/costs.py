@@ -33,6 +33,8 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # no operation: a FakeTensor is asked where it would be
+            return func(*args)
         with self:  # inference mode gives composite operations whole: what they make inside counts too
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
