@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from decoupled import InputError
@@ -53,10 +53,10 @@ class Images(Dataset):
         """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, when that is damaged."""
         path = self.paths[index].decode()
         try:
-            return v2.functional.to_dtype(decode_image(read_file(path), ImageReadMode.RGB), torch.uint8, scale=True)
-        except RuntimeError as error:
-            reason = str(error).split(".cpp:")[-1].split(", ", 1)[-1].splitlines()[0]
-            raise InputError(f"{path} is damaged or no image ({reason}): replace it") from error
+            with Image.open(path) as image:
+                return v2.functional.pil_to_tensor(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{path} is damaged or no image ({str(error).splitlines()[0]}): replace it") from error
 
     def __getitem__(self, key):
         epoch, index = key
@@ -121,8 +121,14 @@ class ImageBatches:
             for images, labels in self.loader:
                 images = images.to(self.device, non_blocking=True)
                 yield self.normalize(images), labels.to(self.device, non_blocking=True)
-        except InputError as error:  # of a worker, with its traceback
-            raise InputError(str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")) from error
+            return
+        except InputError as error:
+            message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")  # a worker's comes with its traceback
+        raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
+
+    def close(self):
+        """Ends the worker processes, which the loader keeps between epochs, as soon as no iteration holds on to them."""
+        self.loader = None
 
     def normalize(self, images):
         """uint8 (B, 3, h, w) → float32 in channels-last memory, zero mean and unit variance."""
@@ -140,9 +146,9 @@ class ImageBatches:
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGTERM are for the process that trains: it still needs its workers to finish the batch."""
+    """Ctrl-C and SIGTERM are for the process that trains, which needs its workers until the batch is finished; a second SIGTERM is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def spread(samples, count, flag):

@@ -175,7 +175,11 @@ class ImageNetRun(runs.Run):
     def epochs(self, **state):
         """As decoupled.runs.Run.epochs. Inside, Ctrl-C and SIGTERM let the batch finish, save and leave."""
         with self.stopping_at_signals():
-            yield from super().epochs(**state)
+            try:
+                yield from super().epochs(**state)
+            finally:
+                for batches in (state["train"], state["test"]):
+                    batches.close()
         self.leave()
 
     def meters(self, count):
