@@ -108,9 +108,8 @@ def main():
         return imagenet_folders.load(args.data, workers=workers, device=device, **settings)
 
     train, _, classes = load(0)
-    print(
-        f"# {args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}, {train}, {device.type}, {os.cpu_count()} cores"
-    )
+    what = f"{args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}"
+    print(f"# {what}, {train}, {device.type}, {os.cpu_count()} cores")
     one = decoding_speed(train.images)
     print(f"{one:10,.1f} images/s decoded by one core")
     for workers in args.workers:

@@ -4,8 +4,12 @@ What is random about an image (place in the epoch, crop, flip) is drawn from the
 of workers nor that of processes changes it, and a run that goes on in the middle of an epoch sees what it would have seen.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +109,9 @@ class ImageBatches:
         self.images = Images(samples, transform, seed)
         self.share = Share(len(samples), batch_size, shuffle, seed, rank, processes)
         self.device, self.description = device, f"{len(samples)} images of {len({label for _, label in samples})} classes"
-        persistent = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": ignore_signals}
+        ending = multiprocessing.Value("b", 0, lock=False)
+        atexit.register(setattr, ending, "value", 1)
+        persistent = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": partial(ignore_signals, ending)}
         options = persistent if workers else {}
         self.loader = DataLoader(self.images, batch_sampler=self.share, pin_memory=device.type == "cuda", **options)
         self.scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
@@ -145,10 +151,10 @@ class ImageBatches:
             raise InputError(f"the run was trained on other images than these {self}: name its folder")
 
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM are for the process that trains, which needs its workers until the batch is finished; a second SIGTERM is its own."""
+def ignore_signals(ending, worker):
+    """Ctrl-C and SIGTERM are for the process that trains, which needs its workers until the batch is finished: until ``ending`` is set."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.value else None)
 
 
 def spread(samples, count, flag):
