@@ -316,6 +316,15 @@ def test_the_logs_accuracies_are_numpys(train_small, folder, method):
     )
 
 
+def test_ensembles_are_of_probabilities_not_logits():
+    logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 3.9]]), torch.tensor([[-50.0, 0.0, 0.1]])]
+    outputs = script.WithEnsembles(lambda images: logits)(None)
+    probabilities = [np.exp(head.numpy()) / np.exp(head.numpy()).sum() for head in logits]
+    expected = [probabilities[0], (probabilities[0] + 2 * probabilities[1]) / 3, (probabilities[0] + 2 * probabilities[1] + 4 * probabilities[2]) / 7]
+    for mine, its in zip(outputs, [head.numpy() for head in logits] + expected, strict=True):
+        np.testing.assert_allclose(mine.numpy(), its, rtol=1e-5)
+
+
 def test_top_5_is_exact_with_ties():
     logits = torch.randint(3, (200, 9)).float()
     labels = torch.randint(9, (200,))
