@@ -117,7 +117,7 @@ def main():
         print(f"{delivery_speed(batches):10,.1f} images/s delivered with {workers} worker{'s' * (workers != 1)}")
         batches.close()
     step = step_speed(args, classes, device)
-    print(f"{step:10,.1f} images/s the step consumes: {math.ceil(step / one)} cores keep the step busy")
+    print(f"{step:10,.1f} images/s the step consumes; cores that keep it busy: {math.ceil(step / one)}")
 
 
 if __name__ == "__main__":
