@@ -6,7 +6,6 @@ from torch import nn
 
 from decoupled import InputError
 from decoupled.auxiliary import pool_to_quarter
-from decoupled.metrics import ensembles
 from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape
 
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
@@ -78,15 +77,3 @@ def representation_shapes(net, input_shape=(3, 32, 32)):
         input_shape = output_shape(module.body, input_shape)
         shapes.append(input_shape)
     return shapes
-
-
-class WithEnsembles(nn.Module):
-    """``net`` for evaluation: images → logits (B, classes) of every head, then those of the ensembles of heads 0..n, in one pass."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, images, heads=None):
-        logits = [head.float() for head in self.net(images)]
-        return [*logits, *ensembles(logits)]

@@ -11,7 +11,7 @@ Learning from an image costs 2.6 GFLOP in all six layers, an epoch 131 TFLOP. 30
 import argparse
 
 import torch
-from asynchronous_cnn import DOWNSAMPLING, WithEnsembles, asynchronous_cnn, layer_list, representation_shapes
+from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, layer_list, representation_shapes
 from replay_buffer import BITS, SAMPLING, make_buffers
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import StepLR
 from turns import SEQUENCES, ImageStream, Tally, Turns, number
 
 from decoupled import logs, runs
-from decoupled.metrics import evaluate
+from decoupled.metrics import WithEnsembles, evaluate
 
 
 def parse_args(argv=None):
@@ -120,7 +120,7 @@ def main():
                 buffers[n].write(representation.detach(), sample.labels, turns.learned[n])
 
         with run.autocast():
-            scores = [score.top1 for score in evaluate(WithEnsembles(net) if args.ensemble else net, test)]
+            scores = [score.top1 for score in evaluate(WithEnsembles(net, probabilities=False) if args.ensemble else net, test)]
         ensembles = scores[len(net) :] or [float("nan")] * len(net)
         for n, tally in enumerate(tallies):
             line = logs.async_line(n, epoch, turns.own_epochs(n), tally.top1, scores[n], ensembles[n])

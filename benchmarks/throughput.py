@@ -80,6 +80,21 @@ class Row(NamedTuple):
     net: nn.Module = None
 
 
+def greedy_step(run, net, optimizers, images, labels):
+    """A callable: Algorithm 1 on one mini-batch, as in the scripts, without meters."""
+
+    def step():
+        representation = images
+        for module, optimizer in zip(net, optimizers, strict=True):
+            with run.autocast():
+                representation, logits = module(representation)
+            loss = F.cross_entropy(logits.float(), labels)
+            run.step(loss, optimizer)
+            representation = representation.detach()
+
+    return step
+
+
 # The rows of learning_curves. One function a method: it makes its own run and networks, and returns a list of rows.
 
 
@@ -111,16 +126,7 @@ def dgl(args, images, labels, block_size=1, name="DGL step"):
     """The step of learning_curves/cifar_dgl.py without meters. With all layers in one block it is back-propagation."""
     run, net, optimizers = begin(args, block_size)
 
-    def step():
-        representation = images
-        for module, optimizer in zip(net, optimizers, strict=True):
-            with run.autocast():
-                representation, logits = module(representation)
-            loss = F.cross_entropy(logits.float(), labels)
-            run.step(loss, optimizer)
-            representation = representation.detach()
-
-    return [Row(name, len(labels), step)]
+    return [Row(name, len(labels), greedy_step(run, net, optimizers, images, labels))]
 
 
 def sequential(args, images, labels):
@@ -240,16 +246,7 @@ def dni_dgl(args, images, labels):
     optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
     next(run.epochs(net=net, optimizers=optimizers))
 
-    def step():
-        representation = images
-        for module, optimizer in zip(net, optimizers, strict=True):
-            with run.autocast():
-                representation, logits = module(representation)
-            loss = F.cross_entropy(logits.float(), labels)
-            run.step(loss, optimizer)
-            representation = representation.detach()
-
-    return Row("DGL step", len(labels), step, net)
+    return Row("DGL step", len(labels), greedy_step(run, net, optimizers, images, labels), net)
 
 
 # Measuring

@@ -1,6 +1,7 @@
 """Accuracy and loss that stay on the device until they are read, single-pass evaluation of every head, and ensembles of heads."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from decoupled.network import eval_mode
@@ -94,3 +95,19 @@ def ensembles(every_output):
         total = total + 2**index * output
         weighted.append(total / (2 ** (index + 1) - 1))
     return weighted
+
+
+class WithEnsembles(nn.Module):
+    """``net`` for evaluation: images → logits (B, classes) of every head, then the outputs of the ensembles up to each, in one pass.
+
+    The ensembles are of probabilities or, with ``probabilities`` false, of logits: see ``ensembles``.
+    """
+
+    def __init__(self, net, probabilities):
+        super().__init__()
+        self.net = net
+        self.probabilities = probabilities
+
+    def forward(self, images, heads=None):
+        logits = [head.float() for head in self.net(images)]
+        return [*logits, *ensembles([head.softmax(1) for head in logits] if self.probabilities else logits)]

@@ -16,12 +16,11 @@ import torch
 from greedy_resnet import BLOCKS, greedy_resnet
 from greedy_vgg import STAGES, greedy_vgg
 from imagenet_run import TOPK, ImageNetRun, parsed, parser, sgd
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
 from decoupled import logs, runs
-from decoupled.metrics import ensembles, evaluate
+from decoupled.metrics import WithEnsembles, evaluate
 
 
 def parse_args():
@@ -48,18 +47,6 @@ def build(args, classes):
     if args.arch in STAGES:
         return greedy_vgg(args.arch, args.block_size, **settings)
     return greedy_resnet(args.arch, args.splits, **settings)
-
-
-class WithEnsembles(nn.Module):
-    """``net`` for evaluation: images → logits (B, classes) of every head, then the probabilities of the ensembles of heads 1..n, in one pass."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, images, heads=None):
-        logits = [head.float() for head in self.net(images)]
-        return [*logits, *ensembles([head.softmax(1) for head in logits])]
 
 
 def step(run, modules, optimizers, images, labels):
@@ -91,7 +78,8 @@ def main():
             for meter, (loss, logits) in zip(meters, step(run, modules, optimizers, images, labels), strict=True):
                 meter.update(loss, logits, labels)
         with run.autocast():
-            scores = run.summed(evaluate(WithEnsembles(net) if args.ensemble else net, run.evaluation(val), topk=TOPK))
+            heads = WithEnsembles(net, probabilities=True) if args.ensemble else net
+            scores = run.summed(evaluate(heads, run.evaluation(val), topk=TOPK))
         together = [(score.top1, score.top5) for score in scores[len(net) :]] or [(torch.nan, torch.nan)] * len(net)
         for n, (meter, score, ensemble) in enumerate(zip(run.summed(meters), scores, together, strict=False), start=1):
             line = logs.imagenet_line(n, epoch, (meter.top1, meter.top5), (score.top1, score.top5), ensemble)

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from decoupled import runs
 from decoupled.data import load
 from decoupled.logs import read_log
+from decoupled.metrics import evaluate
 
 SCRIPT = "async_buffer/cifar_buffer.py"
 load_script(SCRIPT)  # its folder can be imported from now on
-from asynchronous_cnn import WithEnsembles, asynchronous_cnn, representation_shapes  # noqa: E402
+from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
 from turns import ImageStream, Turns, tallies  # noqa: E402
 
 NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
@@ -87,9 +88,10 @@ def test_heads():
     assert asynchronous_cnn(4, 1, ())[0].auxiliary[-1].in_features == 16
 
 
-def test_ensembles_are_of_logits_weighted_by_powers_of_two():
-    net = asynchronous_cnn(**NETWORK).eval()
-    first, second, third, *ensembles = WithEnsembles(net)(torch.randn(4, 3, 32, 32))
+def test_ensembles_are_of_logits_weighted_by_powers_of_two(run_script):
+    evaluated = []
+    run_script(SCRIPT, *FLAGS, "--nepochs", 1, evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options))
+    first, second, third, *ensembles = evaluated[0].eval()(torch.randn(4, 3, 32, 32))
     for ensemble, expected in zip(ensembles, (first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7), strict=True):
         torch.testing.assert_close(ensemble, expected)
 
