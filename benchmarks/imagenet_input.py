@@ -109,7 +109,8 @@ def main():
 
     train, _, classes = load(0)
     what = f"{args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}"
-    print(f"# {what}, {train}, {device.type}, {os.cpu_count()} cores")
+    print("\n".join(runs.environment(device, args.half)))
+    print(f"# {what}, {train}, {os.cpu_count()} cores")
     one = decoding_speed(train.images)
     print(f"{one:10,.1f} images/s decoded by one core")
     for workers in args.workers:

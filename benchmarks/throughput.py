@@ -373,7 +373,7 @@ def main():
     device = runs.pick_device(args.device)
     malloc = ", plain malloc" if args.plain_malloc else ""
     with tempfile.TemporaryDirectory() as args.log_dir:
-        print("\n".join(runs.Run(args).environment()))
+        print("\n".join(runs.environment(device, args.half)))
         for network, rows_of, conclude in (("learning_curves", learning_curves, print_epoch), ("dni", dni, print_parts)):
             if args.network not in ("all", network):
                 continue

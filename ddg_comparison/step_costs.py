@@ -123,7 +123,7 @@ def main():
     with tempfile.TemporaryDirectory() as args.log_dir:
         rows = [backprop(args, images, labels)]
         rows += [method(args, images, labels, splits) for method in (backprop, ddg, dgl) for splits in args.splits]
-        print("\n".join(runs.Run(args).environment()))
+        print("\n".join(runs.environment(device, args.half)))
         print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n")
         frame = measure(rows, args.batch_size, args.repeats, device)
     print(frame.to_string(float_format="{:,.2f}".format))

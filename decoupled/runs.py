@@ -275,16 +275,8 @@ class Run:
         return "-".join(filter(None, (self.script.removesuffix(".py").replace("/", "-"), self.args.name))) + "-"
 
     def environment(self):
-        """The lines that say how and where: command, versions, commit, device."""
-        packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        precision = {"cuda": "fp16 mixed", "cpu": "bf16 mixed", "mps": "bf16 mixed"}[self.device.type] if self.args.half else "fp32"
-        return [
-            f"# command: {shlex.join(['python', *sys.argv])}",
-            f"# versions: python {platform.python_version()} {packages}",
-            f"# commit: {commit()}",
-            f"# device: {self.device.type} ({device}), {torch.get_num_threads()} threads, {precision}",
-        ]
+        """The lines that say how and where this run goes."""
+        return environment(self.device, self.args.half)
 
     def write(self, text):
         """Appends to the log; when that fails (a full disk), the log ends where it did before."""
@@ -416,6 +408,19 @@ def writing(path):
         yield
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): make room or access there, then --resume") from error
+
+
+def environment(device, half):
+    """The lines that say how and where a command runs: command, versions, commit, device and precision."""
+    packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    precision = {"cuda": "fp16 mixed", "cpu": "bf16 mixed", "mps": "bf16 mixed"}[device.type] if half else "fp32"
+    return [
+        f"# command: {shlex.join(['python', *sys.argv])}",
+        f"# versions: python {platform.python_version()} {packages}",
+        f"# commit: {commit()}",
+        f"# device: {device.type} ({name}), {torch.get_num_threads()} threads, {precision}",
+    ]
 
 
 def commit():

@@ -106,4 +106,4 @@ def test_input_benchmark(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script, "greedy_resnet", lambda *args, real=script.greedy_resnet: real(*args, width=2))
     script.main()
     out = capsys.readouterr().out
-    assert all(words in out for words in ("decoded by one core", "with 1 worker", "the step consumes", "cores that keep it busy"))
+    assert all(words in out for words in ("# commit: ", "decoded by one core", "with 1 worker", "the step consumes", "cores that keep it busy"))
