@@ -82,6 +82,26 @@ def test_stepping_each_module_at_once_equals_one_backward_of_the_summed_losses(r
         assert torch.equal(value, left.weights[key]), key
 
 
+@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
+def test_compiled_modules_learn_what_plain_ones_do(run_script, monkeypatch, tmp_path, script):
+    """--compile compiles each module; with Dynamo's eager backend, which reorders nothing, logs and weights are those of the plain run to the bit."""
+    plain = run_script(script, *SHORT, folder=tmp_path / "plain", layerwise_cnn=small())
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    torch.compiler.reset()
+    compiled = run_script(script, *SHORT, "--compile", folder=tmp_path / "compiled", layerwise_cnn=small())
+    assert len(graphs) >= 4  # every module's
+    assert compiled.lines == plain.lines
+    assert compiled.weights.keys() == plain.weights.keys()
+    assert all(torch.equal(value, compiled.weights[key]) for key, value in plain.weights.items())
+
+
 def test_the_representation_handed_on_was_computed_before_the_step(run_script, monkeypatch):
     """Algorithm 1: module 2 sees what module 1 made with the weights it had before its step; no second forward."""
     made, seen = [], []
