@@ -1,11 +1,15 @@
-"""Asynchronous Decoupled Greedy Learning of a 6-layer CNN on CIFAR-10, with a replay buffer before each layer: the paper's Sec. 5.6, Figs. 5 and 6.
+"""Asynchronous Decoupled Greedy Learning of a 6-layer CNN on CIFAR-10, with a
+replay buffer before each layer: the paper's Sec. 5.6, Figs. 5 and 6.
 
     python async_buffer/cifar_buffer.py --buffer 30 --noise 0.1 --layer_noise 3 --seed 0
 
-A simulation in one process of layers that do not wait for each other (Algorithm 2): each turn one layer, drawn at random, learns from its buffer or,
-the lowest, from the next images. --noise makes one layer slower, on average by a factor of 1 / (1 - noise). In the paper, factors up to about 1.2
-cost next to nothing on any layer, and a buffer of one mini-batch loses little. Without --buffer the run is synchronous DGL (Algorithm 1).
-Learning from an image costs 2.6 GFLOP in all six layers, an epoch 131 TFLOP. 30 mini-batches before each layer take 6.5 GB.
+A simulation in one process of layers that do not wait for each other (Algorithm
+2): each turn one layer, drawn at random, learns from its buffer or, the lowest,
+from the next images. --noise makes one layer slower, on average by a factor of
+1 / (1 - noise). In the paper, factors up to about 1.2 cost next to nothing on
+any layer, and a buffer of one mini-batch loses little. Without --buffer the run
+is synchronous DGL (Algorithm 1). Learning from an image costs 2.6 GFLOP in all
+six layers, an epoch 131 TFLOP. 30 mini-batches before each layer take 6.5 GB.
 """
 
 import argparse
@@ -27,29 +31,94 @@ def parse_args(argv=None):
     count, positive = runs.whole_number(0), runs.whole_number(1)
     group = parser.add_argument_group("learning")
     alias = {"type": positive, "metavar": "N", "default": argparse.SUPPRESS}
-    group.add_argument("--nepochs", dest="epochs", help="the paper's name for --epochs: each layer's own, after which it only forwards", **alias)
-    group.add_argument("--batch_size", dest="batch_size", help="the paper's name for --batch-size; a last short batch is dropped", **alias)
+    group.add_argument(
+        "--nepochs",
+        dest="epochs",
+        help="the paper's name for --epochs: each layer's own, after which it only forwards",
+        **alias,
+    )
+    group.add_argument(
+        "--batch_size",
+        dest="batch_size",
+        help="the paper's name for --batch-size; a last short batch is dropped",
+        **alias,
+    )
     group.add_argument("--lr", type=number(above=0), default=0.1, help="at first (default: %(default)s)")
-    group.add_argument("--epochdecay", type=positive, default=15, help="own epochs of a layer until its lr falls to a fifth (default: %(default)s)")
-    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads (default: %(default)s)")
+    group.add_argument(
+        "--epochdecay",
+        type=positive,
+        default=15,
+        help="own epochs of a layer until its lr falls to a fifth (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ensemble",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: evaluate the ensembles of heads (default: %(default)s)",
+    )
     group = parser.add_argument_group("network")
     group.add_argument("--ncnn", type=runs.whole_number(2), default=6, help="layers (default: %(default)s)")
-    group.add_argument("--feature_size", type=positive, default=128, help="channels of the first layer (default: %(default)s)")
-    group.add_argument("--down", type=layer_list, default=(1, 3), help="layers, from 0, after which the size is halved (default: [1,3])")
-    group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved (default: %(default)s)")
+    group.add_argument(
+        "--feature_size", type=positive, default=128, help="channels of the first layer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--down",
+        type=layer_list,
+        default=(1, 3),
+        help="layers, from 0, after which the size is halved (default: [1,3])",
+    )
+    group.add_argument(
+        "--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved (default: %(default)s)"
+    )
     group.add_argument("--mlp", type=count, default=3, help="hidden layers of each head (default: %(default)s)")
     group.add_argument("--nlin", type=count, default=0, help="1x1 convolutions before them (default: %(default)s)")
     group.add_argument("--width_aux", type=positive, help="channels of those convolutions (default: 256)")
-    group.add_argument("--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm in the heads (default: %(default)s)")
+    group.add_argument(
+        "--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm in the heads (default: %(default)s)"
+    )
     group = parser.add_argument_group("asynchrony")
-    group.add_argument("--buffer", type=count, default=0, metavar="M", help="mini-batches before each layer; 0: synchronous (default: %(default)s)")
-    group.add_argument("--noise", type=number(least=0, below=1), default=0.0, help="by that part a layer is drawn less often (default: %(default)s)")
-    group.add_argument("--layer_noise", type=count, default=0, metavar="LAYER", help="which layer, from 0 (default: %(default)s)")
-    group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next (default: %(default)s)")
-    group.add_argument("--buffer-sampling", choices=SAMPLING, default="lifo", help="which of the least used is read (default: %(default)s)")
-    group.add_argument("--max-buffer-reuse", type=positive, metavar="R", help="a mini-batch is read at most R times (default: no limit)")
-    group.add_argument("--buffer-device", choices=("same", "cpu"), default="same", help="where they are kept (default: %(default)s)")
-    group.add_argument("--compress", type=int, choices=BITS, metavar="BITS", help="keep representations in 8 or 4 bits a value, affine by channel")
+    group.add_argument(
+        "--buffer",
+        type=count,
+        default=0,
+        metavar="M",
+        help="mini-batches before each layer; 0: synchronous (default: %(default)s)",
+    )
+    group.add_argument(
+        "--noise",
+        type=number(least=0, below=1),
+        default=0.0,
+        help="by that part a layer is drawn less often (default: %(default)s)",
+    )
+    group.add_argument(
+        "--layer_noise", type=count, default=0, metavar="LAYER", help="which layer, from 0 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next (default: %(default)s)"
+    )
+    group.add_argument(
+        "--buffer-sampling",
+        choices=SAMPLING,
+        default="lifo",
+        help="which of the least used is read (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-buffer-reuse",
+        type=positive,
+        metavar="R",
+        help="a mini-batch is read at most R times (default: no limit)",
+    )
+    group.add_argument(
+        "--buffer-device", choices=("same", "cpu"), default="same", help="where they are kept (default: %(default)s)"
+    )
+    group.add_argument(
+        "--compress",
+        type=int,
+        choices=BITS,
+        metavar="BITS",
+        help="keep representations in 8 or 4 bits a value, affine by channel",
+    )
     args = parser.parse_args(argv)
 
     # A flag that would have no effect is refused: the log would claim what the run did not do.
@@ -59,7 +128,14 @@ def parse_args(argv=None):
         parser.error("--width_aux has no effect without --nlin")
     if args.noise and args.layer_sequence == "sequential":
         parser.error("--noise has no effect with --layer-sequence sequential: no layer is drawn")
-    for flag in ("--noise", "--layer_noise", "--buffer-sampling", "--max-buffer-reuse", "--buffer-device", "--compress"):
+    for flag in (
+        "--noise",
+        "--layer_noise",
+        "--buffer-sampling",
+        "--max-buffer-reuse",
+        "--buffer-device",
+        "--compress",
+    ):
         name = flag.strip("-").replace("-", "_")
         if args.buffer == 0 and getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag} has no effect without --buffer: the run is synchronous")
@@ -71,21 +147,42 @@ def main():
     args = parse_args()
     run = runs.Run(args)
     train, test, classes = run.data(drop_last=True)
-    heads = {"hidden_layers": args.mlp, "convs": args.nlin, "conv_channels": args.width_aux, "batch_norm": bool(args.bn)}
+    heads = {
+        "hidden_layers": args.mlp,
+        "convs": args.nlin,
+        "conv_channels": args.width_aux,
+        "batch_norm": bool(args.bn),
+    }
     net = run.prepare(asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]  # after the layer's own epochs 15, 30, 45
+    schedules = [
+        StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers
+    ]  # after the layer's own epochs 15, 30, 45
     images = ImageStream(train)
     half = torch.float16 if run.device.type == "cuda" else torch.bfloat16  # run.autocast's: what the layers hand on
     options = {"device": run.device, "dtype": half if args.half else torch.float32, "bits": args.compress}
     options |= {"storage_device": run.device if args.buffer_device == "same" else torch.device("cpu")}
     options |= {"max_reuse": args.max_buffer_reuse, "sampling": args.buffer_sampling}
-    buffers, memory = make_buffers(args.buffer, args.batch_size, representation_shapes(net)[:-1], **options)  # before layers 1, 2, …
+    buffers, memory = make_buffers(
+        args.buffer, args.batch_size, representation_shapes(net)[:-1], **options
+    )  # before layers 1, 2, …
     print(*memory, sep="\n")
-    weights = [1 - args.noise * (n == args.layer_noise) for n in range(args.ncnn)]  # the slow layer's factor is 1 / (1 - noise)
+    weights = [
+        1 - args.noise * (n == args.layer_noise) for n in range(args.ncnn)
+    ]  # the slow layer's factor is 1 / (1 - noise)
     drawn = args.buffer > 0 and args.layer_sequence == "random"
-    turns = Turns(args.ncnn, len(train), args.epochs, weights=weights if drawn else None, warm_up=args.buffer > 0, seed=args.seed)
-    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "images": images, "buffers": buffers, "turns": turns}
+    turns = Turns(
+        args.ncnn, len(train), args.epochs, weights=weights if drawn else None, warm_up=args.buffer > 0, seed=args.seed
+    )
+    state = {
+        "optimizers": optimizers,
+        "schedules": schedules,
+        "train": train,
+        "test": test,
+        "images": images,
+        "buffers": buffers,
+        "turns": turns,
+    }
 
     for epoch in run.epochs(net=net, **state):  # over when the slowest layer has finished its own
         if epoch == 1:
@@ -95,7 +192,9 @@ def main():
         for n in run.progress(turns.until(epoch)):  # one turn of one layer
             tally = tallies[n]
             tally.turns += 1
-            if not turns.learns(n) and not turns.feeds(n):  # its last epoch is over, as is that of every layer above: nobody needs what it makes
+            if not turns.learns(n) and not turns.feeds(
+                n
+            ):  # its last epoch is over, as is that of every layer above: nobody needs what it makes
                 tally.frozen += 1
                 continue
             sample = images.read() if n == 0 else buffers[n - 1].read()
@@ -120,7 +219,10 @@ def main():
                 buffers[n].write(representation.detach(), sample.labels, turns.learned[n])
 
         with run.autocast():
-            scores = [score.top1 for score in evaluate(WithEnsembles(net, probabilities=False) if args.ensemble else net, test)]
+            scores = [
+                score.top1
+                for score in evaluate(WithEnsembles(net, probabilities=False) if args.ensemble else net, test)
+            ]
         ensembles = scores[len(net) :] or [float("nan")] * len(net)
         for n, tally in enumerate(tallies):
             line = logs.async_line(n, epoch, turns.own_epochs(n), tally.top1, scores[n], ensembles[n])

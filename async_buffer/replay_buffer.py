@@ -1,4 +1,6 @@
-"""The replay buffer between two layers that learn asynchronously (Sec. 5.6, Algorithm 2), its compression, and the memory it takes."""
+"""The replay buffer between two layers that learn asynchronously (Sec. 5.6, Algorithm 2), its compression, and the
+memory it takes.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +24,15 @@ class Sample(NamedTuple):
 
 
 class PlainSlots:
-    """Room for ``capacity`` representations (B, C, h, w), kept channels-last in their own ``dtype``. Nothing is copied on a read from ``device``."""
+    """Room for ``capacity`` representations (B, C, h, w), kept channels-last in their own ``dtype``. Nothing is copied
+    on a read from ``device``.
+    """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned):
         channels, height, width = shape
-        self.values = torch.zeros(capacity, batch_size, height, width, channels, dtype=dtype, device=device, pin_memory=pinned)
+        self.values = torch.zeros(
+            capacity, batch_size, height, width, channels, dtype=dtype, device=device, pin_memory=pinned
+        )
 
     def write(self, slot, representation):
         self.values[slot].copy_(representation.permute(0, 2, 3, 1))
@@ -38,7 +44,8 @@ class PlainSlots:
 class QuantizedSlots:
     """As PlainSlots, with each value in ``bits`` (8 or 4) bits: affine over the range of its channel in its mini-batch.
 
-    A value is off by at most half a step, 1 / (2^bits − 1) of that range; the least value of a channel, after a ReLU mostly 0, is exact.
+    A value is off by at most half a step, 1 / (2^bits − 1) of that range; the least value of a channel, after a ReLU
+    mostly 0, is exact.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned, bits):
@@ -47,7 +54,9 @@ class QuantizedSlots:
         self.shape = (batch_size, height, width, channels)
         self.count = batch_size * height * width * channels
         per_byte = 8 // bits
-        self.values = torch.zeros(capacity, -(-self.count // per_byte), dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.values = torch.zeros(
+            capacity, -(-self.count // per_byte), dtype=torch.uint8, device=device, pin_memory=pinned
+        )
         self.least = torch.zeros(capacity, channels, device=device)
         self.scale = torch.zeros(capacity, channels, device=device)
 
@@ -55,7 +64,9 @@ class QuantizedSlots:
         values = representation.permute(0, 2, 3, 1).float()
         least, most = values.amin((0, 1, 2)), values.amax((0, 1, 2))
         scale = (most - least) / (2**self.bits - 1)
-        codes = ((values - least) / scale.clamp(min=torch.finfo().tiny)).round_().to(torch.uint8).flatten()  # a constant channel is all 0
+        codes = (
+            ((values - least) / scale.clamp(min=torch.finfo().tiny)).round_().to(torch.uint8).flatten()
+        )  # a constant channel is all 0
         if self.bits == 4:
             low, high = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
             codes = low | high << 4
@@ -71,26 +82,44 @@ class QuantizedSlots:
 
 
 class ReplayBuffer:
-    """At most ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their labels, written in a circle.
+    """At most ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their
+    labels, written in a circle.
 
-    A read takes, among the slots used least often since they were written, the one written last (``sampling`` "lifo", the paper's) or first ("fifo"),
-    and counts one use. A slot used ``max_reuse`` times is not read again until it is overwritten.
+    A read takes, among the slots used least often since they were written, the one written last (``sampling`` "lifo",
+    the paper's) or first ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read again until it is
+    overwritten.
 
-    Storage of ``dtype``, or of ``bits`` bits a value, is allocated once, on ``storage_device``; reads arrive on ``device``. What a read returns is
-    valid until the next write: it may be the slot itself. Bookkeeping takes a few operations a read or write, on integers of ``capacity`` bits:
-    the slots used k times are the bits of one.
+    Storage of ``dtype``, or of ``bits`` bits a value, is allocated once, on ``storage_device``; reads arrive on
+    ``device``. What a read returns is valid until the next write: it may be the slot itself. Bookkeeping takes a few
+    operations a read or write, on integers of ``capacity`` bits: the slots used k times are the bits of one.
     """
 
     def __init__(
-        self, capacity, batch_size, shape, *, dtype=torch.float32, device="cpu", storage_device=None, bits=None, max_reuse=None, sampling="lifo"
+        self,
+        capacity,
+        batch_size,
+        shape,
+        *,
+        dtype=torch.float32,
+        device="cpu",
+        storage_device=None,
+        bits=None,
+        max_reuse=None,
+        sampling="lifo",
     ):
         self.capacity, self.max_reuse, self.sampling = capacity, max_reuse, sampling
         self.device = torch.device(device)
         storage_device = torch.device(storage_device or device)
-        options = {"dtype": dtype, "device": storage_device, "pinned": storage_device.type == "cpu" and self.device.type == "cuda"}
+        options = {
+            "dtype": dtype,
+            "device": storage_device,
+            "pinned": storage_device.type == "cpu" and self.device.type == "cuda",
+        }
         slots = PlainSlots if bits is None else QuantizedSlots
         self.slots = slots(capacity, batch_size, shape, **options, **({} if bits is None else {"bits": bits}))
-        self.labels = torch.zeros(capacity, batch_size, dtype=torch.int64, device="meta" if storage_device.type == "meta" else self.device)
+        self.labels = torch.zeros(
+            capacity, batch_size, dtype=torch.int64, device="meta" if storage_device.type == "meta" else self.device
+        )
         self.writes = 0
         self.steps = [0] * capacity  # the writer's, for each slot
         self.uses = [None] * capacity  # since the slot was written; None: empty
@@ -98,7 +127,9 @@ class ReplayBuffer:
         self.least = 0  # the fewest uses of any slot
 
     def write(self, representation, labels, step=0):
-        """Overwrites the oldest slot with a detached representation (B, C, h, w) and its labels (B,); ``step`` counts the writer's steps."""
+        """Overwrites the oldest slot with a detached representation (B, C, h, w) and its labels (B,); ``step`` counts
+        the writer's steps.
+        """
         slot = self.writes % self.capacity
         self.slots.write(slot, representation)
         self.labels[slot].copy_(labels)
@@ -118,7 +149,9 @@ class ReplayBuffer:
         return Sample(self.slots.read(slot, self.device), self.labels[slot], uses, self.steps[slot])
 
     def pick(self, candidates):
-        """The newest or the oldest of the slots that are the bits of ``candidates``. Slots below the next one to be written are the newer ones."""
+        """The newest or the oldest of the slots that are the bits of ``candidates``. Slots below the next one to be
+        written are the newer ones.
+        """
         following = self.writes % self.capacity
         if self.sampling == "lifo":
             newer = candidates & ((1 << following) - 1)
@@ -138,7 +171,9 @@ class ReplayBuffer:
         self.used[uses] = self.used.get(uses, 0) | 1 << slot
 
     def tensors(self):
-        return {name: value for name, value in vars(self.slots).items() if isinstance(value, torch.Tensor)} | {"labels": self.labels}
+        return {name: value for name, value in vars(self.slots).items() if isinstance(value, torch.Tensor)} | {
+            "labels": self.labels
+        }
 
     @property
     def nbytes(self):
@@ -148,7 +183,10 @@ class ReplayBuffer:
     def state_dict(self):
         """Everything, as it is stored; slots not written yet are left out."""
         filled = min(self.writes, self.capacity)
-        tensors = {name: tensor if filled == self.capacity else tensor[:filled].clone() for name, tensor in self.tensors().items()}
+        tensors = {
+            name: tensor if filled == self.capacity else tensor[:filled].clone()
+            for name, tensor in self.tensors().items()
+        }
         return {"tensors": tensors, "writes": self.writes, "steps": self.steps, "uses": self.uses}
 
     def load_state_dict(self, state):
@@ -163,7 +201,9 @@ class ReplayBuffer:
 
 
 class HandOver:
-    """What stands between two layers of synchronous DGL (``--buffer 0``): the mini-batch itself, read once right after it was written."""
+    """What stands between two layers of synchronous DGL (``--buffer 0``): the mini-batch itself, read once right after
+    it was written.
+    """
 
     nbytes = 0
 
@@ -193,30 +233,46 @@ def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=No
         return [HandOver() for _ in shapes], ["buffers: none, synchronous"]
 
     def buffers(capacity, storage_device, bits):
-        return [ReplayBuffer(capacity, batch_size, s, storage_device=storage_device, dtype=dtype, bits=bits, **options) for s in shapes]
+        return [
+            ReplayBuffer(capacity, batch_size, s, storage_device=storage_device, dtype=dtype, bits=bits, **options)
+            for s in shapes
+        ]
 
     sizes = [capacity * buffer.nbytes for buffer in buffers(1, "meta", bits)]
     plain = sum(capacity * buffer.nbytes for buffer in buffers(1, "meta", None))
     total = sum(sizes)
     kind = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
     lines = [
-        f"buffer before layer {n}: {capacity} mini-batches x {batch_size} x {'x'.join(map(str, shape))} in {kind}: {readable(size)}"
+        f"buffer before layer {n}: {capacity} mini-batches x {batch_size} x "
+        f"{'x'.join(map(str, shape))} in {kind}: {readable(size)}"
         for n, (shape, size) in enumerate(zip(shapes, sizes, strict=True), start=1)
     ]
-    saved = f", {readable(plain - total)} ({100 * (1 - total / plain):.1f} %) less than in {str(dtype).removeprefix('torch.')}" if bits else ""
-    lines.append(f"buffers: {readable(total)} on {storage_device.type}{saved}; as much again of main memory while a checkpoint is written or read")
+    saved = (
+        f", {readable(plain - total)} ({100 * (1 - total / plain):.1f} %) less than in "
+        f"{str(dtype).removeprefix('torch.')}"
+        if bits
+        else ""
+    )
+    lines.append(
+        f"buffers: {readable(total)} on {storage_device.type}{saved}; as much again of main memory "
+        "while a checkpoint is written or read"
+    )
     check_memory(total, storage_device)
     try:
         return buffers(capacity, storage_device, bits), lines
     except RuntimeError as error:  # taken by others since, or no one piece
-        raise InputError(f"the buffers' {readable(total)} cannot be allocated on {storage_device.type}: {WAYS_OUT}") from error
+        raise InputError(
+            f"the buffers' {readable(total)} cannot be allocated on {storage_device.type}: {WAYS_OUT}"
+        ) from error
 
 
 WAYS_OUT = "choose a smaller --buffer, --batch_size or --feature_size, --compress 8, or another --buffer-device"
 
 
 def check_memory(total, device):
-    """Raises InputError when buffers of ``total`` bytes on ``device``, and once more in main memory for checkpoints, are more than is free."""
+    """Raises InputError when buffers of ``total`` bytes on ``device``, and once more in main memory for checkpoints,
+    are more than is free.
+    """
     cpu = torch.device("cpu")
     needs = {device: total}
     needs[cpu] = needs.get(cpu, 0) + total
@@ -228,7 +284,9 @@ def check_memory(total, device):
 
 
 def free_memory(device):
-    """Bytes still free on ``device``, with what the system would give up for it and within the container's limit; None where nothing tells."""
+    """Bytes still free on ``device``, with what the system would give up for it and within the container's limit; None
+    where nothing tells.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -1,4 +1,6 @@
-"""Whose turn it is, what it found, and how far each layer has come: the bookkeeping of the asynchronous simulation (Sec. 5.6)."""
+"""Whose turn it is, what it found, and how far each layer has come: the bookkeeping of the asynchronous simulation
+(Sec. 5.6).
+"""
 
 import argparse
 import math
@@ -26,7 +28,9 @@ def number(*, least=-math.inf, above=-math.inf, below=math.inf):
             value = math.nan
         if not (value >= least and above < value < below):
             limits = {"of at least": least, "above": above, "below": below}
-            raise argparse.ArgumentTypeError(f"{text!r} is no number " + " and ".join(f"{k} {v}" for k, v in limits.items() if math.isfinite(v)))
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no number " + " and ".join(f"{k} {v}" for k, v in limits.items() if math.isfinite(v))
+            )
         return value
 
     return convert
@@ -35,8 +39,8 @@ def number(*, least=-math.inf, above=-math.inf, below=math.inf):
 class Turns:
     """Decides which layer is next and counts the mini-batches each has learned from.
 
-    ``weights``: a layer is drawn with a probability proportional to its own, from the draws' own generator; None: the layers take turns in order.
-    ``length``: mini-batches an epoch. A layer learns for ``epochs`` of its own epochs.
+    ``weights``: a layer is drawn with a probability proportional to its own, from the draws' own generator; None: the
+    layers take turns in order. ``length``: mini-batches an epoch. A layer learns for ``epochs`` of its own epochs.
     """
 
     def __init__(self, layers, length, epochs, *, weights=None, warm_up=True, seed=0):
@@ -84,13 +88,18 @@ class Turns:
 
     def load_state_dict(self, state):
         if state["epochs"] != self.epochs and any(state["frozen"]):
-            raise InputError(f"a layer has stopped learning after its epoch {state['epochs']}: resume with --nepochs {state['epochs']}")
+            raise InputError(
+                f"a layer has stopped learning after its epoch {state['epochs']}: resume with "
+                f"--nepochs {state['epochs']}"
+            )
         self.generator.set_state(state["generator"])
         self.taken, self.learned, self.frozen = state["taken"], list(state["learned"]), list(state["frozen"])
 
 
 class ImageStream:
-    """What the lowest layer reads: the training images' mini-batches, pass after pass. Knows where it stands, so that a run resumes amid a pass."""
+    """What the lowest layer reads: the training images' mini-batches, pass after pass. Knows where it stands, so that a
+    run resumes amid a pass.
+    """
 
     def __init__(self, batches):
         self.batches = batches
@@ -120,9 +129,11 @@ class ImageStream:
 
 
 class Tally:
-    """What one layer did between two lines of the log: a Meter of its learning, its turns, and the age and uses of what it learned from.
+    """What one layer did between two lines of the log: a Meter of its learning, its turns, and the age and uses of what
+    it learned from.
 
-    Staleness is the steps that the layer below has taken since it wrote the mini-batch; reuse how often the mini-batch had been read before.
+    Staleness is the steps that the layer below has taken since it wrote the mini-batch; reuse how often the mini-batch
+    had been read before.
     """
 
     def __init__(self):
@@ -153,11 +164,14 @@ class Tally:
 
 TALLY = re.compile(
     r"layer (?P<n>\d+), epoch (?P<epoch>\d+): turns (?P<turns>\d+), skipped (?P<skipped>\d+), frozen (?P<frozen>\d+)"
-    r"(?:, staleness mean (?P<staleness>[\d.]+) max (?P<staleness_max>\d+), reuse mean (?P<reuse>[\d.]+) max (?P<reuse_max>\d+))?"
+    r"(?:, staleness mean (?P<staleness>[\d.]+) max (?P<staleness_max>\d+), reuse mean "
+    r"(?P<reuse>[\d.]+) max (?P<reuse_max>\d+))?"
 )
 
 
 def tallies(comments):
-    """A frame with a row for each line that Tally.line wrote among a log's ``comments``; staleness and reuse are nan where the line has none."""
+    """A frame with a row for each line that Tally.line wrote among a log's ``comments``; staleness and reuse are nan
+    where the line has none.
+    """
     rows = [match.groupdict() for match in map(TALLY.fullmatch, comments) if match]
     return pd.DataFrame(rows, columns=list(TALLY.groupindex)).astype(float)

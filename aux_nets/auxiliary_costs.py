@@ -1,19 +1,26 @@
-"""What the auxiliary networks cost beside their modules: the FLOPs of the paper's Table 1 (Sec. 5.2), computed, and memory and time with them.
+"""What the auxiliary networks cost beside their modules: the FLOPs of the
+paper's Table 1 (Sec. 5.2), computed, and memory and time with them.
 
     python aux_nets/auxiliary_costs.py
-    python aux_nets/auxiliary_costs.py --output results/aux_nets    # also leaves the tables where the notebook finds them
+    python aux_nets/auxiliary_costs.py --output results/aux_nets    # where the notebook finds them
 
-Three tables for the network of cifar_dgl.py:
-1. what the auxiliary network of each module adds, in % of the module alone: forward FLOPs, parameters, peak memory and time of a training step;
-2. what "relative FLOPs" can mean, beside the paper's 200 % (CNN), 0.7 % (MLP) and 4.0 % (MLP-SR);
-3. the depth of decoupling: K modules of equal depth, down to K = 1, back-propagation.
+Three tables for the network of cifar_dgl.py: 1. what the auxiliary network of
+each module adds, in % of the module alone: forward FLOPs, parameters, peak
+memory and time of a training step; 2. what "relative FLOPs" can mean, beside
+the paper's 200 % (CNN), 0.7 % (MLP) and 4.0 % (MLP-SR); 3. the depth of
+decoupling: K modules of equal depth, down to K = 1, back-propagation.
 
-No definition of table 2 gives all three figures of the paper, here relative to the largest module (256 → 256 channels at 16×16). CNN is exact: two
-convolutions like the module's own, 200.0 %. MLP as described (three hidden layers of width 4C) is 2.1 %; with one hidden layer it is 0.70 %, the
-paper's figure: a Linear 4C → 4C has 1/144 of that convolution's FLOPs. MLP-SR is 4.17 % of the module, or 4.01 % of module and auxiliary together.
+No definition of table 2 gives all three figures of the paper, here relative to
+the largest module (256 → 256 channels at 16×16). CNN is exact: two convolutions
+like the module's own, 200.0 %. MLP as described (three hidden layers of width
+4C) is 2.1 %; with one hidden layer it is 0.70 %, the paper's figure: a Linear
+4C → 4C has 1/144 of that convolution's FLOPs. MLP-SR is 4.17 % of the module,
+or 4.01 % of module and auxiliary together.
 
-FLOPs, parameters and memory are exact and the same on every machine: a multiply-add is 2 FLOPs, memory is in fp32 without kernels' workspaces
-(decoupled.costs). Time is measured: the median over rounds that take every step in turn. At full size a round costs 4 TFLOP.
+FLOPs, parameters and memory are exact and the same on every machine: a
+multiply-add is 2 FLOPs, memory is in fp32 without kernels' workspaces
+(decoupled.costs). Time is measured: the median over rounds that take every step
+in turn. At full size a round costs 4 TFLOP.
 """
 
 import argparse
@@ -35,14 +42,26 @@ PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxil
 
 def parse_args():
     parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3 (default: %(default)s)")
-    parser.add_argument("--channels", type=runs.whole_number(1), default=128, help="of the first layer (default: %(default)s)")
+    parser.add_argument(
+        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--channels", type=runs.whole_number(1), default=128, help="of the first layer (default: %(default)s)"
+    )
     parser.add_argument("--depth", type=runs.whole_number(2), default=6, help="layers (default: %(default)s)")
-    parser.add_argument("--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)")
-    parser.add_argument("--repeats", type=runs.whole_number(1), default=5, help="rounds of the measured steps (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=runs.whole_number(1), default=5, help="rounds of the measured steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
+    )
     parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
-    parser.add_argument("--output", metavar="DIR", help="also writes auxiliary_costs.csv and decoupling_costs.csv there")
+    parser.add_argument(
+        "--output", metavar="DIR", help="also writes auxiliary_costs.csv and decoupling_costs.csv there"
+    )
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
     args = parser.parse_args()
     args.log_dir = args.output or "."
@@ -51,7 +70,9 @@ def parse_args():
 
 def network(type_aux, channels=128, depth=6, block_size=1, **options):
     """The network of cifar_dgl.py for 10 classes."""
-    return layerwise_cnn(channels=channels, depth=depth, downsample=(1, 3), auxiliary=type_aux, block_size=block_size, **options)
+    return layerwise_cnn(
+        channels=channels, depth=depth, downsample=(1, 3), auxiliary=type_aux, block_size=block_size, **options
+    )
 
 
 def batch(batch_size, device="meta"):
@@ -67,7 +88,9 @@ def network_costs(type_aux, batch_size=2, **settings):
 
 
 def largest(frame):
-    """n of the module with the most FLOPs, the lowest of equals, in a frame of auxiliary_costs; the last, which has the head, apart."""
+    """n of the module with the most FLOPs, the lowest of equals, in a frame of auxiliary_costs; the last, which has the
+    head, apart.
+    """
     return frame["module_mflop"]["mlp"].idxmax()
 
 
@@ -103,7 +126,9 @@ def auxiliary_costs(channels=128, depth=6, batch_size=128):
 
 
 def module_steps(device, autocast, channels=128, depth=6, batch_size=128):
-    """Training steps as callables by (type_aux, n): of a module with its auxiliary network, and of the module alone under the type ""."""
+    """Training steps as callables by (type_aux, n): of a module with its auxiliary network, and of the module alone
+    under the type "".
+    """
     images, labels = batch(batch_size, device)
     steps = {}
     for type_aux in AUXILIARIES:
@@ -129,7 +154,9 @@ def module_steps(device, autocast, channels=128, depth=6, batch_size=128):
 
 
 def seconds(steps, repeats, device):
-    """What each of ``steps`` (callables by name) takes: the median over ``repeats`` rounds of all of them, after one to warm up. A Series by name."""
+    """What each of ``steps`` (callables by name) takes: the median over ``repeats`` rounds of all of them, after one to
+    warm up. A Series by name.
+    """
     rounds = []
     for _ in range(1 + repeats):
         rounds.append([step_seconds(step, device=device) for step in steps.values()])
@@ -137,7 +164,9 @@ def seconds(steps, repeats, device):
 
 
 def added_time(times):
-    """What the auxiliary network adds to a training step's time, in % of the module's alone: from a Series by (type_aux, n), one without "" ."""
+    """What the auxiliary network adds to a training step's time, in % of the module's alone: from a Series by
+    (type_aux, n), one without "" .
+    """
     alone = times[""]
     rows = {(type_aux, n): 100 * (value / alone[n] - 1) for (type_aux, n), value in times.items() if type_aux}
     return pd.Series(rows, name="time").rename_axis(index=("type_aux", "n"))
@@ -157,21 +186,31 @@ def auxiliary_flops(type_aux, n, channels=128, depth=6, **options):
 
 
 def definitions(frame, channels=128, depth=6):
-    """A pandas frame: what "FLOPs of the auxiliary relative to the module" can mean, in %, a row each and a column a type; the paper's first.
+    """A pandas frame: what "FLOPs of the auxiliary relative to the module" can mean, in %, a row each and a column a
+    type; the paper's first.
 
     ``frame`` is that of auxiliary_costs for as many channels and layers.
     """
     module, n = frame["module_mflop"], largest(frame)
     auxiliary = {type_aux: frame["auxiliary_mflop"][type_aux] for type_aux in PAPER}
-    one_hidden = {type_aux: auxiliary_flops(type_aux, n, channels, depth, hidden_layers=1) / 1e6 for type_aux in ("mlp", "mlp-sr")}
+    one_hidden = {
+        type_aux: auxiliary_flops(type_aux, n, channels, depth, hidden_layers=1) / 1e6 for type_aux in ("mlp", "mlp-sr")
+    }
     rows = {
         f"module {n}, the largest": {t: a[n] / module[t, n] for t, a in auxiliary.items()},
-        f"module {n}, of module and auxiliary together": {t: a[n] / (module[t, n] + a[n]) for t, a in auxiliary.items()},
+        f"module {n}, of module and auxiliary together": {
+            t: a[n] / (module[t, n] + a[n]) for t, a in auxiliary.items()
+        },
         f"module {n}, with one hidden layer": {t: a / module[t, n] for t, a in one_hidden.items()},
         f"modules 1 to {depth - 1}, sum": {t: a.sum() / module[t].sum() for t, a in auxiliary.items()},
         f"modules 1 to {depth - 1}, mean": {t: (a / module[t]).mean() for t, a in auxiliary.items()},
     }
-    return pd.concat([pd.DataFrame(PAPER, index=["the paper's Table 1"]), 100 * pd.DataFrame.from_dict(rows, orient="index", columns=list(PAPER))])
+    return pd.concat(
+        [
+            pd.DataFrame(PAPER, index=["the paper's Table 1"]),
+            100 * pd.DataFrame.from_dict(rows, orient="index", columns=list(PAPER)),
+        ]
+    )
 
 
 # Table 3
@@ -179,7 +218,9 @@ def definitions(frame, channels=128, depth=6):
 
 def dgl_step(net, images, labels, autocast=contextlib.nullcontext):
     """A callable that takes the step of cifar_dgl.py on one mini-batch, at a learning rate of zero."""
-    optimizers = [SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4, fused=not images.is_meta) for module in net]
+    optimizers = [
+        SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4, fused=not images.is_meta) for module in net
+    ]
 
     def step():
         representation = images
@@ -224,19 +265,27 @@ def decoupling_costs(type_aux="mlp-sr", channels=128, depth=6, batch_size=128):
 def decoupling_steps(device, autocast, type_aux="mlp-sr", channels=128, depth=6, batch_size=128):
     """The steps of cifar_dgl.py as callables by the number of modules K."""
     images, labels = batch(batch_size, device)
-    nets = {k: network(type_aux, channels, depth, size).to(device, memory_format=torch.channels_last) for k, size in block_sizes(depth).items()}
+    nets = {
+        k: network(type_aux, channels, depth, size).to(device, memory_format=torch.channels_last)
+        for k, size in block_sizes(depth).items()
+    }
     return {k: dgl_step(net, images, labels, autocast) for k, net in nets.items()}
 
 
 def main():
     args = parse_args()
     run = runs.Run(args)
-    header = [*run.environment(), f"# {args.channels} channels, {args.depth} layers, batch {args.batch_size}, {args.repeats} rounds"]
+    header = [
+        *run.environment(),
+        f"# {args.channels} channels, {args.depth} layers, batch {args.batch_size}, {args.repeats} rounds",
+    ]
     print("\n".join(header))
     settings = {"channels": args.channels, "depth": args.depth, "batch_size": args.batch_size}
 
     auxiliaries = auxiliary_costs(**settings)
-    auxiliaries["time"] = added_time(seconds(module_steps(run.device, run.autocast, **settings), args.repeats, run.device))
+    auxiliaries["time"] = added_time(
+        seconds(module_steps(run.device, run.autocast, **settings), args.repeats, run.device)
+    )
     print("\nWhat the auxiliary network adds, in % of the module alone (parameters also as a number)\n")
     print(auxiliaries.to_string(formatters={"parameters": "{:,.0f}".format}, float_format="{:,.2f}".format))
 
@@ -244,10 +293,17 @@ def main():
     print(definitions(auxiliaries, args.channels, args.depth).to_string(float_format="{:,.3f}".format, na_rep=""))
 
     decoupling = decoupling_costs(args.type_aux, **settings)
-    decoupling["time"] = seconds(decoupling_steps(run.device, run.autocast, args.type_aux, **settings), args.repeats, run.device)
+    decoupling["time"] = seconds(
+        decoupling_steps(run.device, run.autocast, args.type_aux, **settings), args.repeats, run.device
+    )
     print(f"\nDepth of decoupling, {args.type_aux}: K modules; peak memory in MiB, time of a step in ms\n")
     shown = decoupling.assign(memory=decoupling["memory"] / 2**20, time=1000 * decoupling["time"])
-    print(shown.to_string(formatters={"parameters": "{:,.0f}".format, "training_gflop": "{:,.4f}".format}, float_format="{:,.1f}".format))
+    print(
+        shown.to_string(
+            formatters={"parameters": "{:,.0f}".format, "training_gflop": "{:,.4f}".format},
+            float_format="{:,.1f}".format,
+        )
+    )
 
     if args.output:
         with runs.writing(run.folder):
@@ -257,7 +313,9 @@ def main():
 
 
 def read(path):
-    """A table that --output has left, or None where there is none. ``frame.attrs["comments"]`` says how and where it was made."""
+    """A table that --output has left, or None where there is none. ``frame.attrs["comments"]`` says how and where it
+    was made.
+    """
     if not path.exists():
         return None
     frame = pd.read_csv(path, comment="#")

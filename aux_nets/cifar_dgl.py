@@ -1,12 +1,15 @@
-"""Decoupled Greedy Learning of a 6-module CNN on CIFAR-10 with three kinds of auxiliary network: the paper's Sec. 5.2, Table 1.
+"""Decoupled Greedy Learning of a 6-module CNN on CIFAR-10 with three kinds of
+auxiliary network: the paper's Sec. 5.2, Table 1.
 
     python aux_nets/cifar_dgl.py --type_aux mlp-sr
     python aux_nets/cifar_dgl.py --type_aux mlp
     python aux_nets/cifar_dgl.py --type_aux cnn
 
-Every module takes its step on each mini-batch, on the detached representation from the module below (Algorithm 1). The paper's test top-1 of the last
-head is 92.2 % with CNN, 90.6 % with MLP and 91.2 % with MLP-SR auxiliaries. A training image costs 11.5, 2.7 and 2.8 GFLOP, an epoch 577, 134 and 138
-TFLOP. With --block_size 6 the whole network is one module, and this is back-propagation.
+Every module takes its step on each mini-batch, on the detached representation
+from the module below (Algorithm 1). The paper's test top-1 of the last head is
+92.2 % with CNN, 90.6 % with MLP and 91.2 % with MLP-SR auxiliaries. A training
+image costs 11.5, 2.7 and 2.8 GFLOP, an epoch 577, 134 and 138 TFLOP. With
+--block_size 6 the whole network is one module, and this is back-propagation.
 """
 
 from torch.nn import functional as F
@@ -22,14 +25,29 @@ from decoupled.network import layerwise_cnn
 def parse_args():
     parser = runs.parser(__doc__, epochs=50, batch_size=128)
     group = parser.add_argument_group("network")
-    group.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last (default: %(default)s)")
-    group.add_argument("--block_size", type=runs.whole_number(1), default=1, help="layers a module; the last has the rest (default: %(default)s)")
     group.add_argument(
-        "--channels", type=runs.whole_number(1), default=128, help="of the first layer; layers 2 and 4 double them (default: %(default)s)"
+        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last (default: %(default)s)"
+    )
+    group.add_argument(
+        "--block_size",
+        type=runs.whole_number(1),
+        default=1,
+        help="layers a module; the last has the rest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--channels",
+        type=runs.whole_number(1),
+        default=128,
+        help="of the first layer; layers 2 and 4 double them (default: %(default)s)",
     )
     group.add_argument("--depth", type=runs.whole_number(1), default=6, help="layers (default: %(default)s)")
     group = parser.add_argument_group("schedule")
-    group.add_argument("--lr-step", type=runs.whole_number(1), default=15, help="epochs between divisions of the rate by 5 (default: %(default)s)")
+    group.add_argument(
+        "--lr-step",
+        type=runs.whole_number(1),
+        default=15,
+        help="epochs between divisions of the rate by 5 (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
@@ -38,11 +56,18 @@ def main():
     run = runs.Run(args)
     train, test, classes = run.data()
     net = layerwise_cnn(
-        channels=args.channels, depth=args.depth, downsample=(1, 3), auxiliary=args.type_aux, classes=classes, block_size=args.block_size
+        channels=args.channels,
+        depth=args.depth,
+        downsample=(1, 3),
+        auxiliary=args.type_aux,
+        classes=classes,
+        block_size=args.block_size,
     )
     net = run.prepare(net)
     optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    schedules = [StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers]  # by default at epochs 16, 31, 46, …
+    schedules = [
+        StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers
+    ]  # by default at epochs 16, 31, 46, …
 
     for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
         net.train()
@@ -53,7 +78,9 @@ def main():
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
-                run.step(loss, optimizer)  # zero_grad, backward, step: this frees the module's graph before the next one's forward
+                run.step(
+                    loss, optimizer
+                )  # zero_grad, backward, step: this frees the module's graph before the next one's forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
         for schedule in schedules:

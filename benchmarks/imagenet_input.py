@@ -1,10 +1,12 @@
-"""Does the input keep up? Images/s that one core decodes and augments, that workers deliver, and that a training step consumes.
+"""Does the input keep up? Images/s that one core decodes and augments, that
+workers deliver, and that a training step consumes.
 
     python benchmarks/imagenet_input.py DIR --arch vgg13 --splits 10 --half -j 4 8 16
 
-DIR holds train/ and val/ (see imagenet/imagenet_folders.py); real ImageNet's larger files take longer than shrunk ones. The step is that of DGL on
-one batch that is already on the device, evaluation and log not counted. When the workers deliver less than the step consumes, training is bound by
-decoding.
+DIR holds train/ and val/ (see imagenet/imagenet_folders.py); real ImageNet's
+larger files take longer than shrunk ones. The step is that of DGL on one batch
+that is already on the device, evaluation and log not counted. When the workers
+deliver less than the step consumes, training is bound by decoding.
 """
 
 import argparse
@@ -31,12 +33,35 @@ def parse_args():
     parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/, of one folder a class")
     parser.add_argument("-a", "--arch", choices=(*STAGES, *BLOCKS), default="resnet152", help="(default: %(default)s)")
-    parser.add_argument("--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)")
-    parser.add_argument("-b", "--batch-size", type=runs.whole_number(2), default=256, help="images a step (default: %(default)s)")
-    parser.add_argument("-j", "--workers", type=runs.whole_number(0), nargs="+", default=[4], help="numbers of workers to try (default: 4)")
+    parser.add_argument(
+        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=runs.whole_number(2), default=256, help="images a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=runs.whole_number(0),
+        nargs="+",
+        default=[4],
+        help="numbers of workers to try (default: 4)",
+    )
     parser.add_argument("--image-size", type=runs.whole_number(32), default=224, help="(default: %(default)s)")
-    parser.add_argument("--samples", type=runs.whole_number(2), default=1000, metavar="N", help="images of an epoch (default: at most 1000)")
-    parser.add_argument("--steps", type=runs.whole_number(1), default=10, metavar="N", help="training steps timed (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=runs.whole_number(2),
+        default=1000,
+        metavar="N",
+        help="images of an epoch (default: at most 1000)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=runs.whole_number(1),
+        default=10,
+        metavar="N",
+        help="training steps timed (default: %(default)s)",
+    )
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     return parser.parse_args()
@@ -73,7 +98,9 @@ def step_speed(args, classes, device):
         net = greedy_vgg(args.arch, math.ceil(sum(STAGES[args.arch]) / args.splits), *settings)
     net.to(device, memory_format=torch.channels_last).train()
     optimizers = [SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=True) for module in net]
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device).to(
+        memory_format=torch.channels_last
+    )
     labels = torch.randint(classes, (args.batch_size,), device=device)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     scalers = [torch.amp.GradScaler(device.type, enabled=args.half and device.type == "cuda") for _ in net]

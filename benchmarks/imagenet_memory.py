@@ -1,18 +1,26 @@
-"""Training memory on ImageNet: DGL beside back-propagation, with and without checkpointing, and the largest batch of each that fits a budget.
+"""Training memory on ImageNet: DGL beside back-propagation, with and without
+checkpointing, and the largest batch of each that fits a budget.
 
     python benchmarks/imagenet_memory.py --half --output memory.txt
 
-The paper's claim (Sec. 5.5): on a 16 GB GPU, DGL of ResNet-152 with K = 2 trains on 38 % more samples than back-propagation.
+The paper's claim (Sec. 5.5): on a 16 GB GPU, DGL of ResNet-152 with K = 2
+trains on 38 % more samples than back-propagation.
 
-Everywhere it counts: FakeTensors have sizes and no values, so that real sizes are known in seconds, without computing. On CUDA it also measures, by
-PyTorch's allocator, which rounds sizes up and holds workspaces of kernels, and by trying which batch still runs when it may take no more than the
-budget. Neither includes what the driver takes for itself (some 0.5 GiB a process).
+Everywhere it counts: FakeTensors have sizes and no values, so that real sizes
+are known in seconds, without computing. On CUDA it also measures, by PyTorch's
+allocator, which rounds sizes up and holds workspaces of kernels, and by trying
+which batch still runs when it may take no more than the budget. Neither
+includes what the driver takes for itself (some 0.5 GiB a process).
 
-Rows: one for each module of each method; "checkpointing" keeps the representations between K parts and recomputes the parts in its backward pass.
-VGG is cut into K runs of equally many convolutions, ResNet as --splits cuts it. Columns:
+Rows: one for each module of each method; "checkpointing" keeps the
+representations between K parts and recomputes the parts in its backward pass.
+VGG is cut into K runs of equally many convolutions, ResNet as --splits cuts it.
+Columns:
   fixed          GiB of parameters, gradients, momentum and batch norm's statistics of the network, whatever the batch
-  saved          GiB that the module's forward pass keeps for its backward pass, each storage once, parameters apart (saved_tensors_hooks)
-  peak           GiB at most while the module takes its step: all tensors there are, the other modules' included (decoupled.costs.LiveStorages)
+  saved          GiB that the module's forward pass keeps for its backward pass, each storage once, parameters apart
+                 (saved_tensors_hooks)
+  peak           GiB at most while the module takes its step: all tensors there are, the other modules'
+                 included (decoupled.costs.LiveStorages)
   CUDA peak      the same by the allocator (max_memory_allocated)
   largest        largest batch whose peak, counted, is within the budget; CUDA largest: that really ran within it
   more           how much larger than back-propagation's, in %
@@ -47,19 +55,46 @@ CLASSES = 1000
 
 def parse_args():
     parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=(*STAGES, *BLOCKS), nargs="+", default=["resnet152", "vgg19"], help="(default: resnet152 vgg19)")
-    parser.add_argument("--splits", type=runs.whole_number(2), nargs="+", default=[2, 4], metavar="K", help="numbers of modules (default: 2 4)")
-    parser.add_argument("--batch-size", type=runs.whole_number(2), default=32, help="of the columns in GiB (default: %(default)s)")
+    parser.add_argument(
+        "--arch",
+        choices=(*STAGES, *BLOCKS),
+        nargs="+",
+        default=["resnet152", "vgg19"],
+        help="(default: resnet152 vgg19)",
+    )
+    parser.add_argument(
+        "--splits",
+        type=runs.whole_number(2),
+        nargs="+",
+        default=[2, 4],
+        metavar="K",
+        help="numbers of modules (default: 2 4)",
+    )
+    parser.add_argument(
+        "--batch-size", type=runs.whole_number(2), default=32, help="of the columns in GiB (default: %(default)s)"
+    )
     parser.add_argument("--image-size", type=runs.whole_number(32), default=224, help="(default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=16, metavar="GIB", help="memory that the largest batch may take (default: %(default)s)")
-    parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere, whose sizes are the same")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: count only (default: %(default)s)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=16,
+        metavar="GIB",
+        help="memory that the largest batch may take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere, whose sizes are the same"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: count only (default: %(default)s)"
+    )
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
     return parser.parse_args()
 
 
 class Method(NamedTuple):
-    """A network and what a step of it is: ``turns(images, labels)`` yields after each module's part, and is the whole step when exhausted."""
+    """A network and what a step of it is: ``turns(images, labels)`` yields after each module's part, and is the whole
+    step when exhausted.
+    """
 
     name: str
     splits: int
@@ -72,12 +107,19 @@ class Training:
 
     def __init__(self, net, half, device):
         self.half, self.device = half, device
-        fused = device.type == "cuda"  # counting: FakeTensors have no fused step. With or without, SGD makes no temporary tensors as it is set here
-        self.optimizers = [SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=fused, foreach=False if not fused else None) for module in net]
+        fused = (
+            device.type == "cuda"
+        )  # counting: FakeTensors have no fused step. With or without, SGD makes no temporary tensors as it is set here
+        self.optimizers = [
+            SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=fused, foreach=False if not fused else None)
+            for module in net
+        ]
         self.scalers = [torch.amp.GradScaler(device.type, enabled=half and device.type == "cuda") for _ in net]
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.float16 if self.device.type == "cuda" else torch.bfloat16, enabled=self.half)
+        return torch.autocast(
+            self.device.type, torch.float16 if self.device.type == "cuda" else torch.bfloat16, enabled=self.half
+        )
 
     def step(self, loss, n):
         """zero_grad, backward, step: as decoupled.runs.Run.step."""
@@ -114,7 +156,9 @@ def dgl(arch, splits, image_size, half, device):
 
 
 def checkpointing(arch, splits, image_size, half, device):
-    """Back-propagation of the same network, each part below the last recomputed; its last backward pass comes at once, so that one is not."""
+    """Back-propagation of the same network, each part below the last recomputed; its last backward pass comes at once,
+    so that one is not.
+    """
     net = network(arch, splits, image_size)
     for module in net[:-1]:
         del module.auxiliary
@@ -148,7 +192,9 @@ def batch(size, image_size, device):
 
 
 class Saved:
-    """Inside the block: ``bytes`` of the storages that autograd saves for backward passes, each once, without those of ``net``'s parameters."""
+    """Inside the block: ``bytes`` of the storages that autograd saves for backward passes, each once, without those of
+    ``net``'s parameters.
+    """
 
     def __init__(self, net):
         self.own = {id(parameter.untyped_storage()) for parameter in net.parameters()}
@@ -207,7 +253,7 @@ def count_saved(method, size, image_size):
 
 
 def largest(fits, guess):
-    """The largest whole number, 0 or more, for which ``fits`` holds, found around ``guess``: all smaller ones fit too."""
+    """The largest integer ≥ 0 for which ``fits`` holds, found around ``guess``: all smaller ones fit too."""
     low, high, stride = 0, None, 1
     candidate = max(guess, 1)
     while high is None or high - low > 1:
@@ -227,7 +273,9 @@ def largest(fits, guess):
 
 
 def counted_largest(peak, size, budget):
-    """The largest batch with peak(batch) ≤ ``budget`` bytes, from a straight line through two batches: peaks are nearly straight."""
+    """The largest batch with peak(batch) ≤ ``budget`` bytes, from a straight line through two batches: peaks are nearly
+    straight.
+    """
     slope = (peak(2 * size) - peak(size)) / size
     return largest(lambda batch: peak(max(batch, 2)) <= budget, int(size + (budget - peak(size)) / slope))
 
@@ -310,7 +358,20 @@ def table(args, cuda):
                 lines[0] |= {name: limit, name.replace("largest", "more"): 100 * (limit / max(first[name], 1) - 1)}
             rows += lines
             print(f"# {arch}, {lines[0]['method']}, K = {splits}: largest batch {limits}", file=sys.stderr, flush=True)
-    columns = ["network", "method", "K", "module", "fixed", "saved", "peak", "CUDA peak", "largest", "more", "CUDA largest", "CUDA more"]
+    columns = [
+        "network",
+        "method",
+        "K",
+        "module",
+        "fixed",
+        "saved",
+        "peak",
+        "CUDA peak",
+        "largest",
+        "more",
+        "CUDA largest",
+        "CUDA more",
+    ]
     frame = pd.DataFrame(rows)
     return frame[[column for column in columns if column in frame]]
 
@@ -326,12 +387,17 @@ def main():
     precision = {True: "fp16 mixed" if cuda else "bf16 mixed (as large as fp16)", False: "fp32"}[args.half]
     lines = [
         f"# command: python benchmarks/imagenet_memory.py {' '.join(sys.argv[1:])}".rstrip(),
-        f"# torch {torch.__version__}, commit {runs.commit()}, GPU: {where}, {precision}, {args.image_size}x{args.image_size}",
-        f"# GiB at batch {args.batch_size}; largest: the largest batch in {args.budget:g} GiB; more: in % than back-propagation's",
+        f"# torch {torch.__version__}, commit {runs.commit()}, GPU: {where}, {precision}, "
+        f"{args.image_size}x{args.image_size}",
+        f"# GiB at batch {args.batch_size}; largest: the largest batch in {args.budget:g} GiB; more: "
+        "in % than back-propagation's",
     ]
     frame = table(args, cuda)
     whole = {name: "{:.0f}".format for name in frame if "largest" in name or "more" in name}
-    text = "\n".join([*lines, frame.to_string(index=False, na_rep="", float_format="{:.3f}".format, formatters=whole)]) + "\n"
+    text = (
+        "\n".join([*lines, frame.to_string(index=False, na_rep="", float_format="{:.3f}".format, formatters=whole)])
+        + "\n"
+    )
     print(text, end="")
     if args.output:
         with runs.writing(args.output):

@@ -1,25 +1,32 @@
-"""Throughput and memory of training steps beside the matrix-product ceiling, for two networks. Needs no data set: the images are random.
+"""Throughput and memory of training steps beside the matrix-product ceiling,
+for two networks. Needs no data set: the images are random.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --half --network dni
 
-learning_curves: DGL beside sequential greedy learning and back-propagation. It shows how near the machine's ceiling each step runs; that DGL's needs
-less memory than back-propagation's; that what is not the step (data, meters, log) is a small part of an epoch; what evaluating every head costs
-beside the last alone.
-dni: back-propagation, DGL, DNI and cDNI. It shows that DGL's step costs its modules' FLOPs and no more, at which share of the ceiling beside
-back-propagation's, and that synthesizers run no more often than the method needs.
+learning_curves: DGL beside sequential greedy learning and back-propagation. It
+shows how near the machine's ceiling each step runs; that DGL's needs less
+memory than back-propagation's; that what is not the step (data, meters, log) is
+a small part of an epoch; what evaluating every head costs beside the last
+alone. dni: back-propagation, DGL, DNI and cDNI. It shows that DGL's step costs
+its modules' FLOPs and no more, at which share of the ceiling beside
+back-propagation's, and that synthesizers run no more often than the method
+needs.
 
 Columns:
   images/s      median over the rounds
   % of DGL      time an image takes, DGL's step being 100
   GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.costs)
   GFLOP/s       the product of both
-  % of ceiling  GFLOP/s beside the best large square matrix product of the same precision, measured before and after each round
-  peak MiB      made by two steps from the start on, momentum included, on top of network and images (decoupled.costs.peak_memory)
-Rows, a table for each network: training steps on one batch, already on the device; "stage n" learns module n on the frozen ones below, their mean is
-that of sequential training as a whole (and its largest peak). Evaluation includes its data and meters. "an epoch's" rows are done once for 50,000
-images.
-Each round measures every row, so that a drift of the machine hits all alike.
+  % of ceiling  GFLOP/s beside the best large square matrix product of the same precision, measured before and after
+                each round
+  peak MiB      made by two steps from the start on, momentum included, on top of network and images
+                (decoupled.costs.peak_memory)
+Rows, a table for each network: training steps on one batch, already on the
+device; "stage n" learns module n on the frozen ones below, their mean is that
+of sequential training as a whole (and its largest peak). Evaluation includes
+its data and meters. "an epoch's" rows are done once for 50,000 images. Each
+round measures every row, so that a drift of the machine hits all alike.
 """
 
 import argparse
@@ -55,7 +62,11 @@ BATCH = {"learning_curves": 128, "dni": 256}  # the experiments'
 DEPTH = 4  # of the learning-curves network
 CHANNELS = 128  # of the dni network
 SECONDS = 0.1  # a row is repeated within a round for at least as long
-SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
+SIDE = {
+    "cpu": 2048,
+    "mps": 4096,
+    "cuda": 8192,
+}  # of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
 
 
 def parse_args():
@@ -64,7 +75,11 @@ def parse_args():
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--threads", type=runs.whole_number(1), help="of PyTorch on the CPU (default: its own choice)")
-    parser.add_argument("--batch-size", type=runs.whole_number(2), help="images a step (default: the experiment's, 128 or, for dni, 256)")
+    parser.add_argument(
+        "--batch-size",
+        type=runs.whole_number(2),
+        help="images a step (default: the experiment's, 128 or, for dni, 256)",
+    )
     parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
     parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.runs.keep_freed_memory")
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
@@ -72,7 +87,9 @@ def parse_args():
 
 
 class Row(NamedTuple):
-    """A line of the table: ``step()`` deals with ``images`` images; ``net`` where what it costs is looked at more closely."""
+    """A line of the table: ``step()`` deals with ``images`` images; ``net`` where what it costs is looked at more
+    closely.
+    """
 
     name: str
     images: int
@@ -116,7 +133,11 @@ def sgd(module):
 def begin(args, block_size=1):
     """(run, network, optimizers), the run ready for its first step."""
     run = runs.Run(args)
-    net = run.prepare(layerwise_cnn(channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size))
+    net = run.prepare(
+        layerwise_cnn(
+            channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size
+        )
+    )
     optimizers = [sgd(module) for module in net]
     next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
     return run, net, optimizers
@@ -160,7 +181,10 @@ def evaluation(args, train, test):
         with run.autocast():
             evaluate(net, test, heads)
 
-    return [Row(f"evaluation, all {DEPTH} heads", TEST_BATCH, step), Row("evaluation, last head", TEST_BATCH, lambda: step([DEPTH - 1]))]
+    return [
+        Row(f"evaluation, all {DEPTH} heads", TEST_BATCH, step),
+        Row("evaluation, last head", TEST_BATCH, lambda: step([DEPTH - 1])),
+    ]
 
 
 def housekeeping(args, images, labels, train, test):
@@ -208,7 +232,9 @@ def dni(args, train, test):
 
 
 def dni_script(name):
-    """The script ``name`` of the dni experiment as a module; by its path, since other experiments have a cifar_dgl.py too."""
+    """The script ``name`` of the dni experiment as a module; by its path, since other experiments have a cifar_dgl.py
+    too.
+    """
     folder = Path(__file__).resolve().parents[1] / "dni"
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for the file beside it that it imports
@@ -253,20 +279,24 @@ def dni_dgl(args, images, labels):
 
 
 def settle(rows):
-    """Takes each row's step once on CUDA, whose libraries try kernels and take lasting workspaces then: no row's peak is to have that memory."""
+    """Takes each row's step once on CUDA, whose libraries try kernels and take lasting workspaces then: no row's peak
+    is to have that memory.
+    """
     for row in rows:
         row.step()
 
 
 def matrix_product(half, device):
-    """A callable that multiplies two large square matrices in the precision of the convolutions, and the FLOPs of that."""
+    """A callable that multiplies two large square matrices in the convolutions' precision, and the FLOPs of that."""
     dtype = torch.float32 if not half else torch.float16 if device.type == "cuda" else torch.bfloat16
     side = SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty(side, side, device=device, dtype=dtype)
 
     def multiply():
-        before = torch.backends.cuda.matmul.fp32_precision  # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
+        before = (
+            torch.backends.cuda.matmul.fp32_precision
+        )  # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
         torch.mm(left, right, out=product)
         torch.backends.cuda.matmul.fp32_precision = before
@@ -275,7 +305,9 @@ def matrix_product(half, device):
 
 
 def measure(rows, args, device):
-    """(frame with a line for each row: images, FLOPs an image, peak bytes; seconds an image, rounds × rows; ceiling in FLOP/s)."""
+    """(frame with a line for each row: images, FLOPs an image, peak bytes; seconds an image, rounds × rows; ceiling in
+    FLOP/s).
+    """
     lines, calls = [], []
     for row in rows:
         memory = peak_memory(lambda row=row: (row.step(), row.step()), device)
@@ -288,7 +320,9 @@ def measure(rows, args, device):
     rounds = []
     for _ in range(args.repeats):
         products.append(step_seconds(multiply, products_calls, device))
-        rounds.append([step_seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)])
+        rounds.append(
+            [step_seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)]
+        )
         products.append(step_seconds(multiply, products_calls, device))
     names = [row.name for row in rows]
     return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), flops / min(products)
@@ -300,7 +334,11 @@ def table(lines, times, ceiling):
     if stages := [name for name in order if name.startswith("sequential step, stage")]:
         mean = "sequential step, mean"
         times[mean] = times[stages].mean(axis=1)
-        lines.loc[mean] = {"images": lines["images"][stages[0]], "flops": lines["flops"][stages].mean(), "memory": lines["memory"][stages].max()}
+        lines.loc[mean] = {
+            "images": lines["images"][stages[0]],
+            "flops": lines["flops"][stages].mean(),
+            "memory": lines["memory"][stages].max(),
+        }
         order.insert(order.index(stages[-1]) + 1, mean)
     typical = times.median()
     speed = lines["flops"] / typical
@@ -323,39 +361,66 @@ def print_epoch(rows, frame, times):
     """What data, meters and log take of an epoch of DGL, and all heads' evaluation beside the last head's."""
     typical = times.median()
     parts = {
-        "data": TRAIN * (typical["data, training batch"] + typical["data, an epoch's order"]) + TEST * typical["data, test batch"],
-        "meters": (TRAIN + TEST) * typical["meters, training batch"],  # a little too much for the test images: their batches are larger
+        "data": TRAIN * (typical["data, training batch"] + typical["data, an epoch's order"])
+        + TEST * typical["data, test batch"],
+        "meters": (TRAIN + TEST)
+        * typical["meters, training batch"],  # a little too much for the test images: their batches are larger
         "log": TRAIN * typical["log, an epoch's"],
     }
     checkpoint = TRAIN * typical["checkpoint, an epoch's"]
     evaluated = f"evaluation, all {DEPTH} heads"
-    training = TRAIN * (typical["DGL step"] + typical["data, training batch"] + typical["meters, training batch"] + typical["data, an epoch's order"])
+    training = TRAIN * (
+        typical["DGL step"]
+        + typical["data, training batch"]
+        + typical["meters, training batch"]
+        + typical["data, an epoch's order"]
+    )
     epoch = training + TEST * typical[evaluated] + parts["log"] + checkpoint
     share = " + ".join(f"{name} {100 * part / epoch:.2f}" for name, part in parts.items())
     print(f"\nAn epoch of DGL ({TRAIN:,} images trained, {TEST:,} evaluated) takes {epoch:.1f} s.")
-    print(f"data + meters + log: {100 * sum(parts.values()) / epoch:.2f} % of it ({share}); checkpoint {100 * checkpoint / epoch:.2f} %")
+    print(
+        f"data + meters + log: {100 * sum(parts.values()) / epoch:.2f} % of it ({share}); checkpoint "
+        f"{100 * checkpoint / epoch:.2f} %"
+    )
     ratio = (times[evaluated] / times["evaluation, last head"]).median()
     print(f"evaluation of all heads takes {ratio:.3f} times as long as of the last head")
 
 
 def print_parts(rows, frame, times):
-    """DGL's step beside the sum of its parts at back-propagation's share of the ceiling, and how often synthesizers run."""
+    """DGL's step beside the sum of its parts at back-propagation's share of the ceiling, and how often synthesizers
+    run.
+    """
     row = next(row for row in rows if row.name == "DGL step")
-    parts = costs(copy.deepcopy(row.net).to("meta"), torch.empty(2, 3, 32, 32, device="meta"))["training_flops"].xs("module", level="part") / 1e9
+    parts = (
+        costs(copy.deepcopy(row.net).to("meta"), torch.empty(2, 3, 32, 32, device="meta"))["training_flops"].xs(
+            "module", level="part"
+        )
+        / 1e9
+    )
     own, backprop = frame.loc["DGL step"], frame.loc["back-propagation step"]
     each = " + ".join(f"{part:.3f}" for part in parts)
-    print(f"\nDGL's modules, each alone, cost {each} = {parts.sum():.3f} GFLOP/image; its step counts {own['GFLOP/image']:.3f}.")
+    print(
+        f"\nDGL's modules, each alone, cost {each} = {parts.sum():.3f} GFLOP/image; its step counts "
+        f"{own['GFLOP/image']:.3f}."
+    )
     ratio = ((times["back-propagation step"] / backprop["GFLOP/image"]) / (times["DGL step"] / parts.sum())).median()
     share, speed = backprop["% of ceiling"], own["images/s"]
-    print(f"At back-propagation's share of the ceiling, {share:.1f} %, that is {speed / ratio:,.0f} images/s; DGL runs {speed:,.0f} ({ratio:.2f} ×).")
+    print(
+        f"At back-propagation's share of the ceiling, {share:.1f} %, that is {speed / ratio:,.0f} "
+        f"images/s; DGL runs {speed:,.0f} ({ratio:.2f} ×)."
+    )
     counts = ", ".join(f"{row.name.removesuffix(' step')} {synthesizer_runs(row)}" for row in rows)
-    print(f"Runs of synthesizers (DGL: auxiliaries) in a step: {counts}. The network has 3 interfaces, DGL 2 auxiliaries.")
+    print(
+        f"Runs of synthesizers (DGL: auxiliaries) in a step: {counts}. The network has 3 interfaces, DGL 2 auxiliaries."
+    )
 
 
 def synthesizer_runs(row):
     """How often synthesizers run in a step."""
     ran = []
-    synthesizers = [module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"]  # by name: scripts are loaded by path
+    synthesizers = [
+        module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"
+    ]  # by name: scripts are loaded by path
     hooks = [synthesizer.register_forward_hook(lambda *_: ran.append(1)) for synthesizer in synthesizers]
     row.step()
     for hook in hooks:
@@ -374,7 +439,10 @@ def main():
     malloc = ", plain malloc" if args.plain_malloc else ""
     with tempfile.TemporaryDirectory() as args.log_dir:
         print("\n".join(runs.environment(device, args.half)))
-        for network, rows_of, conclude in (("learning_curves", learning_curves, print_epoch), ("dni", dni, print_parts)):
+        for network, rows_of, conclude in (
+            ("learning_curves", learning_curves, print_epoch),
+            ("dni", dni, print_parts),
+        ):
             if args.network not in ("all", network):
                 continue
             batch_size = args.batch_size or BATCH[network]
@@ -389,8 +457,16 @@ def main():
             rows = rows_of(args, train, test)
             lines, times, ceiling = measure(rows, args, device)
             frame = table(lines, times, ceiling)
-            print(f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling {ceiling / 1e9:,.0f} GFLOP/s\n")
-            formats = {column: ("{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}").format for column in frame}
+            print(
+                f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling "
+                f"{ceiling / 1e9:,.0f} GFLOP/s\n"
+            )
+            formats = {
+                column: (
+                    "{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}"
+                ).format
+                for column in frame
+            }
             print(frame.to_string(formatters=formats, na_rep=""), flush=True)
             conclude(rows, frame, times)
 

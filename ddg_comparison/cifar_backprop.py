@@ -1,11 +1,15 @@
-"""Back-propagation of a ResNet on CIFAR-10, the first row of the paper's Table 2.
+"""Back-propagation of a ResNet on CIFAR-10, the first row of the paper's Table
+2.
 
     python ddg_comparison/cifar_backprop.py
     python ddg_comparison/cifar_backprop.py --checkpointing --splits 8
 
-The paper has 93.53 % for ResNet-110 after 300 epochs. With --checkpointing (Chen et al. 2016, arXiv 1604.06174, by torch.utils.checkpoint) only the
-representations between K parts are kept, and the backward pass recomputes each part below the last: the same steps for less memory and up to a third
-more computing, which is what one would weigh DGL against. A training image costs 1.52 GFLOP, an epoch 76 TFLOP.
+The paper has 93.53 % for ResNet-110 after 300 epochs. With --checkpointing
+(Chen et al. 2016, arXiv 1604.06174, by torch.utils.checkpoint) only the
+representations between K parts are kept, and the backward pass recomputes each
+part below the last: the same steps for less memory and up to a third more
+computing, which is what one would weigh DGL against. A training image costs
+1.52 GFLOP, an epoch 76 TFLOP.
 """
 
 from contextlib import nullcontext
@@ -24,10 +28,19 @@ def parse_args():
     parser = runs.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    group.add_argument("--checkpointing", action="store_true", help="keep the representations between parts only, recompute the others")
-    group.add_argument("--splits", type=runs.whole_number(1), metavar="K", help="parts for --checkpointing (default: 2)")
     group.add_argument(
-        "--milestones", type=runs.whole_number(1), nargs="+", default=[150, 225], metavar="EPOCH", help="lr/10 after these (default: 150 225)"
+        "--checkpointing", action="store_true", help="keep the representations between parts only, recompute the others"
+    )
+    group.add_argument(
+        "--splits", type=runs.whole_number(1), metavar="K", help="parts for --checkpointing (default: 2)"
+    )
+    group.add_argument(
+        "--milestones",
+        type=runs.whole_number(1),
+        nargs="+",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="lr/10 after these (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     args = parser.parse_args()
@@ -42,7 +55,9 @@ def parse_args():
 
 
 def recomputed(part, below):
-    """part(below), whose activations are dropped now and computed again in the backward pass; batch norm counts the batch once."""
+    """part(below), whose activations are dropped now and computed again in the backward pass; batch norm counts the
+    batch once.
+    """
     contexts = nullcontext(), frozen_statistics(part)
     return checkpoint(part, below, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
 

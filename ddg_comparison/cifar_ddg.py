@@ -1,22 +1,32 @@
-"""Decoupled back-propagation with delayed gradients (DDG) of a ResNet on CIFAR-10, the second row of the paper's Table 2.
+"""Decoupled back-propagation with delayed gradients (DDG) of a ResNet on
+CIFAR-10, the second row of the paper's Table 2.
 
     python ddg_comparison/cifar_ddg.py
 
-DDG (Huo, Gu, Yang, Huang; ICML 2018; arXiv 1804.10574) cuts a network into K modules, here counted from 0. In iteration t the mini-batch x_t passes
-all of them, with their weights w^t. Then each steps at once by the gradient of an earlier mini-batch x_s, s = t − (K−1−k):
+DDG (Huo, Gu, Yang, Huang; ICML 2018; arXiv 1804.10574) cuts a network into K
+modules, here counted from 0. In iteration t the mini-batch x_t passes all of
+them, with their weights w^t. Then each steps at once by the gradient of an
+earlier mini-batch x_s, s = t − (K−1−k):
 
     w_k^(t+1) = w_k^t − lr · ∂f(x_s; w^s)/∂w_k,    and w_k^(t+1) = w_k^t while s < 0
 
-(momentum and weight decay as in SGD, at the present weights). A module hands its gradient by its input down, for the next iteration. Activations
-and weights in that gradient are those of iteration s. So the graph of its forward pass is kept, on a copy of the module's weights, since the
-optimizer changes those in place: module k keeps K−1−k mini-batches, and one more within an iteration. To run the forward pass again, with w^t,
-would be another method: Features Replay (Huo, Gu, Huang; NeurIPS 2018; arXiv 1807.04511), which takes less memory and more computing.
+(momentum and weight decay as in SGD, at the present weights). A module hands
+its gradient by its input down, for the next iteration. Activations and weights
+in that gradient are those of iteration s. So the graph of its forward pass is
+kept, on a copy of the module's weights, since the optimizer changes those in
+place: module k keeps K−1−k mini-batches, and one more within an iteration. To
+run the forward pass again, with w^t, would be another method: Features Replay
+(Huo, Gu, Huang; NeurIPS 2018; arXiv 1807.04511), which takes less memory and
+more computing.
 
-The end of an epoch changes nothing for the mini-batches on their way: the next epoch's first iterations step by them, at its learning rate. They
-are in the checkpoint, as inputs and weights, and a resumed run builds their graphs from these. The last K−1 of a run move the upper modules only.
+The end of an epoch changes nothing for the mini-batches on their way: the next
+epoch's first iterations step by them, at its learning rate. They are in the
+checkpoint, as inputs and weights, and a resumed run builds their graphs from
+these. The last K−1 of a run move the upper modules only.
 
-The paper has 93.41 % for ResNet-110 in 2 modules after 300 epochs, as DDG's authors report. A training image costs 1.52 GFLOP, an epoch 76 TFLOP:
-as much as back-propagation, which it is with one module.
+The paper has 93.41 % for ResNet-110 in 2 modules after 300 epochs, as DDG's
+authors report. A training image costs 1.52 GFLOP, an epoch 76 TFLOP: as much as
+back-propagation, which it is with one module.
 """
 
 from collections import deque
@@ -36,20 +46,29 @@ def parse_args():
     parser = runs.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    group.add_argument("--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)")
     group.add_argument(
-        "--milestones", type=runs.whole_number(1), nargs="+", default=[150, 225], metavar="EPOCH", help="lr/10 after these (default: 150 225)"
+        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
+    )
+    group.add_argument(
+        "--milestones",
+        type=runs.whole_number(1),
+        nargs="+",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="lr/10 after these (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     return parser.parse_args()
 
 
 class InFlight:
-    """The mini-batches in module ``k`` of ``net`` whose gradient is still to come, oldest first: ``delay`` of them between iterations.
+    """The mini-batches in module ``k`` of ``net`` whose gradient is still to come, oldest first: ``delay`` of them
+    between iterations.
 
-    batches   (input, weights, output) of each: input (B, C, h, w); the weights it passed, by name, none where they are still the module's; the
-              output with its graph, or the loss for the last module
-    gradient  the gradient of the loss by the oldest output, as the module above has handed it down: (B, C', h', w') or None
+    batches   (input, weights, output) of each: input (B, C, h, w); the weights it passed, by name, none where they are
+              still the module's; the output with its graph, or the loss for the last module
+    gradient  the gradient of the loss by the oldest output, as the module above has handed it down:
+              (B, C', h', w') or None
     """
 
     def __init__(self, run, net, k):
@@ -64,7 +83,10 @@ class InFlight:
 
     def state_dict(self):
         """What the graphs are built from, not the graphs."""
-        batches = [(below.detach(), {name: weight.detach() for name, weight in weights.items()}) for below, weights, _ in self.batches]
+        batches = [
+            (below.detach(), {name: weight.detach() for name, weight in weights.items()})
+            for below, weights, _ in self.batches
+        ]
         return {"batches": batches, "gradient": self.gradient if batches else None}
 
     def load_state_dict(self, state):
@@ -84,15 +106,17 @@ class InFlight:
 def step(run, net, optimizers, in_flight, images, labels):
     """One iteration of DDG: images (B, 3, 32, 32), labels (B,) → loss, logits (B, classes).
 
-    Here the modules take turns. A module needs nothing another makes in the same iteration but the representation below it, so on K devices their
-    backward passes would run at once.
+    Here the modules take turns. A module needs nothing another makes in the same iteration but the representation below
+    it, so on K devices their backward passes would run at once.
     """
     representation = images
     for k, (module, optimizer, own) in enumerate(zip(net, optimizers, in_flight, strict=True)):
         below = representation.detach().requires_grad_(k > 0)
         weights = own.weights()
         with run.autocast():
-            representation = output = functional_call(module, weights, below)  # (B, C, s, s); in the last module logits, (B, classes)
+            representation = output = functional_call(
+                module, weights, below
+            )  # (B, C, s, s); in the last module logits, (B, classes)
         if own.delay == 0:
             logits = output.detach()
             output = loss = F.cross_entropy(output.float(), labels)
@@ -102,7 +126,9 @@ def step(run, net, optimizers, in_flight, images, labels):
         if len(own.batches) <= own.delay:
             continue  # the first K−1−k iterations: no gradient has come down yet
         below, _, output = own.batches.popleft()
-        scaler = run.scalers[id(optimizer)]  # with fp16 each module has its own loss scale; gradients go from one to the next without
+        scaler = run.scalers[
+            id(optimizer)
+        ]  # with fp16 each module has its own loss scale; gradients go from one to the next without
         scale = scaler.scale(torch.ones(1, device=images.device))  # (1,), not a scalar: fp16 divided by it is fp32
         optimizer.zero_grad()
         output.backward((own.gradient * scale).view_as(output).to(output.dtype))
@@ -119,12 +145,19 @@ def main():
     train, test, classes = run.data()
     net = run.prepare(chained_resnet(args.depth, args.splits, classes))
     if not all(list(module.parameters()) for module in net):
-        raise InputError(f"--splits {args.splits} leaves a module without weights, which has nothing to learn: choose fewer")
-    optimizers = [SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True) for module in net]
+        raise InputError(
+            f"--splits {args.splits} leaves a module without weights, which has nothing to learn: choose fewer"
+        )
+    optimizers = [
+        SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
+        for module in net
+    ]
     schedules = [MultiStepLR(optimizer, args.milestones, gamma=0.1) for optimizer in optimizers]
     in_flight = [InFlight(run, net, k) for k in range(len(net))]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, in_flight=in_flight, train=train, test=test):
+    for epoch in run.epochs(
+        net=net, optimizers=optimizers, schedules=schedules, in_flight=in_flight, train=train, test=test
+    ):
         net.train()
         meter = Meter()
         for images, labels in run.progress(train):

@@ -1,10 +1,13 @@
-"""Decoupled Greedy Learning of a ResNet on CIFAR-10, the third row of the paper's Table 2.
+"""Decoupled Greedy Learning of a ResNet on CIFAR-10, the third row of the
+paper's Table 2.
 
     python ddg_comparison/cifar_dgl.py
 
-Every module takes its step on each mini-batch, on the detached representation from the module below (Algorithm 1); all but the last learn from an
-MLP-SR auxiliary. The paper has 93.5 ± 0.1 % for ResNet-110 in 2 modules after 300 epochs. With one module it is back-propagation.
-A training image costs 1.51 GFLOP, an epoch 76 TFLOP.
+Every module takes its step on each mini-batch, on the detached representation
+from the module below (Algorithm 1); all but the last learn from an MLP-SR
+auxiliary. The paper has 93.5 ± 0.1 % for ResNet-110 in 2 modules after 300
+epochs. With one module it is back-propagation. A training image costs 1.51
+GFLOP, an epoch 76 TFLOP.
 """
 
 from cifar_resnet import decoupled_resnet
@@ -20,9 +23,16 @@ def parse_args():
     parser = runs.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    group.add_argument("--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)")
     group.add_argument(
-        "--milestones", type=runs.whole_number(1), nargs="+", default=[150, 225], metavar="EPOCH", help="lr/10 after these (default: 150 225)"
+        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
+    )
+    group.add_argument(
+        "--milestones",
+        type=runs.whole_number(1),
+        nargs="+",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="lr/10 after these (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     return parser.parse_args()
@@ -35,7 +45,9 @@ def step(run, net, optimizers, images, labels):
         with run.autocast():
             representation, logits = module(representation)  # (B, C, s, s), (B, classes)
         loss = F.cross_entropy(logits.float(), labels)
-        run.step(loss, optimizer)  # zero_grad, backward, step: this frees the module's graph before the next one's forward
+        run.step(
+            loss, optimizer
+        )  # zero_grad, backward, step: this frees the module's graph before the next one's forward
         representation = representation.detach()  # no gradient crosses to the module below
         heads.append((loss.detach(), logits.detach()))
     return heads
@@ -46,7 +58,10 @@ def main():
     run = runs.Run(args)
     train, test, classes = run.data()
     net = run.prepare(decoupled_resnet(args.depth, args.splits, classes))
-    optimizers = [SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True) for module in net]
+    optimizers = [
+        SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
+        for module in net
+    ]
     schedules = [MultiStepLR(optimizer, args.milestones, gamma=0.1) for optimizer in optimizers]
 
     for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):

@@ -1,6 +1,8 @@
-"""ResNets of depth 6n+2 for 32×32 images (He et al. 2016, Sec. 4.2), split into parts for DGL, DDG and back-propagation.
+"""ResNets of depth 6n+2 for 32×32 images (He et al. 2016, Sec. 4.2), split into parts for DGL, DDG and
+back-propagation.
 
-All methods and numbers of parts start from the same backbone and classifier at the same seed: auxiliary networks are drawn after them.
+All methods and numbers of parts start from the same backbone and classifier at the same seed: auxiliary networks are
+drawn after them.
 """
 
 from contextlib import contextmanager
@@ -20,9 +22,11 @@ def conv3(in_channels, channels, stride=1):
 
 
 class Block(nn.Module):
-    """Basic block: conv, BN, ReLU, conv, BN, plus the shortcut, ReLU: (B, in_channels, h, w) → (B, channels, h/stride, w/stride).
+    """Basic block: conv, BN, ReLU, conv, BN, plus the shortcut, ReLU: (B, in_channels, h, w) → (B, channels, h/stride,
+    w/stride).
 
-    Where the channels grow, stride is 2, and the shortcut is every second pixel followed by channels of zeros: no parameters ("option A").
+    Where the channels grow, stride is 2, and the shortcut is every second pixel followed by channels of zeros: no
+    parameters ("option A").
     """
 
     def __init__(self, in_channels, channels):
@@ -41,14 +45,19 @@ class Block(nn.Module):
 
 
 def pieces(depth, width=16):
-    """The network without its classifier as a list: conv, BN, ReLU, 3n blocks of ``width``, 2 and 4 × ``width`` channels, average pool.
+    """The network without its classifier as a list: conv, BN, ReLU, 3n blocks of ``width``, 2 and 4 × ``width``
+    channels, average pool.
 
     (B, 3, 32, 32) → (B, 4 × width, 1, 1). ResNet-110 has 58 pieces. Raises InputError for a depth that is not 6n+2.
     """
     blocks, rest = divmod(depth - 2, 2 * STAGES)
     if blocks < 1 or rest:
         raise InputError(f"--depth {depth} is no CIFAR ResNet's: choose 6n+2, such as 8, 20, 32, 44, 56 or 110")
-    layers = [conv3(3, width), nn.BatchNorm2d(width), nn.ReLU()]  # not in place: where a part starts with it, its input belongs to the part below
+    layers = [
+        conv3(3, width),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]  # not in place: where a part starts with it, its input belongs to the part below
     below = width
     for stage in range(STAGES):
         for _ in range(blocks):
@@ -58,7 +67,8 @@ def pieces(depth, width=16):
 
 
 def parts(depth, splits, classes, width=16):
-    """([nn.Sequential of ⌈pieces/splits⌉ pieces, …], classifier), initialized as published: convolutions N(0, √(2/(9·out))), the rest PyTorch's.
+    """([nn.Sequential of ⌈pieces/splits⌉ pieces, …], classifier), initialized as published: convolutions N(0,
+    √(2/(9·out))), the rest PyTorch's.
 
     Raises InputError for a depth that is not 6n+2 and for more splits than pieces.
     """
@@ -71,7 +81,8 @@ def parts(depth, splits, classes, width=16):
 
 
 def decoupled_resnet(depth, splits, classes, width=16):
-    """The network for DGL: ``splits`` modules, each but the last with an MLP-SR auxiliary, the last with the network's own classifier.
+    """The network for DGL: ``splits`` modules, each but the last with an MLP-SR auxiliary, the last with the network's
+    own classifier.
 
     Raises InputError as ``parts`` does.
     """
@@ -79,7 +90,9 @@ def decoupled_resnet(depth, splits, classes, width=16):
     heads, shape = [], (3, 32, 32)
     for body in bodies[:-1]:
         shape = output_shape(body, shape)
-        heads.append(draw_batch_norm_weights(mlp_sr_auxiliary(shape[0], shape[1:], classes)))  # as in the published runs
+        heads.append(
+            draw_batch_norm_weights(mlp_sr_auxiliary(shape[0], shape[1:], classes))
+        )  # as in the published runs
     return DecoupledNetwork(map(DecoupledModule, bodies, [*heads, classifier]))
 
 
@@ -87,14 +100,18 @@ class ChainedNetwork(nn.ModuleList):
     """Modules from the image up, the last of which gives the logits."""
 
     def forward(self, images, heads=None):
-        """[logits (B, classes)]: a list, as decoupled.metrics.evaluate asks for. There is one head, so ``heads`` says nothing."""
+        """[logits (B, classes)]: a list, as decoupled.metrics.evaluate asks for. There is one head, so ``heads`` says
+        nothing.
+        """
         for module in self:
             images = module(images)
         return [images]
 
 
 def chained_resnet(depth, splits, classes, width=16):
-    """The network for DDG and back-propagation: ``splits`` modules, the last with the classifier. Raises InputError as ``parts`` does."""
+    """The network for DDG and back-propagation: ``splits`` modules, the last with the classifier. Raises InputError as
+    ``parts`` does.
+    """
     bodies, classifier = parts(depth, splits, classes, width)
     bodies[-1].append(classifier)
     return ChainedNetwork(bodies)
@@ -102,8 +119,12 @@ def chained_resnet(depth, splits, classes, width=16):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block batch norm normalizes by the batch, as in training, but does not count it: for the second forward pass of a batch."""
-    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    """Inside the block batch norm normalizes by the batch, as in training, but does not count it: for the second
+    forward pass of a batch.
+    """
+    norms = [
+        (norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)
+    ]
     for norm, _, _ in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:

@@ -1,16 +1,19 @@
-"""Time and peak memory of a training step of DGL, DDG, back-propagation and back-propagation with checkpointing, against the number of modules K.
+"""Time and peak memory of a training step of DGL, DDG, back-propagation and
+back-propagation with checkpointing, against the number of modules K.
 
     python ddg_comparison/step_costs.py
     python ddg_comparison/step_costs.py --depth 20 --splits 2 4 --half
 
-Each row is the very step of that method's script, with random images, on one device: its modules take turns, so the times show what a method
-computes, not what it gains on K devices. Memory is that of the whole network.
+Each row is the very step of that method's script, with random images, on one
+device: its modules take turns, so the times show what a method computes, not
+what it gains on K devices. Memory is that of the whole network.
 
 Columns:
   ms/step       median over the rounds; each round measures every row, so that a drift of the machine hits all alike
   images/s      from that
   GFLOP/image   counted in a step; a multiply-add is 2 (decoupled.costs)
-  peak MiB      made by K+1 steps from the start on, so with momentum and all that is in flight, on top of network and images (peak_memory there)
+  peak MiB      made by K+1 steps from the start on, so with momentum and all that is in flight, on top of
+                network and images (peak_memory there)
 """
 
 import argparse
@@ -35,8 +38,17 @@ SECONDS = 0.1  # a row is repeated within a round for at least as long
 def parse_args():
     parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    parser.add_argument("--splits", type=runs.whole_number(2), nargs="+", default=[2, 4], metavar="K", help="numbers of modules (default: 2 4)")
-    parser.add_argument("--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)")
+    parser.add_argument(
+        "--splits",
+        type=runs.whole_number(2),
+        nargs="+",
+        default=[2, 4],
+        metavar="K",
+        help="numbers of modules (default: 2 4)",
+    )
+    parser.add_argument(
+        "--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
@@ -67,7 +79,9 @@ def begin(args, net, learners):
     """(run, optimizers), one for each of ``learners``, the run ready for its first step."""
     run = runs.Run(args)
     run.prepare(net).train()
-    optimizers = [SGD(learner.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for learner in learners]
+    optimizers = [
+        SGD(learner.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for learner in learners
+    ]
     next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
     return run, optimizers
 
@@ -105,7 +119,9 @@ def measure(rows, batch_size, repeats, device):
         memory = peak_memory(lambda row=row: [row.step() for _ in range(row.splits + 1)], device)
         lines.append({"GFLOP/image": count_flops(row.step) / batch_size / 1e9, "peak MiB": memory / 2**20})
         calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
-    rounds = [[step_seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)]
+    rounds = [
+        [step_seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)
+    ]
     frame = pd.DataFrame(lines, index=pd.MultiIndex.from_tuples([row[:2] for row in rows], names=("method", "K")))
     typical = pd.DataFrame(rounds).median().to_numpy()
     frame.insert(0, "ms/step", 1000 * typical)

@@ -9,8 +9,12 @@ from decoupled import InputError
 
 
 def mlp(features, classes, hidden_layers):
-    """hidden_layers × [Linear, BN, ReLU] of constant width, then Linear to the classes: (B, features) → (B, classes)."""
-    hidden = [m for _ in range(hidden_layers) for m in (nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True))]
+    """hidden_layers × [Linear, BN, ReLU] of constant width, then a Linear layer: (B, features) → (B, classes)."""
+    hidden = [
+        m
+        for _ in range(hidden_layers)
+        for m in (nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True))
+    ]
     return nn.Sequential(*hidden, nn.Linear(features, classes))
 
 
@@ -21,25 +25,47 @@ def pool_to_quarter(size):
 
 def mlp_auxiliary(channels, size, classes, hidden_layers=3):
     """MLP-aux: average pool to a quarter of the size, then to 2×2, then an MLP of width 4C."""
-    return nn.Sequential(pool_to_quarter(size), nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
+    return nn.Sequential(
+        pool_to_quarter(size), nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers)
+    )
 
 
 def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
-    """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions there, average pool to 2×2, MLP of width 4C."""
-    layers = [m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))]
-    return nn.Sequential(pool_to_quarter(size), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
+    """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions there, average pool to
+    2×2, MLP of width 4C.
+    """
+    layers = [
+        m
+        for _ in range(convs)
+        for m in (nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    ]
+    return nn.Sequential(
+        pool_to_quarter(size), *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers)
+    )
 
 
 def cnn_auxiliary(channels, size, classes, convs=2):
-    """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer. ``size`` is not needed."""
+    """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer. ``size``
+    is not needed.
+    """
     layers = [
-        m for _ in range(convs) for m in (nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        m
+        for _ in range(convs)
+        for m in (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        )
     ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)
+    )
 
 
 def head(channels, classes, hidden_layers=2):
-    """The last module's head in the layer-wise CNNs, whatever the auxiliaries below: average pool to 2×2 and an MLP of width 4C."""
+    """The last module's head in the layer-wise CNNs, whatever the auxiliaries below: average pool to 2×2 and an MLP of
+    width 4C.
+    """
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
 
 
@@ -47,7 +73,8 @@ AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxi
 
 
 def auxiliary(name, channels, size, classes, **options):
-    """The auxiliary network called ``name`` (mlp, mlp-sr or cnn) for a representation of ``channels`` and ``size`` = (h, w).
+    """The auxiliary network called ``name`` (mlp, mlp-sr or cnn) for a representation of ``channels`` and ``size`` =
+    (h, w).
 
     Raises InputError for another name.
     """

@@ -20,10 +20,12 @@ from decoupled.network import eval_mode
 
 
 class LiveStorages(TorchDispatchMode):
-    """Inside the block: ``live``, the bytes of tensor storages made there and still alive, and ``peak``, the most there were at once.
+    """Inside the block: ``live``, the bytes of tensor storages made there and still alive, and ``peak``, the most there
+    were at once.
 
-    A storage counts once, whatever views and in-place results share it, from the operation that makes it until the last of them is gone, autograd's
-    graph included. One that appears as an operand first was alive before and does not count. A storage resized later keeps its first size.
+    A storage counts once, whatever views and in-place results share it, from the operation that makes it until the last
+    of them is gone, autograd's graph included. One that appears as an operand first was alive before and does not
+    count. A storage resized later keeps its first size.
     """
 
     def __init__(self):
@@ -66,8 +68,9 @@ def storages(tree):
 def peak_memory(step, device="cpu"):
     """The most bytes that tensors made while ``step()`` runs take at once, on top of what was alive before.
 
-    On CUDA the allocator's own count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta included, the exact sizes of tensor
-    storages (LiveStorages), without kernels' workspaces: the same on every machine, and on the meta device without computing anything.
+    On CUDA the allocator's own count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
+    included, the exact sizes of tensor storages (LiveStorages), without kernels' workspaces: the same on every machine,
+    and on the meta device without computing anything.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -106,16 +109,20 @@ def synchronize(device):
 
 
 def costs(net, images):
-    """A pandas frame with a row for each (n, part): module n from 1; part "body", "auxiliary" or "module", which is both.
+    """A pandas frame with a row for each (n, part): module n from 1; part "body", "auxiliary" or "module", which is
+    both.
 
     ``images`` (B, …), at least two. Columns:
       parameters       trained or not
       flops            per image, forward, eval mode
-      training_flops   per image, forward and backward, train mode. A module's input needs no gradient; its auxiliary's does
-      memory           bytes: the peak of a training step of that part alone, in the precision of ``images`` (see peak_memory)
-    A training step is the scripts': forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Two are taken, so that the gradients and the
-    momentum that the first leaves count in the second; the network and the part's input do not. A body alone is handed a gradient of its output.
-    ``net`` stays as it is, gradients, modes and batch norm statistics included, and so does the random number generator.
+      training_flops   per image, forward and backward, train mode. A module's input needs no gradient;
+                         its auxiliary's does
+      memory           bytes: the peak of a training step of that part alone, in the precision of ``images``
+                         (see peak_memory)
+    A training step is the scripts': forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Two are taken,
+    so that the gradients and the momentum that the first leaves count in the second; the network and the part's input
+    do not. A body alone is handed a gradient of its output. ``net`` stays as it is, gradients, modes and batch norm
+    statistics included, and so does the random number generator.
     """
     rows = {}
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -146,7 +153,9 @@ class Ones(torch.autograd.Function):
 
 
 def module_costs(module, below, representation, labels):
-    """The three rows of costs for one module in eval mode: {part: {column: value}}. Its input is ``below``, its body's output ``representation``."""
+    """The three rows of costs for one module in eval mode: {part: {column: value}}. Its input is ``below``, its body's
+    output ``representation``.
+    """
     learner = copy.deepcopy(module).train()
     learns = any(parameter.requires_grad for parameter in module.body.parameters())
 
@@ -163,11 +172,20 @@ def module_costs(module, below, representation, labels):
         return representation, logits, F.cross_entropy(logits.float(), labels)
 
     with torch.no_grad():
-        forward = {"body": count_flops(lambda: module.body(below)), "auxiliary": count_flops(lambda: module.auxiliary(representation))}
+        forward = {
+            "body": count_flops(lambda: module.body(below)),
+            "auxiliary": count_flops(lambda: module.auxiliary(representation)),
+        }
     forward["module"] = sum(forward.values())
     rows = {}
-    for part, outputs, network in (("body", body, learner.body), ("auxiliary", auxiliary, learner.auxiliary), ("module", both, learner)):
-        training = count_flops(training_step(outputs, network))  # this also lets CUDA's libraries take their lasting workspaces
+    for part, outputs, network in (
+        ("body", body, learner.body),
+        ("auxiliary", auxiliary, learner.auxiliary),
+        ("module", both, learner),
+    ):
+        training = count_flops(
+            training_step(outputs, network)
+        )  # this also lets CUDA's libraries take their lasting workspaces
         network.zero_grad()
         step = training_step(outputs, network)
         rows[part] = {
@@ -181,9 +199,13 @@ def module_costs(module, below, representation, labels):
 
 
 def training_step(outputs, network):
-    """A callable that takes a training step: the last of ``outputs()`` is the loss, the others stay alive as in the scripts."""
+    """A callable that takes a training step: the last of ``outputs()`` is the loss, the others stay alive as in the
+    scripts.
+    """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    fused = bool(parameters) and not parameters[0].is_meta  # as in the scripts; meta has no such kernel. Neither makes temporary tensors
+    fused = (
+        bool(parameters) and not parameters[0].is_meta
+    )  # as in the scripts; meta has no such kernel. Neither makes temporary tensors
     optimizer = SGD(parameters, lr=0.0, momentum=0.9, fused=fused) if parameters else None
 
     def step():
@@ -198,6 +220,8 @@ def training_step(outputs, network):
 
 
 def relative_cost(frame):
-    """Forward FLOPs of each module's auxiliary in % of its body's, as in the paper's Table 1, from a frame of costs: a Series by n."""
+    """Forward FLOPs of each module's auxiliary in % of its body's, as in the paper's Table 1, from a frame of costs: a
+    Series by n.
+    """
     flops = frame["flops"].unstack("part")
     return 100 * flops["auxiliary"] / flops["body"]

@@ -1,7 +1,7 @@
 """Data sets held as uint8 on the training device; crop, flip and normalization happen there, a mini-batch at a time.
 
-An epoch's order and augmentation come from the data's own generator, drawn on the CPU whatever the device: they are the seed's alone, and a
-checkpoint restores them.
+An epoch's order and augmentation come from the data's own generator, drawn on the CPU whatever the device: they are the
+seed's alone, and a checkpoint restores them.
 """
 
 import gzip
@@ -19,20 +19,35 @@ from decoupled import InputError
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits")
 SIDE = 32  # every data set here is brought to 32×32
 PADDING = 4  # of the random crop
-# Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come from their training images.
+# Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
+# from their training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 WITHOUT_DOWNLOAD = "--dataset digits needs no download"
 
 
 class Batches:
-    """Iterates over mini-batches (images (B, 3, 32, 32) float32 channels-last and normalized, labels (B,) int64) of one split.
+    """Iterates over mini-batches (images (B, 3, 32, 32) float32 channels-last and normalized, labels (B,) int64) of one
+    split.
 
-    With ``augment``, an epoch is a new random order, each image cropped at random after zero padding by 4 and, with ``flip``, mirrored with
-    probability one half (the paper's Sec. 5: the usual CIFAR augmentation). Without it, the images come in order.
-    ``images`` is uint8 (N, 32, 32, 3), ``labels`` int64 (N,).
+    With ``augment``, an epoch is a new random order, each image cropped at random after zero padding by 4 and, with
+    ``flip``, mirrored with probability one half (the paper's Sec. 5: the usual CIFAR augmentation). Without it, the
+    images come in order. ``images`` is uint8 (N, 32, 32, 3), ``labels`` int64 (N,).
     """
 
-    def __init__(self, images, labels, batch_size, *, mean, std, description="images", augment=False, flip=True, drop_last=False, seed=0):
+    def __init__(
+        self,
+        images,
+        labels,
+        batch_size,
+        *,
+        mean,
+        std,
+        description="images",
+        augment=False,
+        flip=True,
+        drop_last=False,
+        seed=0,
+    ):
         self.images = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)) if augment else images
         self.labels = labels
         self.batch_size = batch_size
@@ -67,7 +82,9 @@ class Batches:
         return tuple(values.to(device) for values in (order, tops, lefts, flips & self.flip))
 
     def crop(self, order, tops, lefts, flips):
-        """The images ``order`` (B,), cropped at ``tops``, ``lefts`` of the padded image and mirrored where ``flips``: uint8 (B, 32, 32, 3)."""
+        """The images ``order`` (B,), cropped at ``tops``, ``lefts`` of the padded image and mirrored where ``flips``:
+        uint8 (B, 32, 32, 3).
+        """
         span = torch.arange(SIDE, device=self.images.device)
         rows = tops[:, None] + span
         columns = lefts[:, None] + torch.where(flips[:, None], SIDE - 1 - span, span)
@@ -89,11 +106,23 @@ class Batches:
         self.generator.set_state(state["generator"])
 
 
-def load(dataset, data_dir="data", *, batch_size, test_batch_size=1000, train_samples=None, drop_last=False, seed=0, device="cpu"):
-    """(train, test, number of classes): the training split augmented, the test split as it is; both are Batches on ``device``.
+def load(
+    dataset,
+    data_dir="data",
+    *,
+    batch_size,
+    test_batch_size=1000,
+    train_samples=None,
+    drop_last=False,
+    seed=0,
+    device="cpu",
+):
+    """(train, test, number of classes): the training split augmented, the test split as it is; both are Batches on
+    ``device``.
 
-    ``train_samples`` keeps that many first training images. Image folders are read one image of each class in turn, so that the first are of
-    every class. Raises InputError for an unknown data set, missing or damaged files, or an impossible number of samples.
+    ``train_samples`` keeps that many first training images. Image folders are read one image of each class in turn, so
+    that the first are of every class. Raises InputError for an unknown data set, missing or damaged files, or an
+    impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
@@ -103,9 +132,15 @@ def load(dataset, data_dir="data", *, batch_size, test_batch_size=1000, train_sa
     if samples > len(labels):
         raise InputError(f"--train-samples {samples} is more than the {len(labels)} training images of {dataset}")
     if samples < batch_size:
-        raise InputError(f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller --batch-size or more samples")
+        raise InputError(
+            f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller "
+            "--batch-size or more samples"
+        )
     if batch_size == 1 or (samples % batch_size == 1 and not drop_last):
-        raise InputError(f"{samples} images in batches of {batch_size} leave a batch of one image, which batch norm cannot learn from")
+        raise InputError(
+            f"{samples} images in batches of {batch_size} leave a batch of one image, which batch "
+            "norm cannot learn from"
+        )
     images, labels = images[:samples], labels[:samples]
     if dataset == "cifar10":
         statistics = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
@@ -114,13 +149,22 @@ def load(dataset, data_dir="data", *, batch_size, test_batch_size=1000, train_sa
         statistics = {"mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
     common = {**statistics, "description": f"{dataset} ({source})"}
     train = Batches(
-        images.to(device), labels.to(device), batch_size, augment=True, flip=dataset != "digits", drop_last=drop_last, seed=seed, **common
+        images.to(device),
+        labels.to(device),
+        batch_size,
+        augment=True,
+        flip=dataset != "digits",
+        drop_last=drop_last,
+        seed=seed,
+        **common,
     )
     return train, Batches(test[0].to(device), test[1].to(device), test_batch_size, **common), classes
 
 
 def read_cifar(dataset, data_dir):
-    """CIFAR-10 or -100 from image folders in ``data_dir`` or ``data_dir/dataset``, else torchvision's files in ``data_dir``, downloaded if absent."""
+    """CIFAR-10 or -100 from image folders in ``data_dir`` or ``data_dir/dataset``, else torchvision's files in
+    ``data_dir``, downloaded if absent.
+    """
     for folder in (data_dir / dataset, data_dir):
         if (folder / "train").is_dir() or (folder / "test").is_dir():
             return read_folders(folder)
@@ -134,7 +178,9 @@ def read_cifar(dataset, data_dir):
 def download(dataset, data_dir, read):
     """[read(train=True), read(train=False)] of a torchvision data set, with a clear error where it cannot be had."""
     if not data_dir.is_dir() and str(data_dir) != "data":
-        raise InputError(f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it")
+        raise InputError(
+            f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it"
+        )
     created = not data_dir.exists()
     before = set(data_dir.rglob("*"))
     try:
@@ -146,7 +192,8 @@ def download(dataset, data_dir, read):
             data_dir.rmdir()
         reason = str(getattr(error, "reason", error)).strip().split("\n")[0]
         raise InputError(
-            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as {FOLDER_HINT[dataset]}; {WITHOUT_DOWNLOAD}"
+            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as "
+            f"{FOLDER_HINT[dataset]}; {WITHOUT_DOWNLOAD}"
         ) from error
 
 
@@ -166,7 +213,11 @@ def read_folders(folder):
         try:
             listing = ImageFolder(folder / split)
         except FileNotFoundError as error:
-            missing = f"{folder / split} is missing" if not (folder / split).is_dir() else str(error).split(" Supported")[0].rstrip(".")
+            missing = (
+                f"{folder / split} is missing"
+                if not (folder / split).is_dir()
+                else str(error).split(" Supported")[0].rstrip(".")
+            )
             raise InputError(f"{missing}: image folders are {{train,test}}/<class>/<image>") from error
         splits.append(listing)
     if splits[0].classes != splits[1].classes:
@@ -197,10 +248,15 @@ def decode(listing):
 
 
 def read_fashion_mnist(dataset, data_dir):
-    """Fashion-MNIST from its idx files (plain or .gz) in ``data_dir`` or a folder of torchvision's or Debian's name in it, else by download."""
+    """Fashion-MNIST from its idx files (plain or .gz) in ``data_dir`` or a folder of torchvision's or Debian's name in
+    it, else by download.
+    """
     for folder in (data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw"):
         if any(folder.glob("*-idx?-ubyte*")):
-            splits = [(read_idx(folder, f"{s}-images-idx3-ubyte"), read_idx(folder, f"{s}-labels-idx1-ubyte")) for s in ("train", "t10k")]
+            splits = [
+                (read_idx(folder, f"{s}-images-idx3-ubyte"), read_idx(folder, f"{s}-labels-idx1-ubyte"))
+                for s in ("train", "t10k")
+            ]
             return *((grey_to_rgb(images), labels.long()) for images, labels in splits), "idx files"
     from torchvision.datasets import FashionMNIST
 
@@ -236,7 +292,9 @@ def read_digits(dataset, data_dir):
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=False).round().clamp(0, 255).byte()[:, 0]
+    images = (
+        F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=False).round().clamp(0, 255).byte()[:, 0]
+    )
     images, labels = grey_to_rgb(images), torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 4
     return (images[~test], labels[~test]), (images[test], labels[test]), "scikit-learn"

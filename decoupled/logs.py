@@ -1,8 +1,10 @@
-"""Per-epoch logs: one text line a head and epoch, in the format of the authors' published logs, which ``read_log`` reads too.
+"""Per-epoch logs: one text line a head and epoch, in the format of the authors' published logs, which ``read_log``
+reads too.
 
-Fields: n, the head (from 1; from 0 in async_buffer); epoch (from 1; the authors' DGL log of the dni experiment counts from 0); loss, the mean
-training cross-entropy; accuracies in %. A log starts with the run's arguments as ``Namespace(…)`` and the network's repr. Lines that start with
-``#`` say where and how the run was made and how long each epoch took; the authors' notebooks pass over them, as over every line they do not know.
+Fields: n, the head (from 1; from 0 in async_buffer); epoch (from 1; the authors' DGL log of the dni experiment counts
+from 0); loss, the mean training cross-entropy; accuracies in %. A log starts with the run's arguments as
+``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where and how the run was made and how long
+each epoch took; the authors' notebooks pass over them, as over every line they do not know.
 """
 
 import ast
@@ -22,7 +24,9 @@ def pattern(template, columns):
 
 
 LINES = (
-    pattern("n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")),
+    pattern(
+        "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")
+    ),
     pattern(
         "n: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{}), top1ens:{} top5ens:{}",
         ("n", "epoch", "train_top1", "train_top5", "test_top1", "test_top5", "ensemble_top1", "ensemble_top5"),
@@ -42,38 +46,47 @@ SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
 
 
 def head_line(n, epoch, loss, train, test):
-    """The line of head ``n`` in learning_curves, aux_nets, dni and ddg_comparison: loss to 5 places, accuracies in %."""
+    """The line of head ``n`` in learning_curves, aux_nets, dni and ddg_comparison. Accuracies in %."""
     return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{round(train, 4)} test top1:{round(test, 4)} "
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
-    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs that its layer has finished. Accuracies in %."""
-    return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)} "
+    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs its layer has finished. Accuracies in %."""
+    train, test, ensemble = (round(value, 4) for value in (train, test, ensemble))
+    return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {train}, test {test},ense {ensemble} "
 
 
 def loss_line(n, epoch, loss):
-    """The line of module ``n``'s training loss in imagenet, whose published lines have none: a comment to the authors' notebooks."""
+    """The line of module ``n``'s training loss in imagenet, whose published lines have none: a comment to the authors'
+    notebooks.
+    """
     return f"# n: {n}, epoch {epoch}, loss: {loss:.5f}"
 
 
 def imagenet_line(n, epoch, train, test, ensemble):
-    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % of its training, its evaluation, and the evaluation of the ensemble up to it."""
+    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % of its training, its evaluation, and the evaluation
+    of the ensemble up to it.
+    """
     (a, b), (c, d), (e, f) = ((round(value, 4) for value in pair) for pair in (train, test, ensemble))
     return f"n: {n}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d}), top1ens:{e} top5ens:{f}"
 
 
 def imagenet_backprop_line(lr, epoch, train, test):
-    """The line of an epoch of back-propagation in imagenet: its learning rate, (top-1, top-5) in % of training and of evaluation."""
+    """The line of an epoch of back-propagation in imagenet: its learning rate, (top-1, top-5) in % of training and of
+    evaluation.
+    """
     (a, b), (c, d) = ((round(value, 4) for value in pair) for pair in (train, test))
     return f"lr: {lr:g}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d})"
 
 
 def read_log(path):
-    """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields (see the module's text).
+    """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields
+    (see the module's text).
 
-    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation's counts as n = 1 there.
-    ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each epoch's wall time where logged. A last
-    line that was cut off is left out. Raises InputError when the file cannot be read or holds no results.
+    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation's counts as n = 1
+    there. ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each
+    epoch's wall time where logged. A last line that was cut off is left out. Raises InputError when the file cannot be
+    read or holds no results.
     """
     try:
         text = Path(path).read_text(errors="replace")

@@ -1,4 +1,6 @@
-"""Accuracy and loss that stay on the device until they are read, single-pass evaluation of every head, and ensembles of heads."""
+"""Accuracy and loss that stay on the device until they are read, single-pass evaluation of every head, and ensembles of
+heads.
+"""
 
 import torch
 from torch import nn
@@ -57,7 +59,9 @@ class Meter:
         return self.top(5)
 
     def state_dict(self):
-        """{"count", "losses" (batches,) summed over each batch, "hits" (batches, len(topk))}, for checkpoints and for adding up processes."""
+        """{"count", "losses" (batches,) summed over each batch, "hits" (batches, len(topk))}, for checkpoints and for
+        adding up processes.
+        """
         nothing = torch.zeros(0), torch.zeros(0, len(self.topk), dtype=torch.int64)
         losses, hits = (torch.stack(self._losses), torch.stack(self._hits)) if self._losses else nothing
         return {"count": self.count, "losses": losses, "hits": hits}
@@ -70,9 +74,11 @@ class Meter:
 
 @torch.inference_mode()
 def evaluate(net, batches, heads=None, topk=(1,)):
-    """A Meter for every head of ``net`` (or for those in ``heads``, from 0) from one pass over ``batches``, in eval mode.
+    """A Meter for every head of ``net`` (or for those in ``heads``, from 0) from one pass over ``batches``, in eval
+    mode.
 
-    ``net(images, heads)`` must return a list of logits, as DecoupledNetwork does. ``net`` comes back in the mode it had.
+    ``net(images, heads)`` must return a list of logits, as DecoupledNetwork does. ``net`` comes back in the mode it
+    had.
     """
     meters = None
     with eval_mode(net):
@@ -86,7 +92,8 @@ def evaluate(net, batches, heads=None, topk=(1,)):
 
 
 def ensembles(every_output):
-    """The ensemble of heads 0..n for every n: outputs [(B, classes), …] → as many, output i of n+1 weighted 2^i / (2^(n+1) − 1).
+    """The ensemble of heads 0..n for every n: outputs [(B, classes), …] → as many, output i of n+1 weighted 2^i /
+    (2^(n+1) − 1).
 
     The outputs are probabilities in the ImageNet experiment and logits in the asynchronous one (Sec. 5.5, 5.6).
     """
@@ -98,7 +105,8 @@ def ensembles(every_output):
 
 
 class WithEnsembles(nn.Module):
-    """``net`` for evaluation: images → logits (B, classes) of every head, then the outputs of the ensembles up to each, in one pass.
+    """``net`` for evaluation: images → logits (B, classes) of every head, then the outputs of the ensembles up to each,
+    in one pass.
 
     The ensembles are of probabilities or, with ``probabilities`` false, of logits: see ``ensembles``.
     """

@@ -13,7 +13,8 @@ from decoupled.auxiliary import head
 class DecoupledModule(nn.Module):
     """One module: ``body`` maps the representation below to its own, ``auxiliary`` maps that to logits.
 
-    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: that is the algorithm's part.
+    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: that is the
+    algorithm's part.
     """
 
     def __init__(self, body, auxiliary):
@@ -27,7 +28,9 @@ class DecoupledModule(nn.Module):
 
 
 class DecoupledNetwork(nn.ModuleList):
-    """The modules from the image up. Indexing and slicing as in a list: ``net[:2]`` is the network of the two lowest modules."""
+    """The modules from the image up. Indexing and slicing as in a list: ``net[:2]`` is the network of the two lowest
+    modules.
+    """
 
     def forward(self, images, heads=None):
         """Logits (B, classes) of every head in one pass, or of those in ``heads`` (indices from 0, ascending): a list.
@@ -44,14 +47,20 @@ class DecoupledNetwork(nn.ModuleList):
 
 
 def group(layers, block_size):
-    """Consecutive runs of ``block_size`` layers; a remainder is a last, shorter run. Raises InputError when no such split exists."""
+    """Consecutive runs of ``block_size`` layers; a remainder is a last, shorter run. Raises InputError when no such
+    split exists.
+    """
     if not 1 <= block_size <= len(layers):
-        raise InputError(f"block size {block_size} is impossible: the network has {len(layers)} layers, so choose from 1 to {len(layers)}")
+        raise InputError(
+            f"block size {block_size} is impossible: the network has {len(layers)} layers, so choose "
+            f"from 1 to {len(layers)}"
+        )
     return [layers[start : start + block_size] for start in range(0, len(layers), block_size)]
 
 
 def split(pieces, parts):
-    """``parts`` consecutive runs of ⌈len(pieces)/parts⌉ pieces, the last one shorter; where these do not add up, runs whose lengths differ by one.
+    """``parts`` consecutive runs of ⌈len(pieces)/parts⌉ pieces, the last one shorter; where these do not add up, runs
+    whose lengths differ by one.
 
     Raises InputError when there are fewer pieces than parts.
     """
@@ -78,7 +87,9 @@ def eval_mode(net):
 
 @torch.no_grad()
 def output_shape(body, input_shape):
-    """Shape (C, h, w) of ``body``'s representation of one input (C, h, w), read from a real activation; ``body`` is left as it was."""
+    """Shape (C, h, w) of ``body``'s representation of one input (C, h, w), read from a real activation; ``body`` is
+    left as it was.
+    """
     parameter = next(body.parameters(), torch.empty(0))
     with eval_mode(body):  # batch norm: no statistics from this pass, and a single 1×1 input is allowed
         return tuple(body(parameter.new_zeros(1, *input_shape)).shape[1:])
@@ -87,8 +98,9 @@ def output_shape(body, input_shape):
 def draw_batch_norm_weights(net):
     """Draws the weights of every batch norm in ``net`` from U(0, 1), and returns ``net``.
 
-    PyTorch did so by default up to release 1.1, with which the authors' logs of the CIFAR experiments were made; since 1.2 they start at 1
-    (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: from 1, the upper modules of learning_curves learn more slowly.
+    PyTorch did so by default up to release 1.1, with which the authors' logs of the CIFAR experiments were made; since
+    1.2 they start at 1 (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: from 1, the
+    upper modules of learning_curves learn more slowly.
     """
     for layer in net.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -99,17 +111,29 @@ def draw_batch_norm_weights(net):
 def conv_layer(in_channels, out_channels, downsample):
     """[2×2 max pool], 3×3 convolution, BN, ReLU: a list of layers."""
     pool = [nn.MaxPool2d(2)] if downsample else []
-    return [*pool, nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return [
+        *pool,
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
 
 
 def layerwise_cnn(
-    channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=10, block_size=1, input_shape=(3, 32, 32), **auxiliary_options
+    channels=64,
+    depth=4,
+    downsample=(1, 3),
+    auxiliary="mlp-sr",
+    classes=10,
+    block_size=1,
+    input_shape=(3, 32, 32),
+    **auxiliary_options,
 ):
     """The layer-wise CNN of Sec. 5.2 and 5.3: ``depth`` 3×3 convolutions, ``block_size`` of them a module.
 
-    Layers listed in ``downsample`` (from 0) halve the size by a 2×2 max pool first and double the channels. Every module but the last has the
-    auxiliary network called ``auxiliary``; the last has ``head``. Batch norm weights are drawn as in the published runs. Raises InputError for an
-    unknown auxiliary or an impossible block size.
+    Layers listed in ``downsample`` (from 0) halve the size by a 2×2 max pool first and double the channels. Every
+    module but the last has the auxiliary network called ``auxiliary``; the last has ``head``. Batch norm weights are
+    drawn as in the published runs. Raises InputError for an unknown auxiliary or an impossible block size.
     """
     layers, width, below = [], channels, input_shape[0]
     for index in range(depth):
@@ -122,6 +146,10 @@ def layerwise_cnn(
         body = nn.Sequential(*(layer for layers in block for layer in layers))
         shape = output_shape(body, shape)
         last = index == len(blocks) - 1
-        aux = head(shape[0], classes) if last else make_auxiliary(auxiliary, shape[0], shape[1:], classes, **auxiliary_options)
+        aux = (
+            head(shape[0], classes)
+            if last
+            else make_auxiliary(auxiliary, shape[0], shape[1:], classes, **auxiliary_options)
+        )
         modules.append(DecoupledModule(body, aux))
     return draw_batch_norm_weights(DecoupledNetwork(modules))

@@ -19,7 +19,8 @@ LABELS = {
 
 
 def curves(axes, frame, column, heads=None, label="head {n}", **style):
-    """Draws ``column`` of a frame from read_log by epoch on ``axes``, a line for each head (or those in ``heads``), and labels the axes.
+    """Draws ``column`` of a frame from read_log by epoch on ``axes``, a line for each head (or those in ``heads``), and
+    labels the axes.
 
     ``label`` is formatted with n. Returns the lines.
     """

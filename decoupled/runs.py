@@ -1,7 +1,9 @@
-"""One run of one experiment: common flags, seed, device, precision, log, checkpoint and resume. The algorithm stays in the script.
+"""One run of one experiment: common flags, seed, device, precision, log,
+checkpoint and resume. The algorithm stays in the script.
 
-run = Run(parser(__doc__, epochs=50, batch_size=128).parse_args())
-for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+run = Run(parser(__doc__, epochs=50, batch_size=128).parse_args()) for epoch in
+run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train,
+test=test):
     for images, labels in run.progress(train): ...
 """
 
@@ -72,32 +74,57 @@ def whole_number(minimum):
 
 
 def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
-    """The parser of a script whose docstring is ``doc``, with the flags all CIFAR experiments have; a script adds its own groups."""
+    """The parser of a script whose docstring is ``doc``, with the flags all CIFAR experiments have; a script adds its
+    own groups.
+    """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=whole_number(1), default=epochs, help="passes over the training images (default: %(default)s)")
-    group.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="images a step (default: %(default)s)")
-    group.add_argument("--test-batch-size", type=whole_number(1), default=test_batch_size, help="images at once in evaluation (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=seed, help="of initialization, order and augmentation (default: %(default)s)")
+    group.add_argument(
+        "--epochs", type=whole_number(1), default=epochs, help="passes over the training images (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch-size", type=whole_number(1), default=batch_size, help="images a step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--test-batch-size",
+        type=whole_number(1),
+        default=test_batch_size,
+        help="images at once in evaluation (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=seed, help="of initialization, order and augmentation (default: %(default)s)"
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="(default: %(default)s)")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where it is, or is downloaded to (default: %(default)s)")
-    group.add_argument("--train-samples", type=whole_number(1), metavar="N", help="only the first N training images, for quick looks")
+    group.add_argument(
+        "--data-dir", default="data", metavar="DIR", help="where it is, or is downloaded to (default: %(default)s)"
+    )
+    group.add_argument(
+        "--train-samples", type=whole_number(1), metavar="N", help="only the first N training images, for quick looks"
+    )
     group = parser.add_argument_group("device and precision")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    group.add_argument("--half", action="store_true", help="mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere")
+    group.add_argument(
+        "--half",
+        action="store_true",
+        help="mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile each module")
     group = parser.add_argument_group("log and checkpoint")
     group.add_argument("--name", default="", help="part of the log's name")
-    group.add_argument("--log-dir", default=".", metavar="DIR", help="where log and checkpoint are written (default: %(default)s)")
+    group.add_argument(
+        "--log-dir", default=".", metavar="DIR", help="where log and checkpoint are written (default: %(default)s)"
+    )
     resume = "continue this checkpoint, or this script's newest one of that --name in --log-dir"
     group.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
     return parser
 
 
 def pick_device(name):
-    """The torch.device called ``name``; auto takes CUDA, then MPS, then the CPU. Raises InputError for one that is not there."""
+    """The torch.device called ``name``; auto takes CUDA, then MPS, then the CPU. Raises InputError for one that is not
+    there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -108,16 +135,20 @@ def pick_device(name):
         raise InputError(f"--device {name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
     if (device.index or 0) >= count:
-        raise InputError(f"--device {name} is not on this machine ({count} such device{'s' * (count != 1)}): --device cpu always works")
+        raise InputError(
+            f"--device {name} is not on this machine ({count} such device{'s' * (count != 1)}): "
+            "--device cpu always works"
+        )
     return device
 
 
 def keep_freed_memory():
     """Lets the process keep the memory of freed CPU tensors, in huge pages, for the next step's.
 
-    glibc gives the largest blocks back to the kernel at once, and each step then pays for mapping and clearing them again. On two cores the DGL step
-    of learning_curves deals with 465 images/s with this and 407 without in fp32, and with as many in bf16, whose blocks are half as large
-    (benchmarks/throughput.py, with and without --plain-malloc). No effect on results, nor on other C libraries.
+    glibc gives the largest blocks back to the kernel at once, and each step then pays for mapping and clearing them
+    again. On two cores the DGL step of learning_curves deals with 465 images/s with this and 407 without in fp32, and
+    with as many in bf16, whose blocks are half as large (benchmarks/throughput.py, with and without --plain-malloc). No
+    effect on results, nor on other C libraries.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first large allocation
     if platform.libc_ver()[0] == "glibc":
@@ -129,9 +160,11 @@ def keep_freed_memory():
 
 
 class Run:
-    """A run of the script that is being executed, with its parsed ``args``: seeds PyTorch, picks device and precision, writes log and checkpoint.
+    """A run of the script that is being executed, with its parsed ``args``: seeds PyTorch, picks device and precision,
+    writes log and checkpoint.
 
-    Nothing is written before ``epochs`` starts. Raises InputError for a device that is not there or a folder that cannot be written to.
+    Nothing is written before ``epochs`` starts. Raises InputError for a device that is not there or a folder that
+    cannot be written to.
     """
 
     whereabouts = WHEREABOUTS
@@ -152,9 +185,15 @@ class Run:
         torch.manual_seed(args.seed)
 
     def data(self, **options):
-        """(train, test, number of classes) of the data set that the flags name, on the run's device: see decoupled.data.load, also for options."""
+        """(train, test, number of classes) of the data set that the flags name, on the run's device: see
+        decoupled.data.load, also for options.
+        """
         args = self.args
-        sizes = {"batch_size": args.batch_size, "test_batch_size": args.test_batch_size, "train_samples": args.train_samples}
+        sizes = {
+            "batch_size": args.batch_size,
+            "test_batch_size": args.test_batch_size,
+            "train_samples": args.train_samples,
+        }
         return load(args.dataset, args.data_dir, **sizes, seed=args.seed, device=self.device, **options)
 
     # Precision and the step
@@ -190,7 +229,9 @@ class Run:
         self.watched.append((self.batch, n, loss.detach()))
 
     def check_losses(self):
-        """Raises InputError, naming module, epoch and batch, for the first loss noted since the last check that is not finite."""
+        """Raises InputError, naming module, epoch and batch, for the first loss noted since the last check that is not
+        finite.
+        """
         if not self.watched:
             return
         finite = torch.stack([loss for _, _, loss in self.watched]).isfinite().tolist()
@@ -217,10 +258,12 @@ class Run:
     # Epochs, log and checkpoint
 
     def epochs(self, stages=None, **state):
-        """Yields the epochs left to do, from 1; with ``stages``, (stage, epoch) for each stage from 1 to ``stages`` in turn, all epochs each.
+        """Yields the epochs left to do, from 1; with ``stages``, (stage, epoch) for each stage from 1 to ``stages`` in
+        turn, all epochs each.
 
-        ``state`` is all that must survive: objects with state_dict, or lists of them, under names of your choice (optimizers under "optimizers", in
-        the modules' order). It is saved before the first epoch and after each; --resume restores it.
+        ``state`` is all that must survive: objects with state_dict, or lists of them, under names of your choice
+        (optimizers under "optimizers", in the modules' order). It is saved before the first epoch and after each;
+        --resume restores it.
         """
         self.stages = stages
         self.state = {key: list(value) if isinstance(value, (list, tuple)) else [value] for key, value in state.items()}
@@ -259,7 +302,11 @@ class Run:
     def begin(self, state):
         """Creates the log, with its first lines, and the checkpoint of the untrained state."""
         prefix = self.prefix() + datetime.now().strftime("%Y%m%d-%H%M%S")
-        header = [repr(self.args), *self.environment(), *(f"# {key}: {state[key]}" for key in ("train", "test") if key in state)]
+        header = [
+            repr(self.args),
+            *self.environment(),
+            *(f"# {key}: {state[key]}" for key in ("train", "test") if key in state),
+        ]
         header.append(repr(state["net"]) + "\n")
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +351,9 @@ class Run:
         }
 
     def save(self):
-        """Writes the checkpoint under a temporary name, then renames it: at any moment one whole checkpoint is on the disk."""
+        """Writes the checkpoint under a temporary name, then renames it: at any moment one whole checkpoint is on the
+        disk.
+        """
         log, buffer = self.path(".log"), io.BytesIO()
         torch.save(self.snapshot(), buffer)
         temporary, target = self.path(".pt.tmp"), self.path(".pt")
@@ -326,19 +375,25 @@ class Run:
         path = Path(self.args.resume) if self.args.resume != "auto" else self.newest()
         checkpoint = read_checkpoint(path)
         if checkpoint["script"] != self.script:
-            raise InputError(f"{path} is a checkpoint of {checkpoint['script']}, not of {self.script}: name one of this script's")
+            raise InputError(
+                f"{path} is a checkpoint of {checkpoint['script']}, not of {self.script}: name one of this script's"
+            )
         self.compare_arguments(path, checkpoint)
         self.folder, self.stem = path.parent, path.name.removesuffix(".pt")
         log = self.path(".log")
         if not log.is_file() or log.stat().st_size < checkpoint["log_bytes"]:
-            raise InputError(f"{log}, the log of {path.name}, is missing or shortened: put it back beside the checkpoint")
+            raise InputError(
+                f"{log}, the log of {path.name}, is missing or shortened: put it back beside the checkpoint"
+            )
         try:
             for key, objects in self.state.items():
                 for value, saved in zip(objects, checkpoint["state"][key], strict=True):
                     value.load_state_dict(saved)
         except (KeyError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[-1].strip()
-            raise InputError(f"{path} is a checkpoint of another network ({reason}): name one of this network's") from error
+            raise InputError(
+                f"{path} is a checkpoint of another network ({reason}): name one of this network's"
+            ) from error
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random_cuda"], self.device)
@@ -363,7 +418,10 @@ class Run:
         stamp = "[0-9]" * 8 + "-" + "[0-9]" * 6
         found = [*self.folder.glob(f"{self.prefix()}{stamp}.pt"), *self.folder.glob(f"{self.prefix()}{stamp}-*.pt")]
         if not found:
-            raise InputError(f"nothing to resume in {self.folder}: no checkpoint is called {self.prefix()}*.pt; start without --resume")
+            raise InputError(
+                f"nothing to resume in {self.folder}: no checkpoint is called {self.prefix()}*.pt; "
+                "start without --resume"
+            )
         return max(found, key=lambda path: path.stat().st_mtime)
 
     def compare_arguments(self, path, checkpoint):
@@ -384,7 +442,9 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError, ValueError) as error:
-        raise InputError(f"{path} is truncated or no checkpoint: resume another one, or start without --resume") from error
+        raise InputError(
+            f"{path} is truncated or no checkpoint: resume another one, or start without --resume"
+        ) from error
     if not isinstance(checkpoint, dict) or "log_bytes" not in checkpoint:
         raise InputError(f"{path} is no checkpoint of these scripts: name one that a run has left")
     return checkpoint
@@ -407,7 +467,9 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room or access there, then --resume") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room or access there, then --resume"
+        ) from error
 
 
 def environment(device, half):
@@ -427,7 +489,9 @@ def commit():
     """The repository's git commit, with "+" when files differ from it; "unknown" outside a checkout."""
 
     def git(*words):
-        return subprocess.run(("git", "-C", Path(__file__).parent, *words), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ("git", "-C", Path(__file__).parent, *words), capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))

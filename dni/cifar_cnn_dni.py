@@ -1,12 +1,16 @@
-"""Decoupled neural interfaces (DNI) and back-propagation on CIFAR-10, what DGL is compared with in the paper's Sec. 5.1, Fig. 2.
+"""Decoupled neural interfaces (DNI) and back-propagation on CIFAR-10, what DGL
+is compared with in the paper's Sec. 5.1, Fig. 2.
 
     python dni/cifar_cnn_dni.py                    back-propagation
     python dni/cifar_cnn_dni.py --dni              DNI: each block learns from synthetic gradients
     python dni/cifar_cnn_dni.py --dni --context    cDNI: the synthesizers see the labels too
 
-The CNN and synthesizers of the DNI paper (Jaderberg et al. 2017, App. C.1). After 2,000 epochs the authors' published logs have test top-1 84.47,
-64.74 and 80.86 % (the last after 1,990), after 10 epochs 60.91, 35.52 and 49.05 %. A training image costs 0.31 GFLOP, an epoch 15 TFLOP, with --dni
-1.03 and 51. Synthesizers learn the scale of the gradients, which fp16's changing loss scale would move: --half is not for CUDA here.
+The CNN and synthesizers of the DNI paper (Jaderberg et al. 2017, App. C.1).
+After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and
+80.86 % (the last after 1,990), after 10 epochs 60.91, 35.52 and 49.05 %. A
+training image costs 0.31 GFLOP, an epoch 15 TFLOP, with --dni 1.03 and 51.
+Synthesizers learn the scale of the gradients, which fp16's changing loss scale
+would move: --half is not for CUDA here.
 """
 
 from dni_backbone import ConvSynthesizer, backbone
@@ -25,11 +29,25 @@ N = 3  # the head's number in the log, as in the authors' logs
 def parse_args():
     parser = runs.parser(__doc__, epochs=2000, batch_size=256, test_batch_size=256)
     group = parser.add_argument_group("method, network and output")
-    group.add_argument("--dni", action="store_true", help="synthetic gradients instead of back-propagation through the whole network")
+    group.add_argument(
+        "--dni", action="store_true", help="synthetic gradients instead of back-propagation through the whole network"
+    )
     group.add_argument("--context", action="store_true", help="with --dni: the synthesizers see the labels")
-    group.add_argument("--sgd", action="store_true", help="SGD (lr 0.01, momentum 0.9, weight decay 1e-5) instead of Adam (lr 3e-5)")
-    group.add_argument("--channels", type=runs.whole_number(1), default=128, help="of every block and synthesizer (default: %(default)s)")
-    group.add_argument("--log-interval", type=runs.whole_number(1), default=10, help="batches between printed losses (default: %(default)s)")
+    group.add_argument(
+        "--sgd", action="store_true", help="SGD (lr 0.01, momentum 0.9, weight decay 1e-5) instead of Adam (lr 3e-5)"
+    )
+    group.add_argument(
+        "--channels",
+        type=runs.whole_number(1),
+        default=128,
+        help="of every block and synthesizer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log-interval",
+        type=runs.whole_number(1),
+        default=10,
+        help="batches between printed losses (default: %(default)s)",
+    )
     args = parser.parse_args()
     if args.context and not args.dni:
         parser.error("--context is for synthesizers: add --dni")
@@ -37,7 +55,9 @@ def parse_args():
 
 
 class Network(nn.Sequential):
-    """Three blocks and the head: (B, 3, 32, 32) → [logits (B, classes)]. With ``synthetic``, a BackwardInterface follows each block."""
+    """Three blocks and the head: (B, 3, 32, 32) → [logits (B, classes)]. With ``synthetic``, a BackwardInterface
+    follows each block.
+    """
 
     def __init__(self, channels, classes, synthetic=False, context=False):
         blocks, head = backbone(channels, classes)
@@ -56,7 +76,9 @@ def main():
     args = parse_args()
     run = runs.Run(args)
     if args.half and run.device.type == "cuda":
-        raise InputError("--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here")
+        raise InputError(
+            "--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here"
+        )
     train, test, classes = run.data()
     net = run.prepare(Network(args.channels, classes, synthetic=args.dni, context=args.context))
     if args.sgd:
@@ -71,7 +93,11 @@ def main():
             context = F.one_hot(labels, classes).float() if args.context else None
             optimizer.zero_grad()  # first: the forward pass adds gradients already
             with run.autocast(), dni.synthesizer_context(context):
-                (logits,) = net(images)  # (B, classes); with --dni, each interface back-propagates its synthetic gradient into the block below it
+                (logits,) = net(
+                    images
+                    # (B, classes); with --dni, each interface back-propagates its synthetic gradient into the block
+                    # below it
+                )
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()  # with --dni: the head, and in each interface the true gradient for the synthesizer
             optimizer.step()

@@ -1,10 +1,14 @@
-"""Decoupled Greedy Learning of the DNI paper's CNN on CIFAR-10, the curve that DNI is compared with in Sec. 5.1, Fig. 2.
+"""Decoupled Greedy Learning of the DNI paper's CNN on CIFAR-10, the curve that
+DNI is compared with in Sec. 5.1, Fig. 2.
 
     python dni/cifar_dgl.py
 
-The three blocks of cifar_cnn_dni.py, each its own module. The auxiliaries of the first two are the network that synthesizes gradients in DNI, with a
-linear classifier on top, so that the two methods cost about the same. After 1,500 epochs the authors' published log has test top-1 85.05 % for head
-3, after 1 / 10 / 100 epochs 39.11 / 61.46 / 77.40 %. A training image costs 1.02 GFLOP, an epoch 51 TFLOP.
+The three blocks of cifar_cnn_dni.py, each its own module. The auxiliaries of
+the first two are the network that synthesizes gradients in DNI, with a linear
+classifier on top, so that the two methods cost about the same. After 1,500
+epochs the authors' published log has test top-1 85.05 % for head 3, after 1 /
+10 / 100 epochs 39.11 / 61.46 / 77.40 %. A training image costs 1.02 GFLOP, an
+epoch 51 TFLOP.
 """
 
 from dni_backbone import ConvSynthesizer, backbone, head
@@ -21,13 +25,22 @@ from decoupled.network import DecoupledModule, DecoupledNetwork
 def parse_args():
     parser = runs.parser(__doc__, epochs=1500, batch_size=256, test_batch_size=256)
     group = parser.add_argument_group("network and output")
-    group.add_argument("--channels", type=runs.whole_number(1), default=128, help="of every block and auxiliary (default: %(default)s)")
-    group.add_argument("--log-interval", type=runs.whole_number(1), default=10, help="batches between printed losses (default: %(default)s)")
+    group.add_argument(
+        "--channels", type=runs.whole_number(1), default=128, help="of every block and auxiliary (default: %(default)s)"
+    )
+    group.add_argument(
+        "--log-interval",
+        type=runs.whole_number(1),
+        default=10,
+        help="batches between printed losses (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def auxiliary(channels, classes):
-    """The DNI synthesizer at the representation's full size, global average pool, linear classifier: (B, C, h, w) → (B, classes)."""
+    """The DNI synthesizer at the representation's full size, global average pool, linear classifier: (B, C, h, w) → (B,
+    classes).
+    """
     return nn.Sequential(ConvSynthesizer(channels), nn.AdaptiveAvgPool2d(1), head(channels, classes))
 
 
@@ -54,7 +67,10 @@ def main():
                 meter.update(loss, logits, labels)
                 losses.append(loss.detach())
             if run.batch % args.log_interval == 0:
-                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {' '.join(f'{loss.item():.5f}' for loss in losses)}")
+                tqdm.write(
+                    f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: "
+                    f"{' '.join(f'{loss.item():.5f}' for loss in losses)}"
+                )
         with run.autocast():
             scores = evaluate(net, test)
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):

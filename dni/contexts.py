@@ -14,7 +14,8 @@ _deferred = ContextVar("dni deferred back-propagation", default=None)
 
 @contextmanager
 def synthesizer_context(context):
-    """Gives ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; None gives none.
+    """Gives ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; None
+    gives none.
 
     Nests: the innermost counts, and the one around it is back after the block, also when an exception ends it.
     """
@@ -32,10 +33,12 @@ def current_context():
 
 @contextmanager
 def defer_backward():
-    """Collects all that is given to ``dni.backward`` inside the block, by interfaces too, and back-propagates it in one pass at its end.
+    """Collects all that is given to ``dni.backward`` inside the block, by interfaces too, and back-propagates it in one
+    pass at its end.
 
-    Needed where gradients start from several tensors of one graph, as a loss and the last hidden state of a recurrent network: a first
-    backward pass would free the graph for the second. When an exception ends the block, nothing is back-propagated. Raises RuntimeError when nested.
+    Needed where gradients start from several tensors of one graph, as a loss and the last hidden state of a recurrent
+    network: a first backward pass would free the graph for the second. When an exception ends the block, nothing is
+    back-propagated. Raises RuntimeError when nested.
     """
     if _deferred.get() is not None:
         raise RuntimeError("dni.defer_backward cannot be nested: the outer block back-propagates everything at its end")
@@ -50,15 +53,21 @@ def defer_backward():
 
 
 def backward(tensor, gradient=None):
-    """Back-propagates ``gradient`` (of the tensor's shape; None: ones) from ``tensor``: at once, or at the end of the enclosing defer_backward.
+    """Back-propagates ``gradient`` (of the tensor's shape; None: ones) from ``tensor``: at once, or at the end of the
+    enclosing defer_backward.
 
-    Use it for the loss too inside defer_backward. Raises RuntimeError when ``tensor`` needs no gradient or the shapes differ.
+    Use it for the loss too inside defer_backward. Raises RuntimeError when ``tensor`` needs no gradient or the shapes
+    differ.
     """
     if not tensor.requires_grad:
         raise RuntimeError("dni.backward: nothing to back-propagate into, the tensor does not require a gradient")
-    gradient = torch.ones_like(tensor) if gradient is None else gradient.to(tensor.dtype)  # under autocast the two may differ in precision
+    gradient = (
+        torch.ones_like(tensor) if gradient is None else gradient.to(tensor.dtype)
+    )  # under autocast the two may differ in precision
     if gradient.shape != tensor.shape:
-        raise RuntimeError(f"dni.backward: a gradient of shape {tuple(gradient.shape)} for a tensor of shape {tuple(tensor.shape)}")
+        raise RuntimeError(
+            f"dni.backward: a gradient of shape {tuple(gradient.shape)} for a tensor of shape {tuple(tensor.shape)}"
+        )
     collected = _deferred.get()
     if collected is None:
         _propagate([tensor], [gradient])
@@ -67,6 +76,7 @@ def backward(tensor, gradient=None):
 
 
 def _propagate(tensors, gradients):
-    # Interfaces back-propagate amid the forward pass, where autocast may be on; it must not touch a backward pass, whose precision the forward set.
+    # Interfaces back-propagate amid the forward pass, where autocast may be on; it must not touch a backward pass,
+    # whose precision the forward set.
     with torch.autocast(tensors[0].device.type, enabled=False):
         torch.autograd.backward(tensors, gradients)

@@ -1,4 +1,6 @@
-"""The CIFAR-10 CNN of the DNI paper (Jaderberg et al. 2017, App. C.1) and its synthesizer: what the four methods compared here share."""
+"""The CIFAR-10 CNN of the DNI paper (Jaderberg et al. 2017, App. C.1) and its synthesizer: what the four methods
+compared here share.
+"""
 
 from torch import nn
 
@@ -6,13 +8,18 @@ from decoupled.network import draw_batch_norm_weights
 
 
 def backbone(channels, classes):
-    """Its three blocks, 5×5 convolution, BN, ReLU, 3×3 pooling of stride 3, and its head: ([block, block, block], head).
+    """Its three blocks, 5×5 convolution, BN, ReLU, 3×3 pooling of stride 3, and its head: ([block, block, block],
+    head).
 
-    (B, 3, 32, 32) → (B, C, 10, 10) → (B, C, 3, 3) → (B, C, 1, 1) → logits (B, classes). Made before synthesizers and auxiliaries, so that all
-    methods start from the same weights with the same seed. Batch norm weights, the synthesizer's too, are drawn as in the published runs.
+    (B, 3, 32, 32) → (B, C, 10, 10) → (B, C, 3, 3) → (B, C, 1, 1) → logits (B, classes). Made before synthesizers and
+    auxiliaries, so that all methods start from the same weights with the same seed. Batch norm weights, the
+    synthesizer's too, are drawn as in the published runs.
     """
     layers = [(3, nn.MaxPool2d(3)), (channels, nn.AvgPool2d(3)), (channels, nn.AvgPool2d(3))]
-    blocks = [nn.Sequential(conv(below, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool) for below, pool in layers]
+    blocks = [
+        nn.Sequential(conv(below, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True), pool)
+        for below, pool in layers
+    ]
     return [draw_batch_norm_weights(block) for block in blocks], head(channels, classes)
 
 
@@ -26,9 +33,11 @@ def conv(below, channels):
 
 
 class ConvSynthesizer(nn.Module):
-    """Trigger (B, C, h, w) → (B, C, h, w): 5×5 convolutions at full size, BN and ReLU after the first two, the last with zero weight at start.
+    """Trigger (B, C, h, w) → (B, C, h, w): 5×5 convolutions at full size, BN and ReLU after the first two, the last
+    with zero weight at start.
 
-    With ``context_dim``, a linear layer of the context (B, context_dim) is added, everywhere in space, to what the first convolution gives.
+    With ``context_dim``, a linear layer of the context (B, context_dim) is added, everywhere in space, to what the
+    first convolution gives.
     """
 
     def __init__(self, channels, context_dim=None):

@@ -1,7 +1,9 @@
-"""Interfaces of the DNI paper (Jaderberg et al. 2017, Sec. 2): what stands between two parts of a network so that one need not wait for the other.
+"""Interfaces of the DNI paper (Jaderberg et al. 2017, Sec. 2): what stands between two parts of a network so that one
+need not wait for the other.
 
-All interfaces work in training mode with gradients enabled; in eval mode, and under torch.no_grad, they are the identity and train nothing.
-Triggers and messages are detached where a synthesizer reads them: synthesizers learn, and never teach the layers they serve but by their output.
+All interfaces work in training mode with gradients enabled; in eval mode, and under torch.no_grad, they are the
+identity and train nothing. Triggers and messages are detached where a synthesizer reads them: synthesizers learn, and
+never teach the layers they serve but by their output.
 """
 
 import torch
@@ -18,19 +20,23 @@ def _learns(interface):
 def _synthesize(synthesizer, trigger):
     """The synthesizer's output for the detached trigger, with its graph.
 
-    Callers that do not train it detach it. Under no_grad instead, autocast's cached copies of the weights would have no graph when the synthesizer
-    runs next, and it would silently not learn (https://github.com/pytorch/pytorch/issues/158232, in PyTorch 2.9).
+    Callers that do not train it detach it. Under no_grad instead, autocast's cached copies of the weights would have no
+    graph when the synthesizer runs next, and it would silently not learn
+    (https://github.com/pytorch/pytorch/issues/158232, in PyTorch 2.9).
     """
     return synthesizer(trigger.detach(), current_context())
 
 
 class _TrueGradient(torch.autograd.Function):
-    """The trigger, unchanged. Backward: the true gradient g goes on to the trigger as it is, and 2/B·(s − g) to the synthetic gradient s."""
+    """The trigger, unchanged. Backward: the true gradient g goes on to the trigger as it is, and 2/B·(s − g) to the
+    synthetic gradient s.
+    """
 
     @staticmethod
     def forward(ctx, trigger, synthetic):
         ctx.save_for_backward(synthetic)
-        return trigger.clone()  # layers above may work in place; the synthesizer's graph, and those below when deferred, still need the trigger
+        # layers above may work in place; the synthesizer's graph, and those below when deferred, still need the trigger
+        return trigger.clone()
 
     @staticmethod
     def backward(ctx, gradient):
@@ -40,14 +46,18 @@ class _TrueGradient(torch.autograd.Function):
 
 def _same_shape(synthetic, trigger):
     if synthetic.shape != trigger.shape:
-        raise RuntimeError(f"the synthesizer gave a gradient of shape {tuple(synthetic.shape)} for a trigger of shape {tuple(trigger.shape)}")
+        raise RuntimeError(
+            f"the synthesizer gave a gradient of shape {tuple(synthetic.shape)} for a trigger of "
+            f"shape {tuple(trigger.shape)}"
+        )
     return synthetic
 
 
 class ForwardInterface(nn.Module):
     """Passes synthetic messages (activations) up, so that the receiver need not wait for the sender.
 
-    ``synthesizer(trigger, context)`` models the message, given a trigger that is known early, such as the network's input.
+    ``synthesizer(trigger, context)`` models the message, given a trigger that is known early, such as the network's
+    input.
     """
 
     def __init__(self, synthesizer):
@@ -59,12 +69,16 @@ class ForwardInterface(nn.Module):
         return _synthesize(self.synthesizer, trigger).detach()
 
     def send(self, message, trigger):
-        """Trains the synthesizer toward the detached message: back-propagates their mean squared error over all elements."""
+        """Trains the synthesizer toward the detached message: back-propagates their mean squared error over all
+        elements.
+        """
         if _learns(self):
             self._regress(_synthesize(self.synthesizer, trigger), message)
 
     def forward(self, message, trigger):
-        """In training sends the message and returns the synthesized one, of one run of the synthesizer; in eval mode returns the message."""
+        """In training sends the message and returns the synthesized one, of one run of the synthesizer; in eval mode
+        returns the message.
+        """
         if not _learns(self):
             return message
         synthetic = _synthesize(self.synthesizer, trigger)
@@ -74,7 +88,10 @@ class ForwardInterface(nn.Module):
     @staticmethod
     def _regress(synthetic, message):
         if synthetic.shape != message.shape:
-            raise RuntimeError(f"the synthesizer gave a message of shape {tuple(synthetic.shape)} for one of shape {tuple(message.shape)}")
+            raise RuntimeError(
+                f"the synthesizer gave a message of shape {tuple(synthetic.shape)} for one of shape "
+                f"{tuple(message.shape)}"
+            )
         if synthetic.requires_grad:
             backward(F.mse_loss(synthetic, message.detach().to(synthetic.dtype)))
 
@@ -82,7 +99,8 @@ class ForwardInterface(nn.Module):
 class BackwardInterface(nn.Module):
     """Passes synthetic gradients down, so that the layers below learn without waiting for those above.
 
-    ``synthesizer(trigger, context)`` models the loss's gradient by the trigger, the representation (B, …) that passes the interface.
+    ``synthesizer(trigger, context)`` models the loss's gradient by the trigger, the representation (B, …) that passes
+    the interface.
     """
 
     def __init__(self, synthesizer):
@@ -90,20 +108,24 @@ class BackwardInterface(nn.Module):
         self.synthesizer = synthesizer
 
     def backward(self, trigger, factor=1):
-        """Back-propagates ``factor`` × the synthetic gradient from ``trigger`` into the layers below; without any to teach, does nothing."""
+        """Back-propagates ``factor`` × the synthetic gradient from ``trigger`` into the layers below; without any to
+        teach, does nothing.
+        """
         if _learns(self) and trigger.requires_grad:
             self._teach(trigger, _synthesize(self.synthesizer, trigger), factor)
 
     def make_trigger(self, trigger):
         """A copy of ``trigger`` that trains the synthesizer once the true gradient g comes back through it.
 
-        g passes on to ``trigger`` unchanged. The synthesizer's output s gets the gradient 2/B·(s − g), B the length of the first dimension: that of
-        the squared error summed over features, averaged over samples.
+        g passes on to ``trigger`` unchanged. The synthesizer's output s gets the gradient 2/B·(s − g), B the length of
+        the first dimension: that of the squared error summed over features, averaged over samples.
         """
         return self._learn(trigger, _synthesize(self.synthesizer, trigger)) if _learns(self) else trigger
 
     def forward(self, trigger):
-        """Back-propagates the synthetic gradient below, and returns the detached trigger that trains the synthesizer; one run of it does both."""
+        """Back-propagates the synthetic gradient below, and returns the detached trigger that trains the synthesizer;
+        one run of it does both.
+        """
         if not _learns(self):
             return trigger
         synthetic = _synthesize(self.synthesizer, trigger)
@@ -136,12 +158,14 @@ class BidirectionalInterface(nn.Module):
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
     def send(self, message, trigger):
-        """Teaches the part below, which made ``message``, by the synthetic gradient, and trains the forward synthesizer toward the message."""
+        """Teaches the part below, which made ``message``, by the synthetic gradient, and trains the forward synthesizer
+        toward the message.
+        """
         self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
 
     def forward(self, message, trigger):
-        """In training sends, then receives, with one run of the forward synthesizer; in eval mode returns the message."""
+        """In training sends, then receives, running the forward synthesizer once; in eval mode returns the message."""
         if not _learns(self):
             return message
         received = self.forward_interface(message, trigger)

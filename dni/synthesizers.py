@@ -1,4 +1,6 @@
-"""A ready-made synthesizer. Your own is any module called as ``synthesizer(trigger, context)``; context is None outside synthesizer_context."""
+"""A ready-made synthesizer. Your own is any module called as ``synthesizer(trigger, context)``; context is None outside
+synthesizer_context.
+"""
 
 from itertools import pairwise
 
@@ -9,9 +11,10 @@ from torch.nn import functional as F
 class BasicSynthesizer(nn.Module):
     """An MLP: trigger (…, trigger_dim) and, with context_dim, context (…, context_dim) → (…, output_dim).
 
-    ``n_hidden`` hidden layers of ``hidden_dim`` with ReLU; the context, through a linear layer of its own, is added to what enters the first ReLU
-    (to the output when there is no hidden layer). Dimensions not given equal output_dim. The last layer starts at zero, so that untrained synthetic
-    messages are zero. Raises RuntimeError when run without the context it was made for.
+    ``n_hidden`` hidden layers of ``hidden_dim`` with ReLU; the context, through a linear layer of its own, is added to
+    what enters the first ReLU (to the output when there is no hidden layer). Dimensions not given equal output_dim. The
+    last layer starts at zero, so that untrained synthetic messages are zero. Raises RuntimeError when run without the
+    context it was made for.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
@@ -31,7 +34,9 @@ class BasicSynthesizer(nn.Module):
         output = first(trigger)
         if self.context is not None:
             if context is None:
-                raise RuntimeError("this synthesizer was made with context_dim: run it inside dni.synthesizer_context(context)")
+                raise RuntimeError(
+                    "this synthesizer was made with context_dim: run it inside dni.synthesizer_context(context)"
+                )
             output = output + self.context(context)
         for layer in rest:
             output = layer(F.relu(output))

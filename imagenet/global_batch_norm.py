@@ -8,7 +8,9 @@ from torch import distributed, nn
 
 
 class Sum(torch.autograd.Function):
-    """The sum of a tensor over all processes; its gradient is summed likewise, since each process's tensor enters every process's loss."""
+    """The sum of a tensor over all processes; its gradient is summed likewise, since each process's tensor enters every
+    process's loss.
+    """
 
     @staticmethod
     def forward(ctx, tensor):
@@ -24,7 +26,9 @@ class Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """(b, C) or (b, C, h, w) → the same shape, normalized by mean and variance of all processes' shares, whose sizes may differ."""
+    """(b, C) or (b, C, h, w) → the same shape, normalized by mean and variance of all processes' shares, whose sizes
+    may differ.
+    """
 
     def _check_input_dim(self, below):
         pass
@@ -40,7 +44,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = values - mean.view(shape)
-        variance = Sum.apply(centred.square().sum(axes)) / count  # in two passes: the mean of squares less the squared mean would cancel
+        variance = (
+            Sum.apply(centred.square().sum(axes)) / count
+        )  # in two passes: the mean of squares less the squared mean would cancel
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -50,7 +56,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def globalize(net, device):
-    """``net`` with every batch norm replaced by one over all processes: SyncBatchNorm on CUDA, whose kernels are faster, else GlobalBatchNorm."""
+    """``net`` with every batch norm replaced by one over all processes: SyncBatchNorm on CUDA, whose kernels are
+    faster, else GlobalBatchNorm.
+    """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():

@@ -7,16 +7,25 @@ from torchvision.models.resnet import Bottleneck, conv1x1
 from decoupled import InputError
 from decoupled.network import split
 
-BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # at 56×56, 28×28, 14×14, 7×7
+BLOCKS = {
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}  # at 56×56, 28×28, 14×14, 7×7
 
 
 def pieces(arch, width=64):
-    """The network without its classifier as a list: the stem (7×7 convolution, BN, ReLU, max pool), then the bottlenecks.
+    """The network without its classifier as a list: the stem (7×7 convolution, BN, ReLU, max pool), then the
+    bottlenecks.
 
-    (B, 3, s, s) → (B, 32 × width, s/32, s/32). Strides are on the 3×3 convolutions, as in torchvision's ("v1.5"). ResNet-152 has 51 pieces.
+    (B, 3, s, s) → (B, 32 × width, s/32, s/32). Strides are on the 3×3 convolutions, as in torchvision's ("v1.5").
+    ResNet-152 has 51 pieces.
     """
     stem = nn.Sequential(
-        nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+        nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
     )
     network, below = [stem], width
     for stage, depth in enumerate(BLOCKS[arch]):
@@ -31,14 +40,18 @@ def pieces(arch, width=64):
 
 
 def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
-    """resnet50, resnet101 or resnet152 in ``splits`` modules of ⌈pieces/splits⌉ pieces, the last one shorter. (B, 3, image_size, image_size).
+    """resnet50, resnet101 or resnet152 in ``splits`` modules of ⌈pieces/splits⌉ pieces, the last one shorter. (B, 3,
+    image_size, image_size).
 
-    The published cut of ResNet-152 in two has 26 of 51 pieces in the first: the stem, stages 1 and 2 and 14 blocks of stage 3. The auxiliary reads
-    its 1,024 channels at 14×14 (the released code takes them for 7×7, and so pools to 2×2 instead of 4×4). Other arguments as in greedy_vgg.
-    Raises InputError for more splits than pieces or images that are too small.
+    The published cut of ResNet-152 in two has 26 of 51 pieces in the first: the stem, stages 1 and 2 and 14 blocks of
+    stage 3. The auxiliary reads its 1,024 channels at 14×14 (the released code takes them for 7×7, and so pools to 2×2
+    instead of 4×4). Other arguments as in greedy_vgg. Raises InputError for more splits than pieces or images that are
+    too small.
     """
     if image_size < SMALLEST:
-        raise InputError(f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}")
+        raise InputError(
+            f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
+        )
     bodies = [nn.Sequential(*part) for part in split(pieces(arch, width), splits)]
 
     def classifier(shape):

@@ -1,10 +1,13 @@
-"""Back-propagation of torchvision's VGG and ResNet on ImageNet: the end-to-end rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
+"""Back-propagation of torchvision's VGG and ResNet on ImageNet: the end-to-end
+rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
 
     python imagenet/imagenet.py DIR --arch resnet152 --half --dynamic-loss-scale -j 16
     torchrun --nproc-per-node 4 imagenet/imagenet.py DIR --arch vgg19_bn --half --dynamic-loss-scale -j 8
 
-DIR holds train/ and val/; -b is the batch of all processes together. The paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn
-69.7 / 89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier, the greedy one has none.
+DIR holds train/ and val/; -b is the batch of all processes together. The
+paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn 69.7 /
+89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier,
+the greedy one has none.
 """
 
 from imagenet_run import TOPK, ImageNetRun, parsed, parser, sgd
@@ -24,14 +27,19 @@ def parse_args():
 
 
 def build(args, classes):
-    """torchvision's network, initialized as torchvision does. Raises InputError for images that five halvings leave nothing of."""
+    """torchvision's network, initialized as torchvision does. Raises InputError for images that five halvings leave
+    nothing of.
+    """
     if args.image_size < 32:
-        raise InputError(f"--image-size {args.image_size} is too small for {args.arch}, which halves it five times: choose at least 32")
+        raise InputError(
+            f"--image-size {args.image_size} is too small for {args.arch}, which halves it five "
+            "times: choose at least 32"
+        )
     return models.get_model(args.arch, weights=None, num_classes=classes)
 
 
 class EndToEnd(nn.ModuleList):
-    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks for."""
+    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks."""
 
     def forward(self, images, heads=None):
         return [self[0](images)]
@@ -57,7 +65,9 @@ def main():
             meter.update(loss, logits, labels)
         with run.autocast():
             score, meter = run.summed([*evaluate(net, run.evaluation(val), topk=TOPK), meter])
-        line = logs.imagenet_backprop_line(schedule.get_last_lr()[0], epoch, (meter.top1, meter.top5), (score.top1, score.top5))
+        line = logs.imagenet_backprop_line(
+            schedule.get_last_lr()[0], epoch, (meter.top1, meter.top5), (score.top1, score.top5)
+        )
         run.write(f"{line}\n{logs.loss_line(1, epoch, meter.loss)}\n")
         print(line, flush=True)
         schedule.step()  # last: a run that is stopped while it evaluates comes here once

@@ -1,11 +1,15 @@
-"""Decoupled Greedy Learning of VGG and ResNet on ImageNet: the paper's Sec. 5.5, Table 3.
+"""Decoupled Greedy Learning of VGG and ResNet on ImageNet: the paper's Sec.
+5.5, Table 3.
 
     python imagenet/imagenet_dgl.py DIR --arch vgg13 --block_size 1 --half --dynamic-loss-scale -j 16
     python imagenet/imagenet_dgl.py DIR --arch resnet152 --half --dynamic-loss-scale -j 16
-    torchrun --nproc-per-node 4 imagenet/imagenet_dgl.py DIR --arch vgg19 --block_size 8 --half --dynamic-loss-scale -j 8
+    torchrun --nproc-per-node 4 imagenet/imagenet_dgl.py DIR --arch vgg19 \\
+        --block_size 8 --half --dynamic-loss-scale -j 8
 
-DIR holds train/ and val/. Every module takes its step on each mini-batch, on the detached representation from the module below (Algorithm 1); all but
-the last learn from an MLP-SR auxiliary. -b is the batch of all processes together. The paper's top-1 / top-5 (%) of the last head after 50 epochs:
+DIR holds train/ and val/. Every module takes its step on each mini-batch, on
+the detached representation from the module below (Algorithm 1); all but the
+last learn from an MLP-SR auxiliary. -b is the batch of all processes together.
+The paper's top-1 / top-5 (%) of the last head after 50 epochs:
 
     vgg13 --block_size 1     10 modules   64.4 / 85.8        vgg19 --block_size 4   4 modules   69.2 / 89.0
     vgg13 --block_size 3      4 modules   67.8 / 88.0        vgg19 --block_size 8   2 modules   70.8 / 90.2
@@ -26,11 +30,25 @@ from decoupled.metrics import WithEnsembles, evaluate
 def parse_args():
     flags = parser(__doc__, (*STAGES, *BLOCKS), default="resnet152")
     group = flags.add_argument_group("modules and auxiliaries")
-    group.add_argument("--block_size", type=runs.whole_number(1), metavar="B", help="VGG: convolutions a module (default: 1)")
-    group.add_argument("--splits", type=runs.whole_number(1), metavar="K", help="ResNet: modules (default: 2, the published cut)")
-    group.add_argument("--nlin", type=runs.whole_number(0), default=3, help="1×1 convolutions of an auxiliary (default: %(default)s)")
-    group.add_argument("--mlp", type=runs.whole_number(0), default=3, help="hidden layers of an auxiliary (default: %(default)s)")
-    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads (default: %(default)s)")
+    group.add_argument(
+        "--block_size", type=runs.whole_number(1), metavar="B", help="VGG: convolutions a module (default: 1)"
+    )
+    group.add_argument(
+        "--splits", type=runs.whole_number(1), metavar="K", help="ResNet: modules (default: 2, the published cut)"
+    )
+    group.add_argument(
+        "--nlin", type=runs.whole_number(0), default=3, help="1×1 convolutions of an auxiliary (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mlp", type=runs.whole_number(0), default=3, help="hidden layers of an auxiliary (default: %(default)s)"
+    )
+    group.add_argument(
+        "--ensemble",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: evaluate the ensembles of heads (default: %(default)s)",
+    )
     args = parsed(flags)
     vgg = args.arch in STAGES
     if vgg and args.splits:
@@ -56,7 +74,9 @@ def step(run, modules, optimizers, images, labels):
         with run.autocast():
             representation, logits = module(representation)  # (b, C, s', s'), (b, classes)
         loss = F.cross_entropy(logits.float(), labels)
-        run.step(loss, optimizer)  # zero_grad, backward (with other processes: and their gradients), step: this frees the module's graph
+        run.step(
+            loss, optimizer
+        )  # zero_grad, backward (with other processes: and their gradients), step: this frees the module's graph
         representation = representation.detach()  # no gradient crosses to the module below
         heads.append((loss.detach(), logits.detach()))
     return heads

@@ -1,7 +1,9 @@
-"""ImageNet, or any image folders DIR/{train,val}/<class>/<image>: read by worker processes as uint8, normalized on the training device.
+"""ImageNet, or any image folders DIR/{train,val}/<class>/<image>: read by worker processes as uint8, normalized on the
+training device.
 
-What is random about an image (place in the epoch, crop, flip) is drawn from the seed, the epoch and the image's number alone. So neither the number
-of workers nor that of processes changes it, and a run that goes on in the middle of an epoch sees what it would have seen.
+What is random about an image (place in the epoch, crop, flip) is drawn from the seed, the epoch and the image's number
+alone. So neither the number of workers nor that of processes changes it, and a run that goes on in the middle of an
+epoch sees what it would have seen.
 """
 
 import atexit
@@ -31,7 +33,9 @@ def mixed(*numbers):
 
 
 def list_images(folder, split):
-    """torchvision's ImageFolder of folder/split. Raises InputError for a folder that is missing or has no class, and for a class without images."""
+    """torchvision's ImageFolder of folder/split. Raises InputError for a folder that is missing or has no class, and
+    for a class without images.
+    """
     path = Path(folder) / split
     if not path.is_dir():
         raise InputError(f"{path} is missing: {LAYOUT}")
@@ -43,10 +47,14 @@ def list_images(folder, split):
 
 
 class Images(Dataset):
-    """``images[epoch, index]``: (uint8 (3, image_size, image_size), label), the image number ``index`` as ``transform`` changes it in that epoch."""
+    """``images[epoch, index]``: (uint8 (3, image_size, image_size), label), the image number ``index`` as ``transform``
+    changes it in that epoch.
+    """
 
     def __init__(self, samples, transform, seed):
-        self.paths = np.array([path for path, _ in samples], dtype=np.bytes_)  # one block of memory: workers share it, where a list would be copied
+        self.paths = np.array(
+            [path for path, _ in samples], dtype=np.bytes_
+        )  # one block of memory: workers share it, where a list would be copied
         self.labels = torch.tensor([label for _, label in samples])
         self.transform, self.seed = transform, seed
 
@@ -74,10 +82,11 @@ class Images(Dataset):
 
 
 class Share:
-    """The keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on: what a DataLoader calls a batch sampler.
+    """The keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on: what a DataLoader
+    calls a batch sampler.
 
-    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are processes. ``shuffle``: in a new
-    order every epoch; otherwise as listed.
+    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are
+    processes. ``shuffle``: in a new order every epoch; otherwise as listed.
     """
 
     def __init__(self, count, batch_size, shuffle, seed, rank, processes):
@@ -100,18 +109,27 @@ class Share:
 
 
 class ImageBatches:
-    """Iterates over this process's share of the mini-batches: images (b, 3, s, s) float32, channels-last and normalized, labels (b,) int64.
+    """Iterates over this process's share of the mini-batches: images (b, 3, s, s) float32, channels-last and
+    normalized, labels (b,) int64.
 
-    Without other processes b is ``batch_size``, but for a shorter last one. ``share.epoch`` and ``share.start`` say where an iteration begins.
+    Without other processes b is ``batch_size``, but for a shorter last one. ``share.epoch`` and ``share.start`` say
+    where an iteration begins.
     """
 
     def __init__(self, folder, samples, transform, *, batch_size, shuffle, seed, workers, device, rank, processes):
         self.images = Images(samples, transform, seed)
         self.share = Share(len(samples), batch_size, shuffle, seed, rank, processes)
-        self.device, self.description = device, f"{len(samples)} images of {len({label for _, label in samples})} classes"
+        self.device, self.description = (
+            device,
+            f"{len(samples)} images of {len({label for _, label in samples})} classes",
+        )
         ending = multiprocessing.Value("b", 0, lock=False)
         atexit.register(setattr, ending, "value", 1)
-        persistent = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": partial(ignore_signals, ending)}
+        persistent = {
+            "num_workers": workers,
+            "persistent_workers": True,
+            "worker_init_fn": partial(ignore_signals, ending),
+        }
         options = persistent if workers else {}
         self.loader = DataLoader(self.images, batch_sampler=self.share, pin_memory=device.type == "cuda", **options)
         self.scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
@@ -129,11 +147,13 @@ class ImageBatches:
                 yield self.normalize(images), labels.to(self.device, non_blocking=True)
             return
         except InputError as error:
-            message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")  # a worker's comes with its traceback
+            message = (
+                str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
+            )  # a worker's comes with its traceback
         raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
 
     def close(self):
-        """Ends the worker processes, which the loader keeps between epochs, as soon as no iteration holds on to them."""
+        """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
         self.loader = None
 
     def normalize(self, images):
@@ -152,13 +172,17 @@ class ImageBatches:
 
 
 def ignore_signals(ending, worker):
-    """Ctrl-C and SIGTERM are for the process that trains, which needs its workers until the batch is finished: until ``ending`` is set."""
+    """Ctrl-C and SIGTERM are for the process that trains, which needs its workers until the batch is finished: until
+    ``ending`` is set.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.value else None)
 
 
 def spread(samples, count, flag):
-    """``count`` of the samples, evenly spaced, so that many classes are among them; all of them for None. Raises InputError for too many."""
+    """``count`` of the samples, evenly spaced, so that many classes are among them; all of them for None. Raises
+    InputError for too many.
+    """
     if count is None:
         return samples
     if count > len(samples):
@@ -180,10 +204,11 @@ def load(
     processes=1,
     least=1,
 ):
-    """(train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of folder/val, cropped in the centre.
+    """(train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of folder/val,
+    cropped in the centre.
 
-    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it. Raises InputError for folders or
-    numbers that will not do.
+    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it. Raises
+    InputError for folders or numbers that will not do.
     """
     train, val = list_images(folder, "train"), list_images(folder, "val")
     if train.classes != val.classes:
@@ -192,10 +217,19 @@ def load(
     samples = spread(train.samples, train_samples, "--train-samples"), spread(val.samples, val_samples, "--val-samples")
     check_batches(len(samples[0]), batch_size, max(2, processes * least))
     if len(samples[1]) < processes:
-        raise InputError(f"{folder}/val has {len(samples[1])} images, fewer than the {processes} processes: start fewer")
+        raise InputError(
+            f"{folder}/val has {len(samples[1])} images, fewer than the {processes} processes: start fewer"
+        )
     augment = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
     centre = v2.Compose([v2.Resize(image_size * 256 // 224, antialias=True), v2.CenterCrop(image_size)])
-    common = {"batch_size": batch_size, "seed": seed, "workers": workers, "device": torch.device(device), "rank": rank, "processes": processes}
+    common = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "workers": workers,
+        "device": torch.device(device),
+        "rank": rank,
+        "processes": processes,
+    }
     batches = [
         ImageBatches(folder, chosen, transform, shuffle=shuffle, **common)
         for chosen, transform, shuffle in zip(samples, (augment, centre), (True, False), strict=True)
@@ -204,11 +238,14 @@ def load(
 
 
 def check_batches(count, batch_size, needed):
-    """Raises InputError when a mini-batch would have fewer images than ``needed``: one for each process, and two for batch norm."""
+    """Raises InputError when a mini-batch would have fewer images than ``needed``: one for each process, and two for
+    batch norm.
+    """
     smallest = count % batch_size or batch_size
     if count < batch_size:
         raise InputError(f"{count} training images are fewer than one batch of {batch_size}: choose a smaller -b")
     if smallest < needed:
         raise InputError(
-            f"{count} images in batches of {batch_size} leave a batch of {smallest}, where at least {needed} are needed: choose another -b"
+            f"{count} images in batches of {batch_size} leave a batch of {smallest}, where at least "
+            f"{needed} are needed: choose another -b"
         )

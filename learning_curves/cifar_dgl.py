@@ -1,9 +1,12 @@
-"""Decoupled Greedy Learning of a 4-module CNN on CIFAR-10: the parallel curves of the paper's Sec. 5.3, Figs. 3 and 4.
+"""Decoupled Greedy Learning of a 4-module CNN on CIFAR-10: the parallel curves
+of the paper's Sec. 5.3, Figs. 3 and 4.
 
     python learning_curves/cifar_dgl.py
 
-Every module takes its step on each mini-batch, on the detached representation from the module below (Algorithm 1). After 50 epochs the authors'
-published log has test top-1 78.35 / 85.25 / 87.90 / 89.86 % for heads 1 to 4. A training image costs 0.35 GFLOP, an epoch 17 TFLOP.
+Every module takes its step on each mini-batch, on the detached representation
+from the module below (Algorithm 1). After 50 epochs the authors' published log
+has test top-1 78.35 / 85.25 / 87.90 / 89.86 % for heads 1 to 4. A training
+image costs 0.35 GFLOP, an epoch 17 TFLOP.
 """
 
 from torch.nn import functional as F
@@ -36,7 +39,9 @@ def main():
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
-                run.step(loss, optimizer)  # zero_grad, backward, step: this frees the module's graph before the next one's forward
+                run.step(
+                    loss, optimizer
+                )  # zero_grad, backward, step: this frees the module's graph before the next one's forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
         for schedule in schedules:

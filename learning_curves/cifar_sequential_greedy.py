@@ -1,10 +1,13 @@
-"""Sequential greedy learning of the 4-module CNN on CIFAR-10: the sequential curves of the paper's Sec. 5.3, Figs. 3 and 4.
+"""Sequential greedy learning of the 4-module CNN on CIFAR-10: the sequential
+curves of the paper's Sec. 5.3, Figs. 3 and 4.
 
     python learning_curves/cifar_sequential_greedy.py
 
-One module after the other is trained for all epochs, its learning rate starting anew, on top of the finished modules below: these are frozen, batch
-norm statistics included, and cost a forward pass of their bodies. After 50 epochs each the authors' published log has test top-1
-78.55 / 85.77 / 88.28 / 89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
+One module after the other is trained for all epochs, its learning rate starting
+anew, on top of the finished modules below: these are frozen, batch norm
+statistics included, and cost a forward pass of their bodies. After 50 epochs
+each the authors' published log has test top-1 78.55 / 85.77 / 88.28 / 89.13 %
+for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
 """
 
 import torch
@@ -27,9 +30,13 @@ def main():
     train, test, classes = run.data()
     net = run.prepare(layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes))
     optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]  # at each module's epochs 16, 31, 46, …
+    schedules = [
+        StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers
+    ]  # at each module's epochs 16, 31, 46, …
 
-    for n, epoch in run.epochs(stages=len(net), net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+    for n, epoch in run.epochs(
+        stages=len(net), net=net, optimizers=optimizers, schedules=schedules, train=train, test=test
+    ):
         *frozen, module = net[:n]
         optimizer, schedule = optimizers[n - 1], schedules[n - 1]
         net.eval()  # the modules below normalize with their final statistics and leave them alone

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# One thread, here and in the processes started from here: the networks are tiny, and nothing then waits for a busy core.
+# One thread, here and in the processes started from here: the networks are tiny, and nothing then waits for a busy
+# core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -16,7 +17,9 @@ from decoupled import runs
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path):
-    """run(script, *flags, folder=…, **names): runs the script with those module-level names replaced; returns what it left."""
+    """run(script, *flags, folder=…, **names): runs the script with those module-level names replaced; returns what it
+    left.
+    """
 
     def run(script, *flags, folder=tmp_path / "logs", **names):
         module = load_script(script)
@@ -31,7 +34,9 @@ def run_script(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(run_script, capsys, tmp_path):
-    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr and nothing written; returns that line."""
+    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr and nothing written;
+    returns that line.
+    """
 
     def run(script, *flags, folder=tmp_path / "logs", **names):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None

@@ -1,9 +1,10 @@
-"""Runs a script's main in a process that kills itself with SIGKILL at a chosen moment. Not a test: tests/test_runs.py starts it.
+"""Runs a script's main in a process that kills itself with SIGKILL at a chosen moment. Not a test: tests/test_runs.py
+starts it.
 
     python tests/killed_run.py MOMENT COUNT SCRIPT [flags …]
 
-MOMENT: "step" (mid-epoch), "log" (half a line is written), "write" (half a checkpoint is written), "replace" (it is whole, but not renamed) or
-"renamed" (just after). It dies when that happens for the COUNT-th time.
+MOMENT: "step" (mid-epoch), "log" (half a line is written), "write" (half a checkpoint is written), "replace" (it is
+whole, but not renamed) or "renamed" (just after). It dies when that happens for the COUNT-th time.
 """
 
 import io

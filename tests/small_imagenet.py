@@ -1,4 +1,5 @@
-"""Runs an ImageNet script with small networks in double precision, alone or under torchrun. Not a test: tests/test_imagenet.py starts it.
+"""Runs an ImageNet script with small networks in double precision, alone or under torchrun. Not a test:
+tests/test_imagenet.py starts it.
 
 [torchrun …] tests/small_imagenet.py SCRIPT [flags …]
 """
@@ -18,14 +19,22 @@ DGL, BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
 
 
 def small(script, adapt=lambda net: net):
-    """The names to replace in ``script``, a module: its networks a 32nd as wide and in double precision, changed by ``adapt``."""
+    """The names to replace in ``script``, a module: its networks a 32nd as wide and in double precision, changed by
+    ``adapt``.
+    """
 
     def greedy(name):
         real = getattr(script, name)
         return lambda *args, **settings: adapt(real(*args, **settings, width=2).double())
 
     def build(args, classes):
-        layers = [nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1 if "vgg" in args.arch else 0)]
+        layers = [
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.1 if "vgg" in args.arch else 0),
+        ]
         return adapt(nn.Sequential(*layers, nn.LazyLinear(classes), nn.BatchNorm1d(classes)).double())
 
     if hasattr(script, "greedy_vgg"):

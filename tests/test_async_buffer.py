@@ -21,7 +21,21 @@ from turns import ImageStream, Turns, tallies  # noqa: E402
 
 NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
 SMALL = ("--feature_size", 3, "--ncnn", 3, "--down", "[0,1]", "--mlp", 1, "--device", "cpu")
-FLAGS = ("--dataset", "digits", "--train-samples", 100, "--batch_size", 32, "--nepochs", 3, "--epochdecay", 2, "--seed", 5, *SMALL)
+FLAGS = (
+    "--dataset",
+    "digits",
+    "--train-samples",
+    100,
+    "--batch_size",
+    32,
+    "--nepochs",
+    3,
+    "--epochdecay",
+    2,
+    "--seed",
+    5,
+    *SMALL,
+)
 LENGTH = 3  # mini-batches an epoch: the 4 images left over are dropped
 
 
@@ -29,7 +43,9 @@ def fresh(seed=5):
     """What a run with FLAGS starts from, without its code: network, optimizers, images."""
     torch.manual_seed(seed)
     net = asynchronous_cnn(**NETWORK).to(memory_format=torch.channels_last)
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    optimizers = [
+        torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net
+    ]
     train, _, _ = load("digits", batch_size=32, train_samples=100, drop_last=True, seed=seed)
     return net, optimizers, train
 
@@ -60,7 +76,14 @@ def test_layers_have_the_released_sizes():
     net = asynchronous_cnn(hidden_layers=0)
     counts = [sum(p.numel() for p in module.body.parameters()) for module in net]
     assert counts == [3712, 147_712, 295_424, 590_336, 1_180_672, 2_360_320]
-    assert representation_shapes(net) == [(128, 32, 32), (128, 32, 32), (256, 16, 16), (256, 16, 16), (512, 8, 8), (512, 8, 8)]
+    assert representation_shapes(net) == [
+        (128, 32, 32),
+        (128, 32, 32),
+        (256, 16, 16),
+        (256, 16, 16),
+        (512, 8, 8),
+        (512, 8, 8),
+    ]
 
 
 @pytest.mark.parametrize("downsampling", ["maxpool", "avgpool", "stride", "psi"])
@@ -90,9 +113,17 @@ def test_heads():
 
 def test_ensembles_are_of_logits_weighted_by_powers_of_two(run_script):
     evaluated = []
-    run_script(SCRIPT, *FLAGS, "--nepochs", 1, evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options))
+    run_script(
+        SCRIPT,
+        *FLAGS,
+        "--nepochs",
+        1,
+        evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options),
+    )
     first, second, third, *ensembles = evaluated[0].eval()(torch.randn(4, 3, 32, 32))
-    for ensemble, expected in zip(ensembles, (first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7), strict=True):
+    for ensemble, expected in zip(
+        ensembles, (first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7), strict=True
+    ):
         torch.testing.assert_close(ensemble, expected)
 
 
@@ -111,7 +142,11 @@ def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
                 optimizer.step()
     assert_weights(net, left)
     counted = tallies(read_log(left.log).attrs["comments"])
-    assert (counted.turns == LENGTH).all() and not counted[["skipped", "frozen"]].any().any() and counted.staleness.max() == counted.reuse.max() == 0
+    assert (
+        (counted.turns == LENGTH).all()
+        and not counted[["skipped", "frozen"]].any().any()
+        and counted.staleness.max() == counted.reuse.max() == 0
+    )
 
 
 SETTINGS = [
@@ -125,11 +160,16 @@ SETTINGS = [
 
 @pytest.mark.parametrize("flags", SETTINGS)
 def test_it_is_algorithm_2(run_script, drawn, flags):
-    """The turns drawn, replayed with plain PyTorch and the naive buffer: the same weights to the bit, the same skips, staleness and reuse."""
+    """The turns drawn, replayed with plain PyTorch and the naive buffer: the same weights to the bit, the same skips,
+    staleness and reuse.
+    """
     left = run_script(SCRIPT, *FLAGS, *flags)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     net, optimizers, train = fresh()
-    buffers = [NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "lifo")) for _ in range(2)]
+    buffers = [
+        NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "lifo"))
+        for _ in range(2)
+    ]
     images, learned, skipped, stale, reused = iter(()), [0, 0, 0], 0, [], []
     for n in drawn:
         if learned[n:] == [3 * LENGTH] * (3 - n):  # nobody needs what it makes any more
@@ -209,7 +249,9 @@ def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
         assert drawn[6:] == [turn % 3 for turn in range(len(drawn) - 6)]
     else:
         generator = torch.Generator().manual_seed(5)
-        assert drawn[6:] == [torch.multinomial(torch.ones(3).double(), 1, generator=generator).item() for _ in drawn[6:]]
+        assert drawn[6:] == [
+            torch.multinomial(torch.ones(3).double(), 1, generator=generator).item() for _ in drawn[6:]
+        ]
 
 
 def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, monkeypatch):
@@ -231,11 +273,15 @@ def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, mon
     left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, asynchronous_cnn=build)
     for n in rates:
         assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
-        for key, value in final[n].items():  # a layer that has learned all its epochs stays as it is, batch norm statistics included
+        for key, value in final[
+            n
+        ].items():  # a layer that has learned all its epochs stays as it is, batch norm statistics included
             assert torch.equal(value, left.weights[f"{n - 1}.{key}"]), key
     counted = tallies(read_log(left.log).attrs["comments"]).groupby("n").frozen.sum()
     assert counted[0] > 0 and counted[2] > 0 and counted[1] == 0
-    assert left.state["buffers"][0]["writes"] > 3 * LENGTH + counted[0] / 2  # the lowest goes on writing for the slow one above
+    assert (
+        left.state["buffers"][0]["writes"] > 3 * LENGTH + counted[0] / 2
+    )  # the lowest goes on writing for the slow one above
     frame = read_log(left.log)
     assert frame[frame.n == 1].own_epoch.tolist() == [1, 2, 3] and (frame.own_epoch >= frame.epoch).all()
     assert frame[frame.n == 0].own_epoch.tolist()[1:] == [3, 3]
@@ -271,7 +317,10 @@ def test_an_interrupted_run_resumes_exactly(run_script, monkeypatch, tmp_path, f
     assert stop.value.code == 130
     left = run_script(SCRIPT, *FLAGS, *flags, "--resume")
     assert "# resumed after epoch 1" in left.log.read_text()
-    told = [[line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# layer", "# buffer"))] for run in (left, whole)]
+    told = [
+        [line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# layer", "# buffer"))]
+        for run in (left, whole)
+    ]
     assert told[0] == told[1] and len(left.lines) == 9
     assert_same(left.state, whole.state)
 
@@ -304,7 +353,9 @@ def test_the_image_stream_resumes_amid_a_pass():
 
 def test_more_epochs_only_before_a_layer_has_stopped_learning(run_script, fails, tmp_path):
     run_script(SCRIPT, *FLAGS, "--nepochs", 2, "--buffer", 2)
-    assert "a layer has stopped learning after its epoch 2: resume with --nepochs 2" in fails(SCRIPT, *FLAGS, "--buffer", 2, "--resume")
+    assert "a layer has stopped learning after its epoch 2: resume with --nepochs 2" in fails(
+        SCRIPT, *FLAGS, "--buffer", 2, "--resume"
+    )
     run_script(SCRIPT, *FLAGS, "--nepochs", 2, folder=tmp_path / "synchronous")
     left = run_script(SCRIPT, *FLAGS, "--resume", folder=tmp_path / "synchronous")
     assert left.lines == run_script(SCRIPT, *FLAGS, folder=tmp_path / "whole").lines
@@ -324,13 +375,19 @@ def test_without_ensembles(run_script):
         (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' is no number"),
         (("--lr", 0), "argument --lr: '0' is no number above 0"),
         (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no layer: there are 3, from 0"),
-        (("--buffer", 3, "--noise", 0.1, "--layer_noise", -1), "argument --layer_noise: '-1' is no whole number of at least 0"),
+        (
+            ("--buffer", 3, "--noise", 0.1, "--layer_noise", -1),
+            "argument --layer_noise: '-1' is no whole number of at least 0",
+        ),
         (("--buffer", 3, "--buffer-sampling", "newest"), "argument --buffer-sampling: invalid choice: 'newest'"),
         (("--buffer", 3, "--layer-sequence", "cyclic"), "argument --layer-sequence: invalid choice: 'cyclic'"),
         (("--buffer", -1), "argument --buffer: '-1' is no whole number of at least 0"),
         (("--buffer", 3, "--max-buffer-reuse", 0), "argument --max-buffer-reuse: '0' is no whole number of at least 1"),
         (("--buffer", 3, "--compress", 5), "argument --compress: invalid choice: 5"),
-        (("--buffer", 3, "--noise", 0.1, "--layer-sequence", "sequential"), "--noise has no effect with --layer-sequence sequential"),
+        (
+            ("--buffer", 3, "--noise", 0.1, "--layer-sequence", "sequential"),
+            "--noise has no effect with --layer-sequence sequential",
+        ),
         (("--noise", 0.1), "--noise has no effect without --buffer: the run is synchronous"),
         (("--max-buffer-reuse", 2), "--max-buffer-reuse has no effect without --buffer"),
         (("--compress", 8), "--compress has no effect without --buffer"),
@@ -370,7 +427,11 @@ def sweep(monkeypatch, tmp_path, capsys):
 
         with monkeypatch.context() as patch:
             patch.setattr(module.subprocess, "run", in_process)
-            patch.setattr(sys, "argv", [str(ROOT / "async_buffer/sweep.py"), *map(str, flags[: flags.index("--")]), "--log-dir", str(log_dir)])
+            patch.setattr(
+                sys,
+                "argv",
+                [str(ROOT / "async_buffer/sweep.py"), *map(str, flags[: flags.index("--")]), "--log-dir", str(log_dir)],
+            )
             sys.argv += [*map(str, flags[flags.index("--") :])]
             runs.start(module.main)
         return made, capsys.readouterr().out
@@ -385,16 +446,26 @@ def test_the_sweep_runs_what_has_no_complete_log_and_prints_the_table(sweep, tmp
     assert made == [] and "run 3 of 3: python " in printed and "no complete log in" in printed
     made, printed = sweep(*five, *quick)
     assert made == ["buffer2-slow1-seed0", "buffer2-slow2-layer0-seed0", "buffer2-slow2-layer2-seed0"]
-    assert [line.split()[:3] for line in printed.splitlines()[-3:]] == [["2", "-", "1.0"], ["0", "2.0", "1"], ["2", "2.0", "1"]]
+    assert [line.split()[:3] for line in printed.splitlines()[-3:]] == [
+        ["2", "-", "1.0"],
+        ["0", "2.0", "1"],
+        ["2", "2.0", "1"],
+    ]
     assert not list((tmp_path / "logs").glob("*.pt"))
     shortened = next((tmp_path / "logs").glob("*slow2-layer2*.log"))
-    shortened.write_text("".join(line for line in shortened.read_text().splitlines(True) if not line.startswith("n: 2")))
+    shortened.write_text(
+        "".join(line for line in shortened.read_text().splitlines(True) if not line.startswith("n: 2"))
+    )
     six = ("--figure", 6, "--slow-downs", 1, 2, "--layers", 2, "--buffers", 1, 2, "--seeds", 0)
     assert sweep(*six, *quick)[0] == ["buffer1-slow1-seed0", "buffer1-slow2-layer2-seed0", "buffer2-slow2-layer2-seed0"]
 
 
 def test_a_bad_flag_ends_the_sweep_before_its_first_run(sweep, capsys, tmp_path):
-    for flags in (("--figure", 5, "--slow-downs", 0.5, "--"), ("--figure", 5, "--layers", 9, "--"), ("--figure", 6, "--", "--mlp", -1)):
+    for flags in (
+        ("--figure", 5, "--slow-downs", 0.5, "--"),
+        ("--figure", 5, "--layers", 9, "--"),
+        ("--figure", 6, "--", "--mlp", -1),
+    ):
         with pytest.raises(SystemExit) as stop:
             sweep(*flags)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -17,7 +17,20 @@ from decoupled.network import layerwise_cnn
 
 SCRIPT = "aux_nets/cifar_dgl.py"
 COSTS = "aux_nets/auxiliary_costs.py"
-SHORT = ("--dataset", "digits", "--train-samples", 100, "--batch-size", 50, "--channels", 4, "--epochs", 1, "--device", "cpu")
+SHORT = (
+    "--dataset",
+    "digits",
+    "--train-samples",
+    100,
+    "--batch-size",
+    50,
+    "--channels",
+    4,
+    "--epochs",
+    1,
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture
@@ -32,7 +45,7 @@ def few_images(net, batches, heads=None):
 
 
 class Watched(runs.Run):
-    """Checks at every step that it moves its own module's parameters and no others, whose gradients stay as they were."""
+    """Checks that every step moves its own module's parameters and no others, whose gradients stay as they were."""
 
     def epochs(self, **state):
         self.net, self.steps = state["net"], 0
@@ -41,7 +54,10 @@ class Watched(runs.Run):
 
     def step(self, loss, optimizer):
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parts = [(id(p) in mine, p, None if p.grad is None else p.grad.clone(), p.detach().clone()) for p in self.net.parameters()]
+        parts = [
+            (id(p) in mine, p, None if p.grad is None else p.grad.clone(), p.detach().clone())
+            for p in self.net.parameters()
+        ]
         super().step(loss, optimizer)
         for own, parameter, grad, value in parts:
             assert torch.equal(parameter, value) != own
@@ -51,15 +67,26 @@ class Watched(runs.Run):
 
 @pytest.mark.parametrize(
     ("type_aux", "block_size", "convs"),
-    [("mlp", 1, [1] * 6), ("mlp-sr", 1, [1] * 6), ("cnn", 1, [1] * 6), ("mlp", 4, [4, 2]), ("mlp-sr", 5, [5, 1]), ("cnn", 2, [2, 2, 2])],
+    [
+        ("mlp", 1, [1] * 6),
+        ("mlp-sr", 1, [1] * 6),
+        ("cnn", 1, [1] * 6),
+        ("mlp", 4, [4, 2]),
+        ("mlp-sr", 5, [5, 1]),
+        ("cnn", 2, [2, 2, 2]),
+    ],
 )
 def test_every_module_learns_from_its_own_loss_alone(run_script, monkeypatch, type_aux, block_size, convs):
     monkeypatch.setattr(runs, "Run", Watched)
     left = run_script(SCRIPT, *SHORT, "--type_aux", type_aux, "--block_size", block_size, evaluate=few_images)
     net = Watched.last.net
-    assert [sum(isinstance(layer, nn.Conv2d) for layer in module.body) for module in net] == convs  # a remainder is a last, shorter module
+    assert [
+        sum(isinstance(layer, nn.Conv2d) for layer in module.body) for module in net
+    ] == convs  # a remainder is a last, shorter module
     expected = layerwise_cnn(channels=4, depth=6, auxiliary=type_aux, block_size=block_size)
-    assert {key: value.shape for key, value in left.weights.items()} == {key: value.shape for key, value in expected.state_dict().items()}
+    assert {key: value.shape for key, value in left.weights.items()} == {
+        key: value.shape for key, value in expected.state_dict().items()
+    }
     assert Watched.last.steps == 2 * len(convs)  # batches × modules
     frame = read_log(left.log)
     assert frame["n"].tolist() == list(range(1, len(convs) + 1))
@@ -67,7 +94,9 @@ def test_every_module_learns_from_its_own_loss_alone(run_script, monkeypatch, ty
 
 
 def test_one_module_is_back_propagation_bit_for_bit(run_script):
-    left = run_script(SCRIPT, *SHORT, "--epochs", 2, "--lr-step", 1, "--block_size", 6, "--seed", 3, evaluate=few_images)
+    left = run_script(
+        SCRIPT, *SHORT, "--epochs", 2, "--lr-step", 1, "--block_size", 6, "--seed", 3, evaluate=few_images
+    )
     torch.manual_seed(3)
     net = layerwise_cnn(channels=4, depth=6, block_size=6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -86,7 +115,16 @@ def test_one_module_is_back_propagation_bit_for_bit(run_script):
 def test_default_run_is_the_published_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT])
     args = load_script(SCRIPT).parse_args()
-    published = {"type_aux": "mlp-sr", "block_size": 1, "channels": 128, "depth": 6, "lr_step": 15, "epochs": 50, "batch_size": 128, "seed": 1}
+    published = {
+        "type_aux": "mlp-sr",
+        "block_size": 1,
+        "channels": 128,
+        "depth": 6,
+        "lr_step": 15,
+        "epochs": 50,
+        "batch_size": 128,
+        "seed": 1,
+    }
     assert published.items() <= vars(args).items()
 
 
@@ -146,7 +184,9 @@ def test_auxiliary_costs_by_hand(published):
         assert row["auxiliary_mflop"] * 1e6 == pytest.approx(2 * auxiliaries[type_aux](channels, side))
         assert row["flops"] == pytest.approx(100 * auxiliaries[type_aux](channels, side) / conv(below, channels, side))
         assert row["parameters"] == parameters[type_aux](channels)
-        assert row["parameters_share"] == pytest.approx(100 * parameters[type_aux](channels) / (9 * below * channels + 3 * channels))
+        assert row["parameters_share"] == pytest.approx(
+            100 * parameters[type_aux](channels) / (9 * below * channels + 3 * channels)
+        )
     assert (frame["memory"] > 0).all()
 
 
@@ -158,14 +198,19 @@ def test_definitions_beside_the_papers_figures(tables, published):
     assert frame.loc["module 3, the largest"].tolist() == pytest.approx(
         [100 * value / module for value in (mlp(256), sr + mlp(256), 2 * module + 10_240)]
     )
-    shared, shallow = (frame.loc[f"module 3, {what}"] for what in ("of module and auxiliary together", "with one hidden layer"))
+    shared, shallow = (
+        frame.loc[f"module 3, {what}"] for what in ("of module and auxiliary together", "with one hidden layer")
+    )
     assert shared["mlp-sr"] == pytest.approx(100 * (sr + mlp(256)) / (module + sr + mlp(256)))
     assert shallow["mlp"] == pytest.approx(100 * mlp(256, hidden=1) / module) and pd.isna(shallow["cnn"])
-    # What the script's text says: each of the paper's figures is one of these, rounded as there; no definition gives all three
+    # What the script's text says: each of the paper's figures is one of these, rounded as there; no definition gives
+    # all three
     assert (round(shallow["mlp"], 1), round(shared["mlp-sr"], 1), round(frame["cnn"].iloc[1])) == (0.7, 4.0, 200)
     assert not any(row.round(1).tolist() == [0.7, 4.0, 200.0] for _, row in frame.iloc[1:].iterrows())
     # At modules 2 and 4, where channels double, the module costs half as much as where they stay, CNN-aux as much
-    assert frame.loc["modules 1 to 5, sum", "cnn"] == pytest.approx(100 * 10 * module / (3 * module + conv(3, 128, 32)), rel=1e-3)
+    assert frame.loc["modules 1 to 5, sum", "cnn"] == pytest.approx(
+        100 * 10 * module / (3 * module + conv(3, 128, 32)), rel=1e-3
+    )
 
 
 def test_depth_of_decoupling(tables):
@@ -174,9 +219,15 @@ def test_depth_of_decoupling(tables):
     assert list(frame.index) == [4, 2, 1] and frame["block_size"].tolist() == [1, 2, 4]
     # One module: a convolution's gradients take two products, but the first's only one; so do the head's
     convs = [conv(*shape) for shape in ((3, 16, 32), (16, 32, 16), (32, 32, 16), (32, 64, 8))]
-    assert frame.loc[1, "training_gflop"] * 1e9 == pytest.approx(2 * (3 * sum(convs) - convs[0] + 3 * mlp(64, hidden=2)))
-    assert frame["training_gflop"].is_monotonic_increasing  # gradients of the layers' inputs come in as the modules grow
-    assert frame.loc[1, "memory"] > frame.loc[4, "memory"]  # few channels and many images: activations outweigh the auxiliaries' parameters
+    assert frame.loc[1, "training_gflop"] * 1e9 == pytest.approx(
+        2 * (3 * sum(convs) - convs[0] + 3 * mlp(64, hidden=2))
+    )
+    assert frame[
+        "training_gflop"
+    ].is_monotonic_increasing  # gradients of the layers' inputs come in as the modules grow
+    assert (
+        frame.loc[1, "memory"] > frame.loc[4, "memory"]
+    )  # few channels and many images: activations outweigh the auxiliaries' parameters
     assert frame["parameters"].is_monotonic_decreasing
 
 
@@ -187,18 +238,36 @@ def test_added_time(tables):
 
 def test_steps_are_timed_after_a_warm_up(tables):
     calls = []
-    times = tables.seconds({("", 1): lambda: calls.append("alone"), ("mlp", 1): lambda: calls.append("both")}, 3, torch.device("cpu"))
+    times = tables.seconds(
+        {("", 1): lambda: calls.append("alone"), ("mlp", 1): lambda: calls.append("both")}, 3, torch.device("cpu")
+    )
     assert calls == ["alone", "both"] * 4
     assert (times[""][1] >= 0) and list(times.index) == [("", 1), ("mlp", 1)]
 
 
 def test_cost_command(tables, monkeypatch, capsys, tmp_path):
-    flags = ["--channels", 4, "--depth", 2, "--batch-size", 4, "--repeats", 1, "--device", "cpu", "--half", "--output", tmp_path / "out"]
+    flags = [
+        "--channels",
+        4,
+        "--depth",
+        2,
+        "--batch-size",
+        4,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+        "--half",
+        "--output",
+        tmp_path / "out",
+    ]
     monkeypatch.setattr(sys, "argv", [COSTS, *map(str, flags)])
     runs.start(tables.main)
     printed = capsys.readouterr().out
     assert "# device: cpu" in printed and "Table 1" in printed and "K modules" in printed
-    auxiliaries, decoupling = (tables.read(tmp_path / "out" / f"{name}.csv") for name in ("auxiliary_costs", "decoupling_costs"))
+    auxiliaries, decoupling = (
+        tables.read(tmp_path / "out" / f"{name}.csv") for name in ("auxiliary_costs", "decoupling_costs")
+    )
     assert list(auxiliaries.index) == [("mlp", 1), ("mlp-sr", 1), ("cnn", 1), ("head", 2)]
     memory = tables.network_costs("cnn", 4, channels=4, depth=2)["memory"].unstack("part").loc[1]
     assert auxiliaries["memory"]["cnn", 1] == pytest.approx(100 * (memory["module"] - memory["body"]) / memory["body"])

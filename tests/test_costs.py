@@ -43,7 +43,10 @@ def test_peak_is_the_largest_sum_alive_at_once():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_chain_without_gradient_frees_each_operand(device):
-    layers = [nn.Linear(16, width, device=device) for width in (16,)] + [nn.Linear(16, 64, device=device), nn.Linear(64, 32, device=device)]
+    layers = [nn.Linear(16, width, device=device) for width in (16,)] + [
+        nn.Linear(16, 64, device=device),
+        nn.Linear(64, 32, device=device),
+    ]
     images = torch.ones(16, 16, device=device)
 
     @torch.no_grad()
@@ -62,7 +65,9 @@ def test_chain_with_gradient_keeps_activations_until_backward(device):
 
     def step():
         output = second(first(images))  # 4 + 4
-        output.backward(torch.ones_like(output))  # + 4; then second's gradient 1, its input's 4; then that input goes before first's gradient 1 comes
+        output.backward(
+            torch.ones_like(output)
+        )  # + 4; then second's gradient 1, its input's 4; then that input goes before first's gradient 1 comes
 
     assert peak_memory(step, device) == (8 + 4 + 1 + 4) * KIB
     assert first.weight.grad is not None
@@ -174,11 +179,16 @@ def test_dgl_needs_less_memory_than_joint_backward_passes(depth):
     summed = peak_memory(dgl_step(net(), images, labels, summed=True), "meta")
     backpropagation = peak_memory(dgl_step(net(block_size=depth), images, labels), "meta")
     activation = 128 * 64 * 32 * 32 * 4
-    assert summed - dgl > (2 * depth - 4) * activation  # a module keeps two activations: of its convolution and of its ReLU
+    assert (
+        summed - dgl > (2 * depth - 4) * activation
+    )  # a module keeps two activations: of its convolution and of its ReLU
     assert backpropagation - dgl > (2 * depth - 4) * activation
-    # and DGL's is nearly that of its costliest module alone, however many there are: parameters' memory is what is added
+    # and DGL's is nearly that of its costliest module alone, however many there are: parameters' memory is what is
+    # added
     modules = costs(net(), images).xs("module", level="part")
-    assert modules["memory"].max() <= dgl < modules["memory"].max() + 2 * 4 * modules["parameters"].sum() + 2 * activation
+    assert (
+        modules["memory"].max() <= dgl < modules["memory"].max() + 2 * 4 * modules["parameters"].sum() + 2 * activation
+    )
 
 
 def test_peaks_on_meta_are_those_on_the_cpu():
@@ -190,7 +200,9 @@ def test_peaks_on_meta_are_those_on_the_cpu():
 
 
 def linear_pair(inputs, width, classes, body=True):
-    return DecoupledModule(nn.Linear(inputs, width, bias=False) if body else nn.Flatten(), nn.Linear(width, classes, bias=False))
+    return DecoupledModule(
+        nn.Linear(inputs, width, bias=False) if body else nn.Flatten(), nn.Linear(width, classes, bias=False)
+    )
 
 
 def test_costs_of_a_linear_module_by_hand():
@@ -201,15 +213,27 @@ def test_costs_of_a_linear_module_by_hand():
     assert (body["parameters"], auxiliary["parameters"], module["parameters"]) == (30, 15, 45)
     assert (body["flops"], auxiliary["flops"], module["flops"]) == (60, 30, 90)
     # forward and gradient of the weight; the auxiliary's input needs its gradient too
-    assert (body["training_flops"], auxiliary["training_flops"], module["training_flops"]) == (2 * 60, 3 * 30, 2 * 60 + 3 * 30)
-    # Body alone, second step, backward: output, scalar loss and its gradient, the output's gradient; momentum, weight's gradient
+    assert (body["training_flops"], auxiliary["training_flops"], module["training_flops"]) == (
+        2 * 60,
+        3 * 30,
+        2 * 60 + 3 * 30,
+    )
+    # Body alone, second step, backward: output, scalar loss and its gradient, the output's gradient; momentum, weight's
+    # gradient
     assert body["memory"] == 4 * (2 * batch * width + 2 + 2 * 30)
 
 
 def test_costs_of_a_module_without_parameters_in_its_body():
     frame = costs(DecoupledNetwork([linear_pair(6, 6, 3, body=False)]), torch.randn(7, 6))
-    assert frame.loc[(1, "body"), ["parameters", "flops", "training_flops", "memory"]].tolist() == [0, 0, 0, 4]  # a scalar loss
-    assert frame.loc[(1, "auxiliary"), "training_flops"] == 2 * frame.loc[(1, "auxiliary"), "flops"]  # nothing below needs a gradient
+    assert frame.loc[(1, "body"), ["parameters", "flops", "training_flops", "memory"]].tolist() == [
+        0,
+        0,
+        0,
+        4,
+    ]  # a scalar loss
+    assert (
+        frame.loc[(1, "auxiliary"), "training_flops"] == 2 * frame.loc[(1, "auxiliary"), "flops"]
+    )  # nothing below needs a gradient
 
 
 def test_costs_of_the_learning_curves_network():
@@ -230,9 +254,13 @@ def test_costs_of_the_learning_curves_network():
         pd.testing.assert_series_equal(parts["body"][column] + parts["auxiliary"][column], parts["module"][column])
     # One layer a module: no gradient of the module's input, so twice the forward; the auxiliary's input has one
     pd.testing.assert_series_equal(parts["body"]["training_flops"], 2 * parts["body"]["flops"], check_names=False)
-    pd.testing.assert_series_equal(parts["auxiliary"]["training_flops"], 3 * parts["auxiliary"]["flops"], check_names=False)
+    pd.testing.assert_series_equal(
+        parts["auxiliary"]["training_flops"], 3 * parts["auxiliary"]["flops"], check_names=False
+    )
     assert parts["module"]["training_flops"].sum() == pytest.approx(0.347e9, rel=2e-3)
-    assert (parts["module"]["memory"] > parts["body"]["memory"]).all() and (parts["module"]["memory"] > parts["auxiliary"]["memory"]).all()
+    assert (parts["module"]["memory"] > parts["body"]["memory"]).all() and (
+        parts["module"]["memory"] > parts["auxiliary"]["memory"]
+    ).all()
 
 
 def test_blocks_of_layers_back_propagate_inside():
@@ -248,7 +276,9 @@ def test_relative_cost_where_channels_stay(name, low, high):
         net = layerwise_cnn(channels=128, depth=6, auxiliary=name)
     relative = relative_cost(costs(net, torch.empty(2, 3, 32, 32, device="meta")))
     assert list(relative.index) == [1, 2, 3, 4, 5, 6]
-    assert low <= relative[3] <= high  # 256 → 256 channels at 16×16: CNN-aux is two convolutions more (and a small Linear)
+    assert (
+        low <= relative[3] <= high
+    )  # 256 → 256 channels at 16×16: CNN-aux is two convolutions more (and a small Linear)
 
 
 @pytest.mark.parametrize("training", [True, False])

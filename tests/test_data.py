@@ -16,7 +16,9 @@ STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 
 
 def numbered(count):
-    """Images whose pixels (y, x) hold y+1, x+1 and the image's number: any crop or flip can be read back from them. No pixel is 0."""
+    """Images whose pixels (y, x) hold y+1, x+1 and the image's number: any crop or flip can be read back from them. No
+    pixel is 0.
+    """
     images = torch.empty(count, 32, 32, 3, dtype=torch.uint8)
     images[..., 0] = torch.arange(1, 33)[:, None]
     images[..., 1] = torch.arange(1, 33)
@@ -26,13 +28,20 @@ def numbered(count):
 
 def pixels(images):
     """Undoes normalization: (B, 3, 32, 32) float → (B, 32, 32, 3) whole numbers 0..255."""
-    return (images.permute(0, 2, 3, 1) * torch.tensor(STATISTICS["std"]) + torch.tensor(STATISTICS["mean"])).mul(255).round().long()
+    return (
+        (images.permute(0, 2, 3, 1) * torch.tensor(STATISTICS["std"]) + torch.tensor(STATISTICS["mean"]))
+        .mul(255)
+        .round()
+        .long()
+    )
 
 
 def test_normalization_is_zero_mean_unit_variance_in_channels_last_memory():
     images = torch.randint(256, (10, 32, 32, 3), dtype=torch.uint8)
     ((batch, labels),) = Batches(images, torch.arange(10), 10, **STATISTICS)
-    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor((0.5, 0.4, 0.3))[:, None, None]) / torch.tensor((0.2, 0.25, 0.5))[:, None, None]
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor((0.5, 0.4, 0.3))[:, None, None]) / torch.tensor(
+        (0.2, 0.25, 0.5)
+    )[:, None, None]
     torch.testing.assert_close(batch, expected)
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.dtype == torch.float32
     assert torch.equal(labels, torch.arange(10))
@@ -67,7 +76,9 @@ def test_crops_are_uniform_flips_are_half_and_borders_are_zero():
             expected = padded[top[row] : top[row] + 32, left[row] : left[row] + 32]
             assert torch.equal(image[row], expected.flip(1) if flipped[row] else expected)
     expected = count / 81
-    assert ((offsets - expected) ** 2 / expected).sum() < 130  # chi-squared of 80 degrees of freedom: beyond its 99.9 % point 124.8
+    assert (
+        (offsets - expected) ** 2 / expected
+    ).sum() < 130  # chi-squared of 80 degrees of freedom: beyond its 99.9 % point 124.8
     assert abs(flips / count - 0.5) < 4 * 0.5 / count**0.5
 
 
@@ -115,7 +126,9 @@ def test_digits_are_the_bundled_set():
     assert test.images.shape == (359, 32, 32, 3) and test.images.max() == 255
     assert not train.flip  # a mirrored digit is no digit
     assert str(test) == "359 images of digits (scikit-learn)"
-    normalized = torch.cat([images for images, _ in Batches(train.images[:, 4:36, 4:36], train.labels, 500, mean=(0,) * 3, std=(1,) * 3)])
+    normalized = torch.cat(
+        [images for images, _ in Batches(train.images[:, 4:36, 4:36], train.labels, 500, mean=(0,) * 3, std=(1,) * 3)]
+    )
     torch.testing.assert_close((train.shift / 255), normalized.mean((0, 2, 3)), atol=1e-4, rtol=0)
 
 
@@ -211,7 +224,10 @@ def write_idx(path, values):
 def idx(request, tmp_path):
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("t10k", 10)):
-        write_idx(tmp_path / f"{split}-images-idx3-ubyte{request.param}", random.integers(1, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(
+            tmp_path / f"{split}-images-idx3-ubyte{request.param}",
+            random.integers(1, 256, (count, 28, 28), dtype=np.uint8),
+        )
         write_idx(tmp_path / f"{split}-labels-idx1-ubyte{request.param}", np.arange(count, dtype=np.uint8) % 10)
     return tmp_path, request.param
 
@@ -221,7 +237,9 @@ def test_fashion_mnist_from_idx_files(idx):
     assert (len(train.labels), len(test.labels), classes) == (20, 10, 10)
     assert train.flip
     image = test.images[0]
-    assert (image[2:30, 2:30] > 0).all() and image[:2].sum() == image[30:].sum() == image[:, :2].sum() == image[:, 30:].sum() == 0
+    assert (image[2:30, 2:30] > 0).all() and image[:2].sum() == image[30:].sum() == image[:, :2].sum() == image[
+        :, 30:
+    ].sum() == 0
     assert torch.equal(image[..., 0], image[..., 1]) and torch.equal(image[..., 0], image[..., 2])
 
 
@@ -266,7 +284,10 @@ def test_without_a_network_the_error_says_what_else_works(dataset, exists, tmp_p
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(urllib.request, "_opener", None)
-    with pytest.raises(InputError, match=f"{dataset} is not in data and cannot be downloaded .*: put it there as .*--dataset digits needs no"):
+    with pytest.raises(
+        InputError,
+        match=f"{dataset} is not in data and cannot be downloaded .*: put it there as .*--dataset digits needs no",
+    ):
         load(dataset, "data", batch_size=5)
     assert [path.name for path in tmp_path.rglob("*")] == (["data", "mine.txt"] if exists else [])
 

@@ -13,11 +13,27 @@ from decoupled import InputError
 from decoupled.data import load
 from decoupled.metrics import evaluate
 
-DGL, DDG, BACKPROP, COSTS = (f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop", "step_costs"))
+DGL, DDG, BACKPROP, COSTS = (
+    f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop", "step_costs")
+)
 resnet = load_script("ddg_comparison/cifar_resnet.py")
-FLAGS = ("--depth", 8, "--dataset", "digits", "--train-samples", 90, "--batch-size", 50, "--device", "cpu", "--epochs", 3)  # batches of 50 and 40
+FLAGS = (
+    "--depth",
+    8,
+    "--dataset",
+    "digits",
+    "--train-samples",
+    90,
+    "--batch-size",
+    50,
+    "--device",
+    "cpu",
+    "--epochs",
+    3,
+)  # batches of 50 and 40
 
-# With fewer iterations in an epoch than K, the lowest modules of DDG take their first step after the first epoch, which PyTorch takes for a mistake.
+# With fewer iterations in an epoch than K, the lowest modules of DDG take their first step after the first epoch, which
+# PyTorch takes for a mistake.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 
@@ -132,7 +148,9 @@ def test_one_module_of_ddg_and_of_dgl_is_back_propagation_bit_for_bit(train_smal
 
 
 def delayed_gradients(net, batches, epochs, milestone):
-    """DDG's equation with all gradients kept: w_k(t+1) = w_k(t) − lr·v_k, v_k ← 0.9 v_k + ∂f(x_s; w(s))/∂w_k + 5e-4 w_k(t), s = t − (K−1−k)."""
+    """DDG's equation with all gradients kept: w_k(t+1) = w_k(t) − lr·v_k, v_k ← 0.9 v_k + ∂f(x_s; w(s))/∂w_k + 5e-4
+    w_k(t), s = t − (K−1−k).
+    """
     weights = [list(module.parameters()) for module in net]
     velocities = [[torch.zeros_like(weight) for weight in own] for own in weights]
     gradients, rate = [], 0.01
@@ -179,7 +197,9 @@ def test_ddg_holds_the_mini_batches_it_needs_and_no_more(train_small):
             copies[k] += [weakref.ref(weight) for weight in own.batches[-1][1].values()] if delay else []
             alive = sum(copy() is not None for copy in copies[k])
             assert alive == len(own.batches) * len(before[k])
-            moved = any(not torch.equal(weight, old) for weight, old in zip(module.parameters(), before[k], strict=True))
+            moved = any(
+                not torch.equal(weight, old) for weight, old in zip(module.parameters(), before[k], strict=True)
+            )
             assert moved == (t > delay)
         return result
 
@@ -228,7 +248,9 @@ def tensors(tree):
     return [leaf for branch in branches for leaf in tensors(branch)]
 
 
-@pytest.mark.parametrize("method", [*METHODS, (DDG, "--splits", 4, "--half")], ids=lambda method: " ".join(map(str, method)))
+@pytest.mark.parametrize(
+    "method", [*METHODS, (DDG, "--splits", 4, "--half")], ids=lambda method: " ".join(map(str, method))
+)
 def test_a_resumed_run_ends_as_if_never_stopped(train_small, method):
     whole = train_small(*method, to="whole")
     train_small(*method, "--epochs", 1)
@@ -263,7 +285,15 @@ def test_learning_rate_sequence_with_momentum_kept(train_small, method):
 def test_defaults_are_the_published_recipe(monkeypatch, script):
     monkeypatch.setattr(sys, "argv", [script])
     args = load_script(script).parse_args()
-    expected = {"depth": 110, "epochs": 300, "batch_size": 128, "milestones": [150, 225], "seed": 1, "nesterov": False, "dataset": "cifar10"}
+    expected = {
+        "depth": 110,
+        "epochs": 300,
+        "batch_size": 128,
+        "milestones": [150, 225],
+        "seed": 1,
+        "nesterov": False,
+        "dataset": "cifar10",
+    }
     assert {name: vars(args)[name] for name in expected} == expected
     assert args.splits == (1 if script == BACKPROP else 2)
 
@@ -271,14 +301,28 @@ def test_defaults_are_the_published_recipe(monkeypatch, script):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        *((script, ("--depth", 9), "--depth 9 is no CIFAR ResNet's: choose 6n+2, such as 8, 20,") for script in (DGL, DDG, BACKPROP, COSTS)),
-        *((script, ("--splits", 8), "7 pieces do not split into 8 parts: choose from 1 to 7 splits") for script in (DGL, DDG)),
+        *(
+            (script, ("--depth", 9), "--depth 9 is no CIFAR ResNet's: choose 6n+2, such as 8, 20,")
+            for script in (DGL, DDG, BACKPROP, COSTS)
+        ),
+        *(
+            (script, ("--splits", 8), "7 pieces do not split into 8 parts: choose from 1 to 7 splits")
+            for script in (DGL, DDG)
+        ),
         (BACKPROP, ("--checkpointing", "--splits", 8), "7 pieces do not split into 8 parts"),
         (DDG, ("--splits", 7), "--splits 7 leaves a module without weights, which has nothing to learn: choose fewer"),
         (DDG, ("--splits", 0), "argument --splits: '0' is no whole number of at least 1"),
         (DGL, ("--milestones", 0), "argument --milestones: '0' is no whole number of at least 1"),
-        (BACKPROP, ("--splits", 2), "--splits 2 changes nothing in back-propagation: add --checkpointing or leave it out"),
-        (BACKPROP, ("--checkpointing", "--splits", 1), "--checkpointing keeps what is between parts: choose at least 2 --splits"),
+        (
+            BACKPROP,
+            ("--splits", 2),
+            "--splits 2 changes nothing in back-propagation: add --checkpointing or leave it out",
+        ),
+        (
+            BACKPROP,
+            ("--checkpointing", "--splits", 1),
+            "--checkpointing keeps what is between parts: choose at least 2 --splits",
+        ),
         (BACKPROP, ("--checkpointing", "--compile"), "--checkpointing does not work with --compile: leave one out"),
     ],
 )
@@ -297,7 +341,9 @@ def test_a_checkpoint_of_another_number_of_splits_is_refused(train_small, fails)
 
 
 def test_what_the_methods_cost(monkeypatch, capsys):
-    """Memory: DGL and checkpointing below back-propagation, DDG above. Computing: DDG as back-propagation, checkpointing more."""
+    """Memory: DGL and checkpointing below back-propagation, DDG above. Computing: DDG as back-propagation,
+    checkpointing more.
+    """
     frames, script = [], load_script(COSTS)
 
     def measure(*args):

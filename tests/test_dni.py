@@ -20,7 +20,9 @@ README = (Path(dni.__file__).parent / "README.md").read_text()
 
 
 class Synthesizer(nn.Module):
-    """A synthesizer that counts its runs: convolution or linear layers and, where there is a context, a linear layer of it."""
+    """A synthesizer that counts its runs: convolution or linear layers and, where there is a context, a linear layer of
+    it.
+    """
 
     def __init__(self, features, output=None, convolutional=False):
         super().__init__()
@@ -114,8 +116,9 @@ def test_backward_interface_gives_every_part_its_hand_derived_gradient(convoluti
 
 
 def test_one_number_worked_out_on_paper():
-    """Batch of 2, trigger 3x = (3, 6), s = 0.5·trigger = (1.5, 3), loss = Σ 4·trigger: g = 4; weight below: Σ s·x = 7.5; the synthesizer's:
-    Σ 2/2·(s − g)·trigger = −2.5·3 − 1·6 = −13.5."""
+    """Batch of 2, trigger 3x = (3, 6), s = 0.5·trigger = (1.5, 3), loss = Σ 4·trigger: g = 4; weight below: Σ s·x =
+    7.5; the synthesizer's: Σ 2/2·(s − g)·trigger = −2.5·3 − 1·6 = −13.5.
+    """
     below, synthesizer = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     nn.init.constant_(below.weight, 3)
     nn.init.constant_(synthesizer.weight, 0.5)
@@ -207,7 +210,11 @@ def test_layers_around_an_interface_may_work_in_place():
     def build(inplace):
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Linear(3, 5), nn.ReLU(inplace), dni.BackwardInterface(Synthesizer(5)), nn.LeakyReLU(0.1, inplace), nn.Linear(5, 3)
+            nn.Linear(3, 5),
+            nn.ReLU(inplace),
+            dni.BackwardInterface(Synthesizer(5)),
+            nn.LeakyReLU(0.1, inplace),
+            nn.Linear(5, 3),
         ).double()
 
     for deferred in (False, True):
@@ -388,7 +395,7 @@ def test_deferral_waits_for_the_end_and_shares_one_graph():
 
 
 def test_deferral_is_needed_for_one_graph():
-    """What the test above shows cannot be had by two calls in a row: were it so, deferral would be tested by nothing."""
+    """What the test above shows cannot be had by two calls in a row; else nothing would test deferral."""
     hidden = torch.randn(3, requires_grad=True).tanh()
     dni.backward(hidden.sum())
     with pytest.raises(RuntimeError, match="second time"):
@@ -449,7 +456,9 @@ def test_deferral_ends_also_when_its_backward_pass_fails():
 
 
 class Queue(nn.Module):
-    """A perfect synthesizer: gives the true gradients it was told, in order, through a parameter that shows what it would have to learn."""
+    """A perfect synthesizer: gives the true gradients it was told, in order, through a parameter that shows what it
+    would have to learn.
+    """
 
     def __init__(self, true):
         super().__init__()
@@ -483,14 +492,18 @@ def test_truncated_segments_equal_full_back_propagation_when_the_synthesizer_is_
     for boundary in range(segment, 12, segment):
         leaf = states[boundary].detach().requires_grad_()
         later = unrolled(cell, readout, leaf, inputs[boundary:], targets[boundary:])[1]
-        order += 2 * torch.autograd.grad(later, [leaf])  # for backward of the segment that ends here, and make_trigger of the one that begins
+        order += 2 * torch.autograd.grad(
+            later, [leaf]
+        )  # for backward of the segment that ends here, and make_trigger of the one that begins
     synthesizer = Queue(order)
     interface = dni.BackwardInterface(synthesizer)
     hidden = torch.zeros(4, 5).double()
     for start in range(0, 12, segment):
         with dni.defer_backward():
             hidden = interface.make_trigger(hidden.detach())
-            states, loss = unrolled(cell, readout, hidden, inputs[start : start + segment], targets[start : start + segment])
+            states, loss = unrolled(
+                cell, readout, hidden, inputs[start : start + segment], targets[start : start + segment]
+            )
             hidden = states[-1]
             dni.backward(loss)
             if start + segment < 12:
@@ -498,7 +511,8 @@ def test_truncated_segments_equal_full_back_propagation_when_the_synthesizer_is_
     assert not synthesizer.true
     for parameter, gradient in zip([*cell.parameters(), *readout.parameters()], expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
-    # The true gradients that came back to the segments' first states were those the synthesizer gave: nothing is left to learn.
+    # The true gradients that came back to the segments' first states were those the synthesizer gave: nothing is left
+    # to learn.
     torch.testing.assert_close(synthesizer.error.grad, torch.zeros(4, 5).double(), rtol=0, atol=1e-14)
 
 
@@ -507,7 +521,11 @@ def test_an_attached_first_state_gets_the_true_gradient():
     first = torch.randn(4, 5).double().requires_grad_()
     (expected,) = torch.autograd.grad(unrolled(cell, readout, first, inputs, targets)[1], first)
     with dni.defer_backward():
-        dni.backward(unrolled(cell, readout, dni.BackwardInterface(Synthesizer(5).double()).make_trigger(first), inputs, targets)[1])
+        dni.backward(
+            unrolled(
+                cell, readout, dni.BackwardInterface(Synthesizer(5).double()).make_trigger(first), inputs, targets
+            )[1]
+        )
     torch.testing.assert_close(first.grad, expected, rtol=1e-12, atol=0)
 
 
@@ -515,7 +533,9 @@ def test_an_attached_first_state_gets_the_true_gradient():
 
 
 class Oracle(nn.Module):
-    """A synthesizer that knows the true gradient: it runs the layers above, on copies, and the loss of the labels it gets as context."""
+    """A synthesizer that knows the true gradient: it runs the layers above, on copies, and the loss of the labels it
+    gets as context.
+    """
 
     def __init__(self, above):
         super().__init__()
@@ -537,7 +557,10 @@ def network():
     return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3), lambda p: torch.optim.Adam(p, lr=0.01)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3), lambda p: torch.optim.Adam(p, lr=0.01)],
+)
 def test_with_an_oracle_training_is_back_propagation_step_by_step(optimizer):
     plain = network()
     decoupled = copy.deepcopy(plain)
@@ -610,7 +633,10 @@ def test_under_autocast_gradients_are_those_of_a_backward_pass_outside_it():
         synthetic = synthesizer(trigger.detach(), None)
     assert trigger.dtype == synthetic.dtype == torch.bfloat16
     true = torch.autograd.grad(loss, leaf)[0]
-    expected = grad(trigger, lower, synthetic.detach()), grad(synthetic, synthesizer, 2 / 16 * (synthetic.detach() - true))
+    expected = (
+        grad(trigger, lower, synthetic.detach()),
+        grad(synthetic, synthesizer, 2 / 16 * (synthetic.detach() - true)),
+    )
     for deferred in (False, True):
         clear(lower, synthesizer, upper)
         with torch.autocast("cpu", torch.bfloat16):
@@ -624,12 +650,17 @@ def test_under_autocast_gradients_are_those_of_a_backward_pass_outside_it():
             loss.backward()
         assert all(torch.equal(a, b) for a, b in zip(gradients(lower), expected[0], strict=True))
         assert all(
-            torch.equal(a, b) for a, b in zip(gradients(synthesizer.layers), expected[1][: len(list(synthesizer.layers.parameters()))], strict=True)
+            torch.equal(a, b)
+            for a, b in zip(
+                gradients(synthesizer.layers), expected[1][: len(list(synthesizer.layers.parameters()))], strict=True
+            )
         )
 
 
 def test_a_synthesizer_that_first_teaches_under_autocast_still_learns():
-    """Autocast caches weights: were the first run without gradients, the second could not train the synthesizer in some versions of PyTorch."""
+    """Autocast caches weights: were the first run without gradients, the second could not train the synthesizer in some
+    versions of PyTorch.
+    """
     synthesizer = dni.BasicSynthesizer(4, n_hidden=1)
     interface = dni.BackwardInterface(synthesizer)
     leaf = torch.randn(2, 4, requires_grad=True)
@@ -798,7 +829,11 @@ def test_errors_name_what_is_wrong():
 # The README
 
 
-EXAMPLES = [(section.split("\n")[0], code) for section in README.split("\n## ") for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
+EXAMPLES = [
+    (section.split("\n")[0], code)
+    for section in README.split("\n## ")
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+]
 
 
 def test_the_readme_has_the_examples():

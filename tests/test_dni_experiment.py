@@ -18,7 +18,20 @@ from decoupled.logs import read_log
 
 DNI, DGL = "dni/cifar_cnn_dni.py", "dni/cifar_dgl.py"
 METHODS = {"back-prop": (DNI,), "dni": (DNI, "--dni"), "cdni": (DNI, "--dni", "--context"), "dgl": (DGL,)}
-FLAGS = ("--dataset", "digits", "--train-samples", 100, "--batch-size", 32, "--channels", 4, "--device", "cpu", "--seed", 3)
+FLAGS = (
+    "--dataset",
+    "digits",
+    "--train-samples",
+    100,
+    "--batch-size",
+    32,
+    "--channels",
+    4,
+    "--device",
+    "cpu",
+    "--seed",
+    3,
+)
 SIZES = {"batch_size": 32, "test_batch_size": 256, "train_samples": 100, "seed": 3}
 
 script, dgl, backbones = load_script(DNI), load_script(DGL), load_script("dni/dni_backbone.py")
@@ -51,7 +64,9 @@ def test_parameter_counts():
 
 def test_batch_norm_weights_start_uniform_as_in_the_published_runs():
     blocks, _ = backbones.backbone(128, 10)
-    for layer in [block[1] for block in blocks] + [layer for layer in backbones.ConvSynthesizer(128).modules() if isinstance(layer, nn.BatchNorm2d)]:
+    for layer in [block[1] for block in blocks] + [
+        layer for layer in backbones.ConvSynthesizer(128).modules() if isinstance(layer, nn.BatchNorm2d)
+    ]:
         assert 0 <= layer.weight.min() < 0.1 and 0.9 < layer.weight.max() <= 1 and abs(layer.weight.mean() - 0.5) < 0.15
 
 
@@ -108,7 +123,8 @@ def steps(train, epochs):
 
 
 def by_hand(context=None, epochs=2):
-    """DNI as the paper has it, from autograd alone: the layers, in the order of the script's network, and each step's (loss, correct, samples).
+    """DNI as the paper has it, from autograd alone: the layers, in the order of the script's network, and each step's
+    (loss, correct, samples).
 
     ``context``: None for back-propagation, else whether the synthesizers see the labels.
     """
@@ -117,8 +133,14 @@ def by_hand(context=None, epochs=2):
     synthesizers = [] if context is None else [backbones.ConvSynthesizer(4, 10 if context else None) for _ in blocks]
     for module in (*blocks, head, *synthesizers):
         module.to(memory_format=torch.channels_last)
-    layers = [*blocks, head] if context is None else [layer for pair in zip(blocks, synthesizers, strict=True) for layer in pair] + [head]
-    optimizer = torch.optim.Adam([parameter for layer in layers for parameter in layer.parameters()], lr=3e-3, fused=True)
+    layers = (
+        [*blocks, head]
+        if context is None
+        else [layer for pair in zip(blocks, synthesizers, strict=True) for layer in pair] + [head]
+    )
+    optimizer = torch.optim.Adam(
+        [parameter for layer in layers for parameter in layer.parameters()], lr=3e-3, fused=True
+    )
     train, _, _ = load("digits", **SIZES)
     history = []
     for images, labels in steps(train, epochs):
@@ -127,7 +149,9 @@ def by_hand(context=None, epochs=2):
         for index, block in enumerate(blocks):
             representation = block(representation)
             if context is not None:
-                synthetic = synthesizers[index](representation.detach(), F.one_hot(labels, 10).float() if context else None)
+                synthetic = synthesizers[index](
+                    representation.detach(), F.one_hot(labels, 10).float() if context else None
+                )
                 torch.autograd.backward(representation, synthetic.detach())
                 representation = representation.detach().clone().requires_grad_()
                 boundaries.append((synthetic, representation))
@@ -143,7 +167,9 @@ def by_hand(context=None, epochs=2):
 
 @pytest.mark.parametrize(("method", "context"), [("back-prop", None), ("dni", False), ("cdni", True)])
 def test_training_is_the_methods_and_the_log_has_real_accuracy_and_weighted_loss(run_script, method, context):
-    """An interface's true gradient is what the next block's backward pass, from its own synthetic gradient, brings down (the head's, at the last)."""
+    """An interface's true gradient is what the next block's backward pass, from its own synthetic gradient, brings down
+    (the head's, at the last).
+    """
     left = run_script(*METHODS[method], *FLAGS, "--epochs", 2, Adam=faster(torch.optim.Adam))
     layers, history = by_hand(context)
     expected = [value for layer in layers for value in layer.state_dict().values()]
@@ -154,7 +180,9 @@ def test_training_is_the_methods_and_the_log_has_real_accuracy_and_weighted_loss
     for row, epoch in zip(frame.itertuples(), (history[:4], history[4:]), strict=True):
         losses, correct, sizes = zip(*epoch, strict=True)
         assert sizes == (32, 32, 32, 4)
-        assert row.loss == pytest.approx(sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / 100, abs=2e-5)
+        assert row.loss == pytest.approx(
+            sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / 100, abs=2e-5
+        )
         assert row.train_top1 == pytest.approx(sum(correct), abs=1e-3)
 
 
@@ -162,7 +190,9 @@ def test_dgl_is_each_module_trained_alone_on_what_the_one_below_hands_up(run_scr
     left = run_script(DGL, *FLAGS, "--epochs", 2, Adam=faster(torch.optim.Adam))
     torch.manual_seed(3)
     blocks, head = backbones.backbone(4, 10)
-    modules = [nn.ModuleList([block, dgl.auxiliary(4, 10)]) for block in blocks[:2]] + [nn.ModuleList([blocks[2], head])]
+    modules = [nn.ModuleList([block, dgl.auxiliary(4, 10)]) for block in blocks[:2]] + [
+        nn.ModuleList([blocks[2], head])
+    ]
     modules = [module.to(memory_format=torch.channels_last) for module in modules]
     optimizers = [torch.optim.Adam(module.parameters(), lr=3e-3, fused=True) for module in modules]
     train, _, _ = load("digits", **SIZES)
@@ -184,7 +214,9 @@ def test_dgl_is_each_module_trained_alone_on_what_the_one_below_hands_up(run_scr
 
 
 class Oracle(nn.Module):
-    """A synthesizer that knows the true gradient: it runs copies of the layers above and the loss of the labels in the context."""
+    """A synthesizer that knows the true gradient: it runs copies of the layers above and the loss of the labels in the
+    context.
+    """
 
     def __init__(self, above):
         super().__init__()
@@ -211,7 +243,9 @@ class WithOracles(nn.Sequential):
 def test_given_the_true_gradient_the_scripts_dni_is_its_back_propagation(run_script, tmp_path, optimizer):
     plain = run_script(DNI, *FLAGS, *optimizer, "--epochs", 2, folder=tmp_path / "plain", Adam=faster(torch.optim.Adam))
     names = {"Network": WithOracles, "Adam": faster(torch.optim.Adam)}
-    perfect = run_script(DNI, *FLAGS, *optimizer, "--epochs", 2, "--dni", "--context", folder=tmp_path / "oracle", **names)
+    perfect = run_script(
+        DNI, *FLAGS, *optimizer, "--epochs", 2, "--dni", "--context", folder=tmp_path / "oracle", **names
+    )
     assert perfect.lines == plain.lines
     for want, found in zip(plain.weights.values(), perfect.weights.values(), strict=True):
         assert torch.equal(want, found)
@@ -229,7 +263,9 @@ def test_in_dni_no_block_learns_from_anything_but_its_synthesizer(run_script):
                 interface.synthesizer.layers[-1].requires_grad_(False)
             states.append(copy.deepcopy(self.state_dict()))
 
-    left = run_script(DNI, *FLAGS, "--sgd", "--dni", "--epochs", 1, Network=Silent, SGD=lambda p, lr, **_: torch.optim.SGD(p, lr=lr))
+    left = run_script(
+        DNI, *FLAGS, "--sgd", "--dni", "--epochs", 1, Network=Silent, SGD=lambda p, lr, **_: torch.optim.SGD(p, lr=lr)
+    )
     moved = {
         key.split(".")[0]
         for key, value in left.weights.items()
@@ -284,7 +320,14 @@ def test_adam_is_the_default_and_its_rate_constant(run_script, path):
 
 def test_sgd_has_the_released_settings(run_script):
     made = []
-    run_script(DNI, *FLAGS, "--epochs", 1, "--sgd", SGD=lambda p, **settings: made.append(settings) or torch.optim.SGD(p, **settings))
+    run_script(
+        DNI,
+        *FLAGS,
+        "--epochs",
+        1,
+        "--sgd",
+        SGD=lambda p, **settings: made.append(settings) or torch.optim.SGD(p, **settings),
+    )
     assert {**made[0], "fused": None} == {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-5, "fused": None}
 
 
@@ -327,7 +370,9 @@ def test_started_as_users_start_it(tmp_path):
     """In a process of its own and from another folder: no file beside the script shadows a package."""
     flags = [str(flag) for flag in FLAGS]
     command = [sys.executable, ROOT / DNI, *flags, "--dni", "--context", "--epochs", "1", "--log-dir", "logs"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (log,) = (tmp_path / "logs").glob("dni-cifar_cnn_dni-*.log")
     assert len(read_log(log)) == 1

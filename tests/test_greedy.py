@@ -30,7 +30,11 @@ def test_no_gradient_crosses_a_module_boundary(run_script, monkeypatch, script):
             for parameter, grad, value in zip(others, before, values, strict=True):
                 assert (parameter.grad is None) if grad is None else torch.equal(parameter.grad, grad)
                 assert torch.equal(parameter, value)
-            assert all(p.grad is not None and p.grad.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+            assert all(
+                p.grad is not None and p.grad.isfinite().all()
+                for group in optimizer.param_groups
+                for p in group["params"]
+            )
             steps.append(loss)
 
     monkeypatch.setattr(runs, "Run", Watched)
@@ -61,11 +65,13 @@ def test_one_module_is_back_propagation_bit_for_bit(run_script):
 
 
 def test_stepping_each_module_at_once_equals_one_backward_of_the_summed_losses(run_script):
-    """The script frees each module's graph before the next forward; the gradients are those of the sum of all losses."""
+    """Each module's graph is freed before the next forward; the gradients are those of the sum of all losses."""
     left = run_script(PARALLEL, *SHORT, layerwise_cnn=small())
     torch.manual_seed(1)
     net = small()().to(memory_format=torch.channels_last)
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    optimizers = [
+        torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net
+    ]
     train, _, _ = load("digits", batch_size=64, train_samples=200, seed=1)
     for _ in range(2):
         for images, labels in train:
@@ -84,7 +90,9 @@ def test_stepping_each_module_at_once_equals_one_backward_of_the_summed_losses(r
 
 @pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
 def test_compiled_modules_learn_what_plain_ones_do(run_script, monkeypatch, tmp_path, script):
-    """--compile compiles each module; with Dynamo's eager backend, which reorders nothing, logs and weights are those of the plain run to the bit."""
+    """--compile compiles each module; with Dynamo's eager backend, which reorders nothing, logs and weights are those
+    of the plain run to the bit.
+    """
     plain = run_script(script, *SHORT, folder=tmp_path / "plain", layerwise_cnn=small())
     graphs = []
 
@@ -108,8 +116,12 @@ def test_the_representation_handed_on_was_computed_before_the_step(run_script, m
 
     def build(**settings):
         net = small()(**settings)
-        net[0].body.register_forward_hook(lambda module, inputs, output: made.append(output.detach().clone()) if module.training else None)
-        net[1].body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None)
+        net[0].body.register_forward_hook(
+            lambda module, inputs, output: made.append(output.detach().clone()) if module.training else None
+        )
+        net[1].body.register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None
+        )
         return net
 
     run_script(PARALLEL, *SHORT, layerwise_cnn=build)
@@ -118,14 +130,18 @@ def test_the_representation_handed_on_was_computed_before_the_step(run_script, m
 
 
 def test_sequential_greedy_freezes_what_is_below(run_script, monkeypatch):
-    """Parameters and batch norm statistics of finished modules stay bit-identical, no graph reaches them, their auxiliaries do nothing."""
+    """Parameters and batch norm statistics of finished modules stay bit-identical, no graph reaches them, their
+    auxiliaries do nothing.
+    """
     nets, finished, auxiliary_calls = [], {}, []
 
     def build(**settings):
         nets.append(small()(**settings))
         for index, module in enumerate(nets[0]):
             module.auxiliary.register_forward_hook(lambda *_, index=index: auxiliary_calls.append(index))
-            module.body.register_forward_hook(lambda _, inputs, output, index=index: reached.append((index, output.requires_grad)))
+            module.body.register_forward_hook(
+                lambda _, inputs, output, index=index: reached.append((index, output.requires_grad))
+            )
         return nets[0]
 
     reached, stages = [], []
@@ -160,7 +176,10 @@ def test_sequential_first_module_learns_what_parallels_first_module_learns(run_s
 
 @pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
 def test_learning_rate_sequence(run_script, monkeypatch, script):
-    rates, flags = {}, ("--dataset", "digits", "--train-samples", 16, "--batch-size", 16, "--epochs", 50, "--device", "cpu")
+    rates, flags = (
+        {},
+        ("--dataset", "digits", "--train-samples", 16, "--batch-size", 16, "--epochs", 50, "--device", "cpu"),
+    )
 
     class Watched(runs.Run):
         def step(self, loss, optimizer):

@@ -1,4 +1,6 @@
-"""ImageNet: the networks, the two scripts, their data, and several processes, on small generated folders and small networks."""
+"""ImageNet: the networks, the two scripts, their data, and several processes, on small generated folders and small
+networks.
+"""
 
 import os
 import re
@@ -28,12 +30,33 @@ import global_batch_norm  # noqa: E402  importable since a script of that folder
 import imagenet_folders  # noqa: E402
 
 CLASSES, TRAIN, VAL = 7, 21, 17
-FLAGS = ("--image-size", 32, "-b", 8, "-j", 0, "--device", "cpu", "--nepochs", 2, "--epochdecay", 1, "--lr", 0.01)  # batches of 8, 8, 5; val 8, 8, 1
-VGG, RESNET, END = (DGL, "--arch", "vgg11", "--block_size", 3), (DGL, "--arch", "resnet50", "--splits", 3), (BACKPROP, "--arch", "vgg11_bn")
+FLAGS = (
+    "--image-size",
+    32,
+    "-b",
+    8,
+    "-j",
+    0,
+    "--device",
+    "cpu",
+    "--nepochs",
+    2,
+    "--epochdecay",
+    1,
+    "--lr",
+    0.01,
+)  # batches of 8, 8, 5; val 8, 8, 1
+VGG, RESNET, END = (
+    (DGL, "--arch", "vgg11", "--block_size", 3),
+    (DGL, "--arch", "resnet50", "--splits", 3),
+    (BACKPROP, "--arch", "vgg11_bn"),
+)
 
 
 def write_folders(root):
-    """Image folders of 7 classes: 3 training images each, 2 for val, 5 of the last; one grey, one CMYK, one PNG under a JPEG's name."""
+    """Image folders of 7 classes: 3 training images each, 2 for val, 5 of the last; one grey, one CMYK, one PNG under a
+    JPEG's name.
+    """
     draw = np.random.default_rng(0)
     for split, each in (("train", 3), ("val", 2)):
         for label in range(CLASSES):
@@ -61,7 +84,9 @@ def images_in_double(monkeypatch):
 
 @pytest.fixture
 def train_small(run_script, folder, tmp_path):
-    """train_small((script, *flags), *flags): what the script leaves with FLAGS and small networks; ``to`` names its folder."""
+    """train_small((script, *flags), *flags): what the script leaves with FLAGS and small networks; ``to`` names its
+    folder.
+    """
 
     def run(method, *flags, to="logs", adapt=lambda net: net, data=folder, **names):
         names = small(load_script(method[0]), adapt) | names
@@ -94,7 +119,13 @@ def assert_same(left, whole):
 
 # The networks
 
-AUXILIARY = {64: 468_584, 128: 1_353_960, 256: 4_378_088, 512: 15_439_848, 1024: 57_617_384}  # MLP-SR by channels, 1,000 classes
+AUXILIARY = {
+    64: 468_584,
+    128: 1_353_960,
+    256: 4_378_088,
+    512: 15_439_848,
+    1024: 57_617_384,
+}  # MLP-SR by channels, 1,000 classes
 VGG_HEAD, RESNET_HEAD = 123_642_856, 2_049_000
 NETWORKS = [  # flags, parameters of the bodies, channels where the auxiliaries are
     (
@@ -113,7 +144,9 @@ NETWORKS = [  # flags, parameters of the bodies, channels where the auxiliaries 
 ]
 
 
-@pytest.mark.parametrize(("flags", "bodies", "channels"), NETWORKS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("flags", "bodies", "channels"), NETWORKS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_modules_of_the_published_commands(monkeypatch, flags, bodies, channels):
     command = f"imagenet_dgl.py DIR {flags} --half --dynamic-loss-scale -j 8"
     monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -130,13 +163,30 @@ def test_modules_of_the_published_commands(monkeypatch, flags, bodies, channels)
 
 @pytest.mark.parametrize("name", ["vgg13_bn", "vgg19_bn", "resnet152"])
 def test_baselines_are_torchvisions(monkeypatch, name):
-    monkeypatch.setattr(sys, "argv", ["imagenet.py", "DIR", "--arch", name, "--half", "--dynamic-loss-scale", "-j", "8"])
+    monkeypatch.setattr(
+        sys, "argv", ["imagenet.py", "DIR", "--arch", name, "--half", "--dynamic-loss-scale", "-j", "8"]
+    )
     baseline = load_script(BACKPROP)
     args = baseline.parse_args()
     with torch.device("meta"):
-        assert count(baseline.build(args, 1000)) == {"vgg13_bn": 133_053_736, "vgg19_bn": 143_678_248, "resnet152": 60_192_808}[name]
-    assert (args.epochs, args.epochdecay, args.batch_size, args.lr, args.momentum, args.wd) == (50, 10, 256, 0.1, 0.9, 1e-4)
-    assert (args.static_loss_scale, args.dynamic_loss_scale, args.image_size, args.fused_sgd) == (None, True, 224, "torch")
+        assert (
+            count(baseline.build(args, 1000))
+            == {"vgg13_bn": 133_053_736, "vgg19_bn": 143_678_248, "resnet152": 60_192_808}[name]
+        )
+    assert (args.epochs, args.epochdecay, args.batch_size, args.lr, args.momentum, args.wd) == (
+        50,
+        10,
+        256,
+        0.1,
+        0.9,
+        1e-4,
+    )
+    assert (args.static_loss_scale, args.dynamic_loss_scale, args.image_size, args.fused_sgd) == (
+        None,
+        True,
+        224,
+        "torch",
+    )
 
 
 def test_the_published_cut_of_resnet_152_reads_14x14():
@@ -162,7 +212,9 @@ def test_cutting_changes_nothing_but_the_auxiliaries():
             for mine, its in zip(backbone(net), backbone(first), strict=True):
                 mine.copy_(its)
             torch.testing.assert_close(net(images)[-1], first(images)[-1])
-    whole = torchvision.models.vgg.make_layers([2, "M", 4, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M"], batch_norm=True).eval()
+    whole = torchvision.models.vgg.make_layers(
+        [2, "M", 4, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M"], batch_norm=True
+    ).eval()
     net = vgg.greedy_vgg("vgg11", 3, 5, 32, width=2).eval()
     for mine, its in zip(backbone(net), whole.state_dict().values(), strict=False):  # after the bodies comes the head
         mine.copy_(its)
@@ -174,7 +226,9 @@ def test_cutting_changes_nothing_but_the_auxiliaries():
 
 def backbone(net):
     """The values of the bodies, in order, then those of the last head."""
-    return [value for part in (*(module.body for module in net), net[-1].auxiliary) for value in part.state_dict().values()]
+    return [
+        value for part in (*(module.body for module in net), net[-1].auxiliary) for value in part.state_dict().values()
+    ]
 
 
 def test_initialization():
@@ -236,7 +290,9 @@ def test_processes_share_each_mini_batch(folder):
 def test_normalization_is_imagenets(folder):
     _, val, _ = make(folder)
     image = val.images[1, 3][0]
-    expected = torchvision.transforms.v2.functional.normalize(image.double() / 255, imagenet_folders.MEAN, imagenet_folders.STD)
+    expected = torchvision.transforms.v2.functional.normalize(
+        image.double() / 255, imagenet_folders.MEAN, imagenet_folders.STD
+    )
     images, labels = next(iter(val))
     torch.testing.assert_close(images[3], expected, rtol=0, atol=1e-5)
     assert images.shape == (8, 3, 32, 32) and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -305,26 +361,39 @@ def test_the_logs_accuracies_are_numpys(train_small, folder, method):
     for n, (logits, (_, row)) in enumerate(zip(heads, frame.iterrows(), strict=True)):
         probabilities = np.exp(logits - logits.max(1, keepdims=True))
         total = total + 2**n * probabilities / probabilities.sum(1, keepdims=True)
-        assert (row["test_top1"], row["test_top5"]) == pytest.approx((numpy_top(logits, labels, 1), numpy_top(logits, labels, 5)), abs=1e-4)
+        assert (row["test_top1"], row["test_top5"]) == pytest.approx(
+            (numpy_top(logits, labels, 1), numpy_top(logits, labels, 5)), abs=1e-4
+        )
         ensemble = total / (2 ** (n + 1) - 1)
         assert (row["ensemble_top1"], row["ensemble_top5"]) == pytest.approx(
             (numpy_top(ensemble, labels, 1), numpy_top(ensemble, labels, 5)), abs=1e-4
         )
     assert frame["loss"].notna().all() and (frame["loss"] > 0).all()
     np.testing.assert_allclose(
-        ensembles([torch.from_numpy(h) for h in heads])[-1], sum(2**n * h for n, h in enumerate(heads)) / (2 ** len(heads) - 1), rtol=1e-5
+        ensembles([torch.from_numpy(h) for h in heads])[-1],
+        sum(2**n * h for n, h in enumerate(heads)) / (2 ** len(heads) - 1),
+        rtol=1e-5,
     )
 
 
 def test_ensembles_are_of_probabilities_not_logits(train_small):
     evaluated = []
-    train_small(VGG, "--nepochs", 1, evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options))
+    train_small(
+        VGG,
+        "--nepochs",
+        1,
+        evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options),
+    )
     logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 3.9]]), torch.tensor([[-50.0, 0.0, 0.1]])]
     del evaluated[0].net  # a module: only another may take its place
     evaluated[0].net = lambda images: logits
     outputs = evaluated[0](None)
     probabilities = [np.exp(head.numpy()) / np.exp(head.numpy()).sum() for head in logits]
-    expected = [probabilities[0], (probabilities[0] + 2 * probabilities[1]) / 3, (probabilities[0] + 2 * probabilities[1] + 4 * probabilities[2]) / 7]
+    expected = [
+        probabilities[0],
+        (probabilities[0] + 2 * probabilities[1]) / 3,
+        (probabilities[0] + 2 * probabilities[1] + 4 * probabilities[2]) / 7,
+    ]
     for mine, its in zip(outputs, [head.numpy() for head in logits] + expected, strict=True):
         np.testing.assert_allclose(mine.numpy(), its, rtol=1e-5)
 
@@ -335,7 +404,9 @@ def test_top_5_is_exact_with_ties():
     meter = Meter((1, 5))
     for rows in torch.arange(200).split(64):
         meter.update(torch.tensor(1.0), logits[rows], labels[rows])
-    assert (meter.top1, meter.top5) == pytest.approx((numpy_top(logits.numpy(), labels.numpy(), 1), numpy_top(logits.numpy(), labels.numpy(), 5)))
+    assert (meter.top1, meter.top5) == pytest.approx(
+        (numpy_top(logits.numpy(), labels.numpy(), 1), numpy_top(logits.numpy(), labels.numpy(), 5))
+    )
     again = Meter((1, 5))
     again.load_state_dict(meter.state_dict())
     again.update(torch.tensor(3.0), logits[:50], labels[:50])
@@ -356,7 +427,9 @@ def test_without_ensembles(train_small):
 
 
 def stopping(after, evaluating=False, number=signal.SIGTERM):
-    """A change of a network that sends this process a signal in its forward pass number ``after``, of training or of evaluation."""
+    """A change of a network that sends this process a signal in its forward pass number ``after``, of training or of
+    evaluation.
+    """
     calls = []
 
     def hook(module, inputs):
@@ -383,7 +456,8 @@ METHODS = {"vgg": VGG, "resnet": RESNET, "end to end": END}
 
 
 @pytest.mark.parametrize(
-    ("method", "stop"), [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("end to end", STOPS[1]), ("end to end", STOPS[3])]
+    ("method", "stop"),
+    [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("end to end", STOPS[1]), ("end to end", STOPS[3])],
 )
 def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, capsys, method, stop):
     method, number = METHODS[method], signal.SIGINT if stop[0] == 4 else signal.SIGTERM
@@ -395,7 +469,11 @@ def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, cap
     epoch, batch = (2, 3) if evaluating else divmod(after - 1, 3)
     place = f"epoch {epoch}, batch 3" if evaluating else f"epoch {epoch + 1}, batch {batch + 1}"
     message = capsys.readouterr().err
-    assert f"{number.name}: finishing this batch" in message and f"stopped after {place}, saved in " in message and "Traceback" not in message
+    assert (
+        f"{number.name}: finishing this batch" in message
+        and f"stopped after {place}, saved in " in message
+        and "Traceback" not in message
+    )
     left = train_small(method, "--resume", "auto")
     assert f"# resumed after {place}\n" in left.log.read_text()
     assert_same(left, whole)
@@ -408,17 +486,24 @@ def test_an_epochs_end_resumes_exactly(train_small, method):
     name = left.checkpoint
     assert_same(train_small(method, "--resume", name), whole)
     checkpoint = torch.load(name, weights_only=True)
-    assert {"net", "optimizers", "schedules", "scalers", "train", "test"} <= checkpoint["state"].keys() and "random" in checkpoint
+    assert {"net", "optimizers", "schedules", "scalers", "train", "test"} <= checkpoint[
+        "state"
+    ].keys() and "random" in checkpoint
     modules = 1 if method is END else 3
     assert len(checkpoint["state"]["optimizers"]) == len(checkpoint["state"]["scalers"]) == modules
 
 
 def test_ctrl_c_with_workers_in_a_terminal(train_small, folder, tmp_path):
     """The signal goes to the whole process group, the workers included."""
-    flags = [str(flag) for flag in (folder, *FLAGS, *VGG[1:], "-j", 2, "-p", 1, "--nepochs", 200, "--save_folder", tmp_path / "logs")]
+    flags = [
+        str(flag)
+        for flag in (folder, *FLAGS, *VGG[1:], "-j", 2, "-p", 1, "--nepochs", 200, "--save_folder", tmp_path / "logs")
+    ]
     command = [sys.executable, "-u", ROOT / "tests/small_imagenet.py", DGL, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
         try:
             for line in process.stdout:
                 if line.startswith("epoch 2, batch 2"):
@@ -446,7 +531,9 @@ def torchrun(*command, processes=2):
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     full = [*runner, str(ROOT / "tests/small_imagenet.py"), *map(str, command)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    process = subprocess.Popen(
+        full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
     try:
         out, message = process.communicate(timeout=120)
     finally:
@@ -465,7 +552,9 @@ def assert_close(left, whole):
 
 
 def test_two_processes_are_one(train_small, folder, tmp_path):
-    """The same global batch gives the same weights and log, though a short batch is shared 3 to 2, and one image of val/ is left to one process."""
+    """The same global batch gives the same weights and log, though a short batch is shared 3 to 2, and one image of
+    val/ is left to one process.
+    """
     whole = train_small(VGG, to="whole")
     code, out, message = torchrun(DGL, folder, *FLAGS, *VGG[1:], "--save_folder", tmp_path / "logs")
     assert code == 0, message
@@ -478,7 +567,9 @@ def test_two_processes_go_on_where_one_stopped(train_small, folder, tmp_path):
     whole = train_small((*END[:2], "resnet50"), to="whole")
     with pytest.raises(SystemExit):
         train_small((*END[:2], "resnet50"), adapt=stopping(5))
-    code, _, message = torchrun(BACKPROP, folder, *FLAGS, "--arch", "resnet50", "--save_folder", tmp_path / "logs", "--resume", "auto")
+    code, _, message = torchrun(
+        BACKPROP, folder, *FLAGS, "--arch", "resnet50", "--save_folder", tmp_path / "logs", "--resume", "auto"
+    )
     assert code == 0, message
     assert_close(Finished(tmp_path / "logs"), whole)
 
@@ -520,7 +611,11 @@ def test_apex_is_nvidias(train_small, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             train_small(VGG, "--fused-sgd", "apex")
         message = capsys.readouterr().err
-        assert stop.value.code == 2 and message.count("\n") == 1 and "the PyPI package called apex is another one" in message
+        assert (
+            stop.value.code == 2
+            and message.count("\n") == 1
+            and "the PyPI package called apex is another one" in message
+        )
     nvidia = types.ModuleType("apex.optimizers")
     nvidia.FusedSGD = torch.optim.SGD
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
@@ -538,17 +633,25 @@ def test_fused_and_plain_sgd_agree(train_small):
 
 def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
     monkeypatch.undo()  # images in single precision
-    widths = {name: (lambda real: lambda *a, **k: real(*a, **k, width=2))(getattr(script, name)) for name in ("greedy_vgg", "greedy_resnet")}
+    widths = {
+        name: (lambda real: lambda *a, **k: real(*a, **k, width=2))(getattr(script, name))
+        for name in ("greedy_vgg", "greedy_resnet")
+    }
     seen = set()
 
     def watched(*args, **settings):
         net = widths["greedy_vgg"](*args, **settings)
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype) if module.training else None)
+                module.register_forward_hook(
+                    lambda module, inputs, output: seen.add(output.dtype) if module.training else None
+                )
         return net
 
-    sys.argv = [str(ROOT / DGL), *map(str, (folder, *FLAGS, *VGG[1:], "--half", "--dynamic-loss-scale", "--log-dir", tmp_path / "half"))]
+    sys.argv = [
+        str(ROOT / DGL),
+        *map(str, (folder, *FLAGS, *VGG[1:], "--half", "--dynamic-loss-scale", "--log-dir", tmp_path / "half")),
+    ]
     load = load_script(DGL)
     load.greedy_vgg = watched
     load.main()
@@ -568,14 +671,22 @@ def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
         (RESNET, ("--splits", 18), "17 pieces do not split into 18 parts: choose from 1 to 17 splits"),
         (RESNET, ("--splits", 0), "'0' is no whole number of at least 1"),
         (RESNET, ("--block_size", 2), "--block_size groups VGG's convolutions: choose how resnet50 is cut by --splits"),
-        (RESNET, ("--image-size", 16), "--image-size 16 is too small for resnet50, which halves it five times: choose at least 32"),
+        (
+            RESNET,
+            ("--image-size", 16),
+            "--image-size 16 is too small for resnet50, which halves it five times: choose at least 32",
+        ),
         (VGG, ("--image-size", 16), "--image-size 16 is too small for vgg11"),
         (VGG, ("--dynamic-loss-scale",), "a loss scale is for mixed precision: add --half"),
         (VGG, ("--static-loss-scale", 128), "a loss scale is for mixed precision: add --half"),
         (VGG, ("--half", "--static-loss-scale", 128, "--dynamic-loss-scale"), "not allowed with argument"),
         (VGG, ("--local-batch-norm",), "--local-batch-norm is for several processes: start the script with torchrun"),
         (VGG, ("-b", 22), "21 training images are fewer than one batch of 22: choose a smaller -b"),
-        (VGG, ("-b", 10), "21 images in batches of 10 leave a batch of 1, where at least 2 are needed: choose another -b"),
+        (
+            VGG,
+            ("-b", 10),
+            "21 images in batches of 10 leave a batch of 1, where at least 2 are needed: choose another -b",
+        ),
         (VGG, ("--train-samples", 22), "--train-samples 22 is more than the 21 images there are"),
         (VGG, ("--val-samples", 18), "--val-samples 18 is more than the 17 images there are"),
         (VGG, ("--resume",), "nothing to resume in "),
@@ -638,7 +749,9 @@ def test_a_damaged_image_ends_the_process_at_once(own, tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     flags = map(str, (own, *FLAGS, *VGG[1:], "-j", 2, "--save_folder", tmp_path / "logs"))
     command = [sys.executable, ROOT / "tests/small_imagenet.py", DGL, *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and str(path) in ended.stderr
 
 
@@ -646,14 +759,18 @@ def test_other_images_are_not_resumed(train_small, fails, own, folder, tmp_path)
     train_small(VGG, "--nepochs", 1)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
     names = small(load_script(DGL))
-    assert "the run was trained on other images than these 21 images of 7 classes" in fails(DGL, own, *FLAGS, *VGG[1:], "--resume", **names)
+    assert "the run was trained on other images than these 21 images of 7 classes" in fails(
+        DGL, own, *FLAGS, *VGG[1:], "--resume", **names
+    )
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert train_small(VGG, "--resume", data=moved).log.is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
     def poison(net):
-        net[1].auxiliary.register_forward_hook(lambda module, inputs, output: output * float("nan") if module.training else None)
+        net[1].auxiliary.register_forward_hook(
+            lambda module, inputs, output: output * float("nan") if module.training else None
+        )
         return net
 
     with pytest.raises(SystemExit) as stop:
@@ -665,7 +782,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("scale", [("--dynamic-loss-scale",), ("--static-loss-scale", 64), ()], ids=["dynamic", "static", "one"])
+@pytest.mark.parametrize(
+    "scale", [("--dynamic-loss-scale",), ("--static-loss-scale", 64), ()], ids=["dynamic", "static", "one"]
+)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_on_a_gpu_each_module_has_its_loss_scale(run_script, folder, tmp_path, monkeypatch, method, scale):
     monkeypatch.undo()  # images in single precision

@@ -25,7 +25,9 @@ def narrow(monkeypatch):
 @pytest.mark.parametrize(("build", "splits"), METHODS)
 @pytest.mark.parametrize("arch", ["resnet50", "vgg11"])
 def test_counting_without_computing_is_exact(narrow, arch, build, splits, half):
-    """The peak of each module's part in the second of two real steps, to the byte in fp32; kernels of bf16 make some tensors of their own."""
+    """The peak of each module's part in the second of two real steps, to the byte in fp32; kernels of bf16 make some
+    tensors of their own.
+    """
     with FakeTensorMode():
         method = build(arch, splits, 32, half, CPU)
         saved = memory.count_saved(method, 6, 32)
@@ -71,7 +73,20 @@ def test_saved_counts_a_storage_once_and_no_parameters():
 
 
 def test_table(narrow, monkeypatch, capsys, tmp_path):
-    flags = ("--arch", "vgg11", "--splits", "2", "--batch-size", "8", "--image-size", "64", "--budget", "0.05", "--device", "cpu")
+    flags = (
+        "--arch",
+        "vgg11",
+        "--splits",
+        "2",
+        "--batch-size",
+        "8",
+        "--image-size",
+        "64",
+        "--budget",
+        "0.05",
+        "--device",
+        "cpu",
+    )
     monkeypatch.setattr(sys, "argv", ["imagenet_memory.py", *flags, "--output", str(tmp_path / "memory.txt")])
     frames = []
     monkeypatch.setattr(memory, "table", lambda *args, real=memory.table: frames.append(real(*args)) or frames[0])
@@ -82,7 +97,10 @@ def test_table(narrow, monkeypatch, capsys, tmp_path):
     plain, recomputed, *modules = (row for _, row in frame.iterrows())
     assert [row["method"] for row in modules] == ["DGL"] * 2 and [row["module"] for row in modules] == [1, 2]
     assert plain["more"] == 0 and modules[0]["largest"] > plain["largest"] and recomputed["largest"] > plain["largest"]
-    assert modules[0]["saved"] + modules[1]["saved"] < 1.2 * plain["saved"] and max(row["saved"] for row in modules) < plain["saved"]
+    assert (
+        modules[0]["saved"] + modules[1]["saved"] < 1.2 * plain["saved"]
+        and max(row["saved"] for row in modules) < plain["saved"]
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -101,9 +119,34 @@ def test_input_benchmark(monkeypatch, capsys, tmp_path):
 
     write_folders(tmp_path)
     script = load_script("benchmarks/imagenet_input.py")
-    flags = ("--arch", "resnet50", "--image-size", "32", "-b", "8", "-j", "0", "1", "--device", "cpu", "--samples", "16", "--steps", "1")
+    flags = (
+        "--arch",
+        "resnet50",
+        "--image-size",
+        "32",
+        "-b",
+        "8",
+        "-j",
+        "0",
+        "1",
+        "--device",
+        "cpu",
+        "--samples",
+        "16",
+        "--steps",
+        "1",
+    )
     monkeypatch.setattr(sys, "argv", ["imagenet_input.py", str(tmp_path), *flags])
     monkeypatch.setattr(script, "greedy_resnet", lambda *args, real=script.greedy_resnet: real(*args, width=2))
     script.main()
     out = capsys.readouterr().out
-    assert all(words in out for words in ("# commit: ", "decoded by one core", "with 1 worker", "the step consumes", "cores that keep it busy"))
+    assert all(
+        words in out
+        for words in (
+            "# commit: ",
+            "decoded by one core",
+            "with 1 worker",
+            "the step consumes",
+            "cores that keep it busy",
+        )
+    )

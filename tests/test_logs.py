@@ -21,8 +21,16 @@ def test_round_trip(tmp_path):
     path = tmp_path / "run.log"
     rows = [(n, epoch, 1 / (n + epoch), 10.0 * n + epoch, 33.3333 * epoch) for epoch in (1, 2, 3) for n in (1, 2)]
     lines = [head_line(*row) for row in rows]
-    text = ["Namespace(epochs=3, dataset='digits', half=False, name='a, b')", "# device: cpu", "Net(", "  (0): Conv2d(3, 4)", ")"]
-    path.write_text("\n".join([*text, *lines[:2], "# epoch 1 took 2.50 s", *lines[2:4], "# epoch 2 took 2.00 s", *lines[4:]]) + "\n")
+    text = [
+        "Namespace(epochs=3, dataset='digits', half=False, name='a, b')",
+        "# device: cpu",
+        "Net(",
+        "  (0): Conv2d(3, 4)",
+        ")",
+    ]
+    path.write_text(
+        "\n".join([*text, *lines[:2], "# epoch 1 took 2.50 s", *lines[2:4], "# epoch 2 took 2.00 s", *lines[4:]]) + "\n"
+    )
     frame = read_log(path)
     assert [(row.n, row.epoch) for row in frame.itertuples()] == [row[:2] for row in rows]
     for row, expected in zip(frame.itertuples(), rows, strict=True):
@@ -35,7 +43,8 @@ def test_round_trip(tmp_path):
 # Each published format, a few lines written out in its shape (the logs themselves are not part of this repository).
 FORMATS = {
     "learning curves": (
-        "Namespace(batch_size=128, cuda=True, epochs=50, name='parallel_step', no_cuda=False, seed=1, test_batch_size=1000)\n"
+        "Namespace(batch_size=128, cuda=True, epochs=50, name='parallel_step', no_cuda=False, "
+        "seed=1, test_batch_size=1000)\n"
         "Net(\n  (blocks): ModuleList(\n    (0): Conv2d(3, 64)\n  )\n)\n"
         "n: 1, epoch 1, loss: 1.67285, train top1:38.198 test top1:39.36000061035156 \n"
         "n: 4, epoch 50, loss: 0.08464, train top1:97.26 test top1:89.86000213623046 \n",
@@ -43,7 +52,8 @@ FORMATS = {
     ),
     "dni": (
         "Namespace(batch_size=256, context=False, cuda=True, dni=False, epochs=2000)\n"
-        "n: 3, epoch 1, loss: 1.99395, train top1:0 test top1:42.07 \nn: 3, epoch 2000, loss: 0.0, train top1:0 test top1:84.47 \n",
+        "n: 3, epoch 1, loss: 1.99395, train top1:0 test top1:42.07 \nn: 3, epoch 2000, loss: 0.0, "
+        "train top1:0 test top1:84.47 \n",
         [(3, 1, 42.07), (3, 2000, 84.47)],
     ),
     "dgl of dni, from epoch 0": (
@@ -72,10 +82,23 @@ def test_authors_formats(name, tmp_path):
 def test_other_fields_of_the_formats(tmp_path):
     (tmp_path / "log").write_text(FORMATS["imagenet_dgl"][0])
     row = read_log(tmp_path / "log").iloc[0]
-    assert (row.train_top1, row.train_top5, row.test_top5, row.ensemble_top1, row.ensemble_top5) == (10.5, 25.25, 30.75, 13.5, 31.5)
+    assert (row.train_top1, row.train_top5, row.test_top5, row.ensemble_top1, row.ensemble_top5) == (
+        10.5,
+        25.25,
+        30.75,
+        13.5,
+        31.5,
+    )
     (tmp_path / "log").write_text("lr: 0.01, epoch 12, train top1:1.5(top5:2.5), test top1:3.5 (top5:4.5)\n")
     row = read_log(tmp_path / "log").iloc[0]
-    assert (row.lr, row.epoch, row.train_top1, row.train_top5, row.test_top1, row.test_top5) == (0.01, 12, 1.5, 2.5, 3.5, 4.5)
+    assert (row.lr, row.epoch, row.train_top1, row.train_top5, row.test_top1, row.test_top5) == (
+        0.01,
+        12,
+        1.5,
+        2.5,
+        3.5,
+        4.5,
+    )
     (tmp_path / "log").write_text(FORMATS["async_buffer"][0])
     row = read_log(tmp_path / "log").iloc[0]
     assert (row.own_epoch, row.train_top1, row.ensemble_top1) == (9, 71.25, 72.75)
@@ -96,7 +119,9 @@ def test_a_log_cut_off_anywhere_gives_its_whole_lines_and_nothing_wrong(name, tm
 
 
 def test_non_finite_and_tiny_numbers(tmp_path):
-    (tmp_path / "log").write_text(head_line(1, 1, float("nan"), 1e-05, 0.0) + "\n" + head_line(1, 2, float("inf"), 0.0, 100.0) + "\n")
+    (tmp_path / "log").write_text(
+        head_line(1, 1, float("nan"), 1e-05, 0.0) + "\n" + head_line(1, 2, float("inf"), 0.0, 100.0) + "\n"
+    )
     frame = read_log(tmp_path / "log")
     assert frame.loss.isna().tolist() == [True, False] and frame.loss[1] == float("inf")
 

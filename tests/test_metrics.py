@@ -25,7 +25,9 @@ def test_top_k_against_numpy():
     meter.update(torch.tensor(0.0), logits[30:], labels[30:])
     order = np.argsort(-logits.numpy(), axis=1)
     for k in (1, 3, 20):
-        assert meter.top(k) == pytest.approx(100 * np.mean([label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)]))
+        assert meter.top(k) == pytest.approx(
+            100 * np.mean([label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)])
+        )
     assert meter.top(20) == 100
 
 
@@ -87,4 +89,9 @@ def test_ensembles_against_numpy():
     for n, ensemble in enumerate(ensembles(outputs)):
         weights = np.array([2**i / (2 ** (n + 1) - 1) for i in range(n + 1)])
         assert weights.sum() == pytest.approx(1)
-        np.testing.assert_allclose(ensemble.numpy(), np.tensordot(weights, np.stack([o.numpy() for o in outputs[: n + 1]]), 1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            ensemble.numpy(),
+            np.tensordot(weights, np.stack([o.numpy() for o in outputs[: n + 1]]), 1),
+            rtol=1e-5,
+            atol=1e-6,
+        )

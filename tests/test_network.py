@@ -18,7 +18,9 @@ def test_learning_curves_network_has_the_released_parameter_counts():
     assert [count(module.body) for module in net] == [1_920, 74_112, 147_840, 295_680]
     # The released counts less the batch norm (2C) that the released auxiliaries and head build and never use.
     released = [214_282, 846_346, 846_346, 2_114_058]
-    assert [count(module.auxiliary) for module in net] == [n - 2 * c for n, c in zip(released, (64, 128, 128, 256), strict=True)]
+    assert [count(module.auxiliary) for module in net] == [
+        n - 2 * c for n, c in zip(released, (64, 128, 128, 256), strict=True)
+    ]
 
 
 def test_aux_nets_network_has_the_released_parameter_counts():
@@ -47,13 +49,34 @@ def test_auxiliary_layers_are_those_of_the_paper():
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
     assert kinds(auxiliary("mlp", 8, (32, 32), 10)) == ["AdaptiveAvgPool2d"] * 2 + ["Flatten", *hidden * 3, "Linear"]
     conv = ["Conv2d", "BatchNorm2d", "ReLU"]
-    assert kinds(auxiliary("mlp-sr", 8, (32, 32), 10)) == ["AdaptiveAvgPool2d", *conv * 3, "AdaptiveAvgPool2d", "Flatten", *hidden * 3, "Linear"]
-    assert kinds(auxiliary("cnn", 8, (32, 32), 10)) == [*conv * 2, "AdaptiveAvgPool2d", "BatchNorm2d", "Flatten", "Linear"]
+    assert kinds(auxiliary("mlp-sr", 8, (32, 32), 10)) == [
+        "AdaptiveAvgPool2d",
+        *conv * 3,
+        "AdaptiveAvgPool2d",
+        "Flatten",
+        *hidden * 3,
+        "Linear",
+    ]
+    assert kinds(auxiliary("cnn", 8, (32, 32), 10)) == [
+        *conv * 2,
+        "AdaptiveAvgPool2d",
+        "BatchNorm2d",
+        "Flatten",
+        "Linear",
+    ]
 
 
 @pytest.mark.parametrize(
     ("size", "reduced"),
-    [((32, 32), (8, 8)), ((16, 16), (4, 4)), ((8, 8), (2, 2)), ((7, 7), (2, 2)), ((4, 4), (1, 1)), ((1, 1), (1, 1)), ((9, 20), (3, 5))],
+    [
+        ((32, 32), (8, 8)),
+        ((16, 16), (4, 4)),
+        ((8, 8), (2, 2)),
+        ((7, 7), (2, 2)),
+        ((4, 4), (1, 1)),
+        ((1, 1), (1, 1)),
+        ((9, 20), (3, 5)),
+    ],
 )
 @pytest.mark.parametrize("name", ["mlp", "mlp-sr"])
 def test_pooled_sizes(name, size, reduced):
@@ -90,7 +113,9 @@ def test_down_sampling_comes_first_in_its_module_and_doubles_the_channels():
     assert shapes == [(4, 32, 32), (8, 16, 16), (8, 16, 16), (16, 8, 8)]
 
 
-@pytest.mark.parametrize(("block_size", "convs"), [(1, [1] * 6), (2, [2, 2, 2]), (3, [3, 3]), (4, [4, 2]), (5, [5, 1]), (6, [6])])
+@pytest.mark.parametrize(
+    ("block_size", "convs"), [(1, [1] * 6), (2, [2, 2, 2]), (3, [3, 3]), (4, [4, 2]), (5, [5, 1]), (6, [6])]
+)
 def test_block_sizes(block_size, convs):
     net = layerwise_cnn(channels=4, depth=6, block_size=block_size)
     assert [sum(isinstance(layer, nn.Conv2d) for layer in module.body) for module in net] == convs
@@ -121,7 +146,9 @@ def test_group_and_split():
     assert group(list("abcde"), 2) == [["a", "b"], ["c", "d"], ["e"]]
     assert split(list("abcde"), 2) == [["a", "b", "c"], ["d", "e"]]
     assert [len(part) for part in split(list(range(58)), 4)] == [15, 15, 15, 13]
-    assert [len(part) for part in split(list(range(58)), 16)] == [4] * 10 + [3] * 6  # runs of 4 alone would make 15 parts
+    assert [len(part) for part in split(list(range(58)), 16)] == [4] * 10 + [
+        3
+    ] * 6  # runs of 4 alone would make 15 parts
     for parts in range(1, 59):
         runs = split(list(range(58)), parts)
         assert len(runs) == parts and [piece for run in runs for piece in run] == list(range(58))
@@ -153,7 +180,9 @@ def test_probing_a_shape_leaves_the_body_as_it_was():
 
 
 def test_eval_mode_restores_each_module():
-    net = DecoupledNetwork([DecoupledModule(nn.BatchNorm2d(3), nn.Flatten()), DecoupledModule(nn.BatchNorm2d(3), nn.Flatten())])
+    net = DecoupledNetwork(
+        [DecoupledModule(nn.BatchNorm2d(3), nn.Flatten()), DecoupledModule(nn.BatchNorm2d(3), nn.Flatten())]
+    )
     net[0].eval()
     with pytest.raises(ZeroDivisionError), eval_mode(net):
         assert not net[1].training

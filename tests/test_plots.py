@@ -26,7 +26,11 @@ def test_curves_draw_the_heads_asked_for_under_their_own_labels(log):
     ]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "test top-1 (%)")
     (line,) = plots.curves(axes, read_log(log), "loss", heads=[2], label="layer {n}", color="C5")
-    assert (line.get_label(), list(line.get_ydata()), line.get_color()) == ("layer 2", [0.5, 0.25, pytest.approx(0.16667)], "C5")
+    assert (line.get_label(), list(line.get_ydata()), line.get_color()) == (
+        "layer 2",
+        [0.5, 0.25, pytest.approx(0.16667)],
+        "C5",
+    )
     pyplot.close("all")
 
 

@@ -8,7 +8,14 @@ import pytest
 from running import ROOT, load_script
 
 PAGES = [page for page in (ROOT / "README.md", *ROOT.glob("*/README.md")) if not page.parent.name.startswith(".")]
-COMMANDS = sorted({line.strip() for page in PAGES for line in page.read_text().splitlines() if re.match(r"\s*python [\w/]+\.py", line)})
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if re.match(r"\s*python [\w/]+\.py", line)
+    }
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -38,7 +38,10 @@ def test_reads_what_the_rule_says(capacity, max_reuse, sampling, moves):
             sample, expected = buffer.read(), model.read()
             assert (sample is None) == (expected is None)
             if sample is not None:
-                assert (sample.representation.item(), sample.labels.item(), sample.step, sample.uses) == (*[expected[0]] * 3, expected[1])
+                assert (sample.representation.item(), sample.labels.item(), sample.step, sample.uses) == (
+                    *[expected[0]] * 3,
+                    expected[1],
+                )
         else:
             state, buffer = copy.deepcopy(buffer.state_dict()), empty()
             buffer.load_state_dict(state)
@@ -66,7 +69,9 @@ def test_the_rule_by_hand():
 
 
 def test_the_newest_is_found_across_the_write_pointer():
-    """Slots 0..2 hold 3, 4, 2 after five writes: of equally used ones the next is 4, not the highest slot's 2, and the last is 2, not slot 0's 3."""
+    """Slots 0..2 hold 3, 4, 2 after five writes: of equally used ones the next is 4, not the highest slot's 2, and the
+    last is 2, not slot 0's 3.
+    """
     buffer = ReplayBuffer(3, 1, (1, 1, 1))
     for number in range(5):
         buffer.write(torch.zeros(1, 1, 1, 1), torch.tensor([number]))
@@ -102,20 +107,30 @@ def test_a_checkpoint_holds_what_is_filled_and_comes_back_exactly():
         buffer = ReplayBuffer(4, 2, (3, 3, 3), bits=bits, dtype=torch.bfloat16)
         for _ in range(3):
             buffer.write(torch.randn(2, 3, 3, 3), torch.randint(10, (2,)))
-        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes and len(tensor) == 3 for tensor in buffer.state_dict()["tensors"].values())
+        assert all(
+            tensor.untyped_storage().nbytes() == tensor.nbytes and len(tensor) == 3
+            for tensor in buffer.state_dict()["tensors"].values()
+        )
         buffer.write(torch.randn(2, 3, 3, 3), torch.randint(10, (2,)))
         other = ReplayBuffer(4, 2, (3, 3, 3), bits=bits, dtype=torch.bfloat16)
         other.load_state_dict(copy.deepcopy(buffer.state_dict()))
         for _ in range(6):
             mine, its = other.read(), buffer.read()
-            assert torch.equal(mine.representation, its.representation) and mine[1].equal(its[1]) and mine[2:] == its[2:]
+            assert (
+                torch.equal(mine.representation, its.representation) and mine[1].equal(its[1]) and mine[2:] == its[2:]
+            )
 
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 
 
 @settings(max_examples=200, deadline=None)
-@given(bits=st.sampled_from((8, 4)), shape=SHAPES, seed=st.integers(0, 10**6), scale=st.sampled_from((0.0, 1e-30, 1.0, 1e6)))
+@given(
+    bits=st.sampled_from((8, 4)),
+    shape=SHAPES,
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from((0.0, 1e-30, 1.0, 1e6)),
+)
 def test_compression_is_off_by_at_most_half_a_step(bits, shape, seed, scale):
     values = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).relu()
     batch, *rest = shape
@@ -140,14 +155,20 @@ def test_the_memory_stated_is_the_memory_taken(bits):
     total = values * (bits or 32) // 8 + ranges + 2 * 5 * 32 * 8
     assert sum(buffer.nbytes for buffer in buffers) == total
     assert sum(t.untyped_storage().nbytes() for buffer in buffers for t in buffer.tensors().values()) == total
-    assert lines[0].startswith(f"buffer before layer 1: 5 mini-batches x 32 x 8x16x16 in {f'{bits} bits' if bits else 'float32'}: ")
-    assert lines[-1].startswith(f"buffers: {total / 1e6:.2f} MB on cpu") and ("less than in float32" in lines[-1]) == bool(bits)
+    assert lines[0].startswith(
+        f"buffer before layer 1: 5 mini-batches x 32 x 8x16x16 in {f'{bits} bits' if bits else 'float32'}: "
+    )
+    assert lines[-1].startswith(f"buffers: {total / 1e6:.2f} MB on cpu") and (
+        "less than in float32" in lines[-1]
+    ) == bool(bits)
 
 
 def test_memory_that_is_not_there_is_an_error_before_anything_is_allocated(monkeypatch):
     settings = {"storage_device": torch.device("cpu"), "dtype": torch.float32}
     with pytest.raises(
-        InputError, match=r"^the buffers need 52531.20 GB and as much again for a checkpoint on cpu, where .* GB are free: choose a smaller"
+        InputError,
+        match=r"^the buffers need 52531.20 GB and as much again for a checkpoint on cpu, where .* GB are free: "
+        "choose a smaller",
     ):
         make_buffers(10**8, 128, [(1, 32, 32)], **settings)
     monkeypatch.setattr(replay_buffer, "free_memory", lambda device: 2 * 5 * 2 * (64 * 4 + 8))

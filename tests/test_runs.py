@@ -29,7 +29,8 @@ def assert_same(left, whole):
             assert torch.equal(value["momentum_buffer"], mine["state"][key]["momentum_buffer"])
 
 
-# (script, moment, how often it has happened): 4 modules, 2 batches an epoch; writes to the log: 1 of the header, then heads and one of the time.
+# (script, moment, how often it has happened): 4 modules, 2 batches an epoch; writes to the log: 1 of the header, then
+# heads and one of the time.
 KILLS = [
     (PARALLEL, "step", 13),
     (PARALLEL, "log", 8),
@@ -61,7 +62,16 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(("script", "moment", "count"), KILLS)
 def test_a_killed_run_resumes_to_identical_weights_and_lines(run_script, whole, tmp_path, script, moment, count):
-    command = [sys.executable, ROOT / "tests" / "killed_run.py", moment, str(count), script, *FLAGS, "--log-dir", str(tmp_path / "logs")]
+    command = [
+        sys.executable,
+        ROOT / "tests" / "killed_run.py",
+        moment,
+        str(count),
+        script,
+        *FLAGS,
+        "--log-dir",
+        str(tmp_path / "logs"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -83,7 +93,8 @@ def test_the_log_says_how_it_was_made(whole):
     text = whole[PARALLEL].log.read_text()
     assert re.match(r"Namespace\(epochs=3, .*dataset='digits'.*\)\n# command: python ", text)
     for expected in (
-        rf"# versions: python {sys.version.split()[0]} torch {re.escape(metadata.version('torch'))} torchvision \S+ numpy \S+",
+        rf"# versions: python {sys.version.split()[0]} torch {re.escape(metadata.version('torch'))} "
+        rf"torchvision \S+ numpy \S+",
         r"# commit: ([0-9a-f]{12}\+?|unknown)",
         r"# device: cpu \(\w+\), \d+ threads, fp32",
         r"# train: 100 images of digits \(scikit-learn\)",
@@ -120,7 +131,15 @@ def test_same_seed_same_run_other_seed_another(run_script, whole, tmp_path):
 
 def test_two_runs_in_one_second_do_not_share_a_log(run_script, tmp_path):
     for _ in range(3):
-        run_script(PARALLEL, *FLAGS, "--epochs", 1, "--train-samples", 50, layerwise_cnn=small(channels=1, depth=1, downsample=()))
+        run_script(
+            PARALLEL,
+            *FLAGS,
+            "--epochs",
+            1,
+            "--train-samples",
+            50,
+            layerwise_cnn=small(channels=1, depth=1, downsample=()),
+        )
     assert len(list((tmp_path / "logs").glob("*.log"))) == len(list((tmp_path / "logs").glob("*.pt"))) == 3
 
 
@@ -154,8 +173,25 @@ def test_keeping_freed_memory_changes_no_result(run_script, whole, monkeypatch):
 
 def test_scripts_run_from_their_own_folder_and_from_the_root(tmp_path):
     for folder, script in ((ROOT, PARALLEL), (ROOT / "learning_curves", "cifar_sequential_greedy.py")):
-        command = [sys.executable, script, *FLAGS[:4], "--batch-size", "100", "--epochs", "1", "--log-dir", str(tmp_path)]
-        done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            script,
+            *FLAGS[:4],
+            "--batch-size",
+            "100",
+            "--epochs",
+            "1",
+            "--log-dir",
+            str(tmp_path),
+        ]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("n: ") == 4 and "finished: " in done.stdout
     assert len(list(tmp_path.glob("*.log"))) == 2
@@ -172,7 +208,10 @@ def test_scripts_run_from_their_own_folder_and_from_the_root(tmp_path):
         (("--epochs", "0"), "argument --epochs: '0' is no whole number of at least 1"),
         (("--batch-size", "-4"), "argument --batch-size: '-4' is no whole number of at least 1"),
         (("--batch-size", "12.5"), "argument --batch-size: '12.5' is no whole number of at least 1"),
-        (("--dataset", "digits", "--train-samples", "2000"), "--train-samples 2000 is more than the 1438 training images of digits"),
+        (
+            ("--dataset", "digits", "--train-samples", "2000"),
+            "--train-samples 2000 is more than the 1438 training images of digits",
+        ),
         (("--dataset", "digits", "--train-samples", "100"), "100 training images are fewer than one batch of 128"),
         (("--device", "tpu"), "--device tpu is unknown: choose from auto, cpu, cuda, cuda:N, mps"),
         (("--device", "cuda:99"), "--device cuda:99 is not on this machine"),
@@ -188,7 +227,9 @@ def test_bad_flags(fails, script, flags, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_one(fails):
-    assert "--device cuda is not on this machine (0 such devices): --device cpu always works" in fails(PARALLEL, "--device", "cuda")
+    assert "--device cuda is not on this machine (0 such devices): --device cpu always works" in fails(
+        PARALLEL, "--device", "cuda"
+    )
 
 
 def test_truncated_image_ends_the_script(fails, tmp_path):
@@ -225,7 +266,9 @@ def test_checkpoint_that_is_something_else(fails, finished):
 
 def test_checkpoint_of_another_script(fails, finished):
     message = fails(SEQUENTIAL, *FLAGS, "--resume", finished, layerwise_cnn=small())
-    assert "is a checkpoint of learning_curves/cifar_dgl.py, not of learning_curves/cifar_sequential_greedy.py" in message
+    assert (
+        "is a checkpoint of learning_curves/cifar_dgl.py, not of learning_curves/cifar_sequential_greedy.py" in message
+    )
 
 
 @pytest.mark.parametrize("other", [{"channels": 8}, {"depth": 3}, {"block_size": 2}])
@@ -253,7 +296,9 @@ def test_checkpoint_without_its_log(fails, finished):
 
 
 class FullDisk:
-    """open() on a disk with room for ``room`` more bytes in files of that suffix: the write that does not fit is done in part and fails."""
+    """open() on a disk with room for ``room`` more bytes in files of that suffix: the write that does not fit is done
+    in part and fails.
+    """
 
     def __init__(self, room, suffix):
         self.room, self.suffix = room, suffix
@@ -283,7 +328,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_log(run_script, whole, 
     with pytest.raises(SystemExit) as stop:
         run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and "cannot be written (No space left on device)" in message
+    assert (
+        stop.value.code == 2 and message.count("\n") == 1 and "cannot be written (No space left on device)" in message
+    )
     (log,) = (tmp_path / "logs").glob("*.log")
     assert log.read_text().endswith("\n")
     assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".log", ".pt"}
@@ -297,7 +344,9 @@ def test_after_a_full_disk_the_run_resumes(run_script, whole, monkeypatch, capsy
     assert_same(run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small()), whole[PARALLEL])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_script, fails, monkeypatch, capsys, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    run_script, fails, monkeypatch, capsys, tmp_path
+):
     def build(**settings):
         net = small()(**settings)
         calls = []

@@ -37,7 +37,9 @@ def test_learning_curves(benchmark):
 
 @pytest.mark.parametrize("half", [(), ("--half",)])
 def test_dni_steps_cost_their_parts(benchmark, half):
-    """By hand: a convolution's forward pass, its weights' gradient and its input's are as many FLOPs each; every synthesizer runs once."""
+    """By hand: a convolution's forward pass, its weights' gradient and its input's are as many FLOPs each; every
+    synthesizer runs once.
+    """
     frame, output = benchmark("--network", "dni", *half)
     conv = {size: 2 * 25 * 128 * 128 * size**2 / 1e9 for size in (10, 3, 1)}  # 128 to 128 channels, one forward pass
     first, head, context = 2 * 25 * 3 * 128 * 32**2 / 1e9, 2 * 128 * 10 / 1e9, 2 * 10 * 128 / 1e9
@@ -54,4 +56,8 @@ def test_dni_steps_cost_their_parts(benchmark, half):
 
 def test_both_by_default(benchmark):
     _, output = benchmark()
-    assert output.index("# learning_curves, batch 4") < output.index("# dni, batch 4") < output.index("Runs of synthesizers")
+    assert (
+        output.index("# learning_curves, batch 4")
+        < output.index("# dni, batch 4")
+        < output.index("Runs of synthesizers")
+    )
