@@ -40,7 +40,7 @@ def parse_args():
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
-        help="lr/10 after these (default: 150 225)",
+        help="first epochs at a tenth of the rate before (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     args = parser.parse_args()
@@ -81,7 +81,8 @@ def main():
     train, test, classes = run.data()
     net = run.prepare(chained_resnet(args.depth, args.splits, classes))
     optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
+    schedule = MultiStepLR(optimizer, falls, gamma=0.1)
 
     for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=test):
         net.train()

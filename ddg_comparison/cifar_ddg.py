@@ -55,7 +55,7 @@ def parse_args():
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
-        help="lr/10 after these (default: 150 225)",
+        help="first epochs at a tenth of the rate before (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     return parser.parse_args()
@@ -152,7 +152,8 @@ def main():
         SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
         for module in net
     ]
-    schedules = [MultiStepLR(optimizer, args.milestones, gamma=0.1) for optimizer in optimizers]
+    falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
+    schedules = [MultiStepLR(optimizer, falls, gamma=0.1) for optimizer in optimizers]
     in_flight = [InFlight(run, net, k) for k in range(len(net))]
 
     for epoch in run.epochs(

@@ -125,7 +125,7 @@ def assert_equal(left, right):
 
 
 def test_one_module_of_ddg_and_of_dgl_is_back_propagation_bit_for_bit(train_small):
-    flags = ("--seed", 3, "--milestones", 2)
+    flags = ("--seed", 3, "--milestones", 3)
     left = train_small(BACKPROP, *flags)
     for script in (DGL, DDG):
         other = train_small(script, *flags, "--splits", 1, to=script)
@@ -141,7 +141,7 @@ def test_one_module_of_ddg_and_of_dgl_is_back_propagation_bit_for_bit(train_smal
             optimizer.zero_grad()
             F.cross_entropy(net(images)[0], labels).backward()
             optimizer.step()
-        if epoch == 2:
+        if epoch == 2:  # so that epoch 3, the milestone, has the lower rate
             optimizer.param_groups[0]["lr"] *= 0.1
     for name, value in net.state_dict().items():
         assert torch.equal(value, left.weights[name]), name
@@ -171,7 +171,7 @@ def delayed_gradients(net, batches, epochs, milestone):
 @pytest.mark.parametrize("splits", [2, 3])
 def test_ddg_is_its_equation_in_double_precision(train_small, monkeypatch, splits):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # images and losses are in double precision too
-    left = train_small(DDG, "--splits", splits, "--milestones", 2, adapt=lambda net: net.double())
+    left = train_small(DDG, "--splits", splits, "--milestones", 3, adapt=lambda net: net.double())
     torch.manual_seed(1)
     net = resnet.chained_resnet(8, splits, 10, width=2).double()
     start = {name: value.clone() for name, value in net.state_dict().items()}
@@ -274,7 +274,7 @@ def test_learning_rate_sequence_with_momentum_kept(train_small, method):
             steps.append((id(self), group["lr"], group["nesterov"]))
             torch.testing.assert_close(self.state[weight]["momentum_buffer"], expected)
 
-    train_small(*method, "--epochs", 4, "--milestones", 2, 3, SGD=Watched)
+    train_small(*method, "--epochs", 4, "--milestones", 3, 4, SGD=Watched)
     for optimizer in {optimizer for optimizer, _, _ in steps}:
         rates = [rate for other, rate, nesterov in steps if other == optimizer and not nesterov]
         late = 8 - len(rates)  # iterations without a step in DDG
