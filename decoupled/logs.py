@@ -23,6 +23,7 @@ def pattern(template, columns):
     return re.compile(NUMBER.join(re.escape(part) for part in template.split("{}")) + r"\s*"), columns
 
 
+LOWER_HEAD = "# head {}, epoch {}: loss {}, train top-1 {}, test top-1 {}"
 LINES = (
     pattern(
         "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")
@@ -39,6 +40,7 @@ LINES = (
         "n: {}, epoch {},epochtrue {}, train {}, test {},ense {} ",
         ("n", "epoch", "own_epoch", "train_top1", "test_top1", "ensemble_top1"),
     ),
+    pattern(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
 )
 INTEGERS = ("n", "epoch", "own_epoch")
 LOSS = pattern("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))[0]
@@ -48,6 +50,13 @@ SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
 def head_line(n, epoch, loss, train, test):
     """The line of head ``n`` in learning_curves, aux_nets, dni and ddg_comparison. Accuracies in %."""
     return f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{round(train, 4)} test top1:{round(test, 4)} "
+
+
+def lower_head_line(n, epoch, loss, train, test):
+    """The line of head ``n`` where the published log has the last head only: a comment to the authors' notebooks, which
+    would take any line of their own form for that head's.
+    """
+    return LOWER_HEAD.format(n, epoch, f"{loss:.5f}", round(train, 4), round(test, 4))
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
@@ -99,14 +108,13 @@ def read_log(path):
     for line in lines:
         if line.startswith("Namespace("):
             arguments = parse_namespace(line)
+        elif found := next(((m, columns) for form, columns in LINES if (m := form.fullmatch(line))), None):
+            match, columns = found
+            rows.append(dict(zip(columns, map(float, match.groups()), strict=True)))
         elif line.startswith("#"):
             comments.append(line[1:].strip())
             seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
             losses |= {(float(match[1]), float(match[2])): float(match[3]) for match in [LOSS.match(line)] if match}
-        else:
-            for expression, columns in LINES:
-                if match := expression.fullmatch(line):
-                    rows.append(dict(zip(columns, map(float, match.groups()), strict=True)))
     if not rows:
         raise InputError(f"the log {path} holds no line of results")
     for row in rows if losses else []:

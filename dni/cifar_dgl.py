@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from tqdm import tqdm
 
-from decoupled import runs
+from decoupled import logs, runs
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import DecoupledModule, DecoupledNetwork
 
@@ -74,7 +74,8 @@ def main():
         with run.autocast():
             scores = evaluate(net, test)
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
-            run.log(n, epoch, meter, score)
+            line = logs.head_line if n == len(net) else logs.lower_head_line  # the published log has the last head only
+            run.log(n, epoch, meter, score, line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the tests of scripts share: loading a script, a small network for it, and what a run leaves."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Finished:
     @property
     def lines(self):
         """The log's lines of results."""
-        return [line for line in self.log.read_text().splitlines() if line.startswith("n: ")]
+        return [line for line in self.log.read_text().splitlines() if line.startswith(("n: ", "# head "))]
 
     @property
     def state(self):
@@ -51,3 +52,11 @@ SEQUENTIAL = "learning_curves/cifar_sequential_greedy.py"
 def small(**fixed):
     """layerwise_cnn as the script calls it, but with 4 channels and what is fixed here."""
     return lambda **settings: layerwise_cnn(**{**settings, "channels": 4, **fixed})
+
+
+def published_series(log):
+    """{(n, epoch), …} of the lines of ``log`` that the authors' notebooks draw: they search each for this pattern."""
+    pattern = re.compile(r"n\: (\d{1,2}), epoch (\d{1,4}), loss: (.*), train top1:(.*) test top1:(.*)")
+    found = [match for match in map(pattern.search, log.read_text().splitlines()) if match]
+    assert all(len([float(number) for number in match.groups()]) == 5 for match in found)
+    return {(int(match[1]), int(match[2])) for match in found}

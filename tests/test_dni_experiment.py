@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from running import ROOT, load_script
+from running import ROOT, load_script, published_series
 from torch import nn
 from torch.nn import functional as F
 
@@ -272,6 +272,14 @@ def test_in_dni_no_block_learns_from_anything_but_its_synthesizer(run_script):
         if "running" not in key and "num_" not in key and not torch.equal(value, states[0][key])
     }
     assert moved == {"6"}  # nothing reaches the synthesizers either, behind a last layer of zeros
+
+
+def test_the_published_log_has_the_last_head_only(run_script):
+    left = run_script(*METHODS["dgl"], *FLAGS, "--epochs", 2)
+    assert published_series(left.log) == {(3, 1), (3, 2)}
+    frame = read_log(left.log)
+    assert [*zip(frame.n, frame.epoch, strict=True)] == [(n, epoch) for epoch in (1, 2) for n in (1, 2, 3)]
+    assert frame.loss.between(0.5, 5).all() and frame.test_top1.between(0, 100).all()
 
 
 # Runs

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from running import PARALLEL, SEQUENTIAL, published_series, small
 
 from decoupled import InputError
 from decoupled.logs import final, head_line, read_log
@@ -132,3 +133,24 @@ def test_what_is_no_log(tmp_path):
     (tmp_path / "empty").write_text("Namespace(a=1)\n")
     with pytest.raises(InputError, match="empty holds no line of results"):
         read_log(tmp_path / "empty")
+
+
+TOY = "--dataset digits --train-samples 64 --batch-size 32 --device cpu --epochs 1"
+RESNET = f"{TOY} --depth 8 --splits"
+PUBLISHED = [  # script, flags, heads that the published log of it has
+    (PARALLEL, TOY, {1, 2, 3, 4}),
+    (SEQUENTIAL, TOY, {1, 2, 3, 4}),
+    ("aux_nets/cifar_dgl.py", f"{TOY} --channels 2", {1, 2, 3, 4, 5, 6}),
+    ("dni/cifar_cnn_dni.py", f"{TOY} --channels 2 --dni --context", {3}),
+    ("dni/cifar_dgl.py", f"{TOY} --channels 2", {3}),
+    ("ddg_comparison/cifar_dgl.py", f"{RESNET} 3", {1, 2, 3}),
+    ("ddg_comparison/cifar_ddg.py", f"{RESNET} 3", {3}),
+    ("ddg_comparison/cifar_backprop.py", f"{TOY} --depth 8", {1}),
+    ("async_buffer/cifar_buffer.py", f"{TOY} --feature_size 2 --buffer 2", set()),  # its lines have a form of their own
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "heads"), PUBLISHED)
+def test_the_authors_notebooks_find_the_published_series_and_nothing_else(run_script, script, flags, heads):
+    names = {"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {}
+    assert published_series(run_script(script, *flags.split(), **names).log) == {(n, 1) for n in heads}
