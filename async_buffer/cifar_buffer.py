@@ -119,6 +119,10 @@ def parse_args(argv=None):
         metavar="BITS",
         help="keep representations in 8 or 4 bits a value, affine by channel",
     )
+    parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
+    parser.dropped("--prog", why="a terminal shows a progress bar, anything else none")
+    parser.dropped("--decay", why="the rate falls by --epochdecay")
+    parser.dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
     args = parser.parse_args(argv)
 
     # A flag that would have no effect is refused: the log would claim what the run did not do.

@@ -23,7 +23,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from decoupled import InputError, logs
@@ -52,10 +52,37 @@ def fail(script, message):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line. Inside the name of a flag, - and _ are the same."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([*self.spelled(sys.argv[1:] if args is None else args)], namespace)
+
+    def spelled(self, words):
+        """Yields ``words`` with every flag as it was declared; words after "--" are no flags."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        words = iter(words)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            yield declared.get(flag.replace("_", "-"), flag) + equals + value if word.startswith("--") else word
+            if word == "--":
+                yield from words
+
+    def dropped(self, *flags, why):
+        """Declares flags of the released scripts that have no effect here: using one is an error that says ``why``."""
+        for flag in flags:
+            self.add_argument(
+                flag, action=Dropped, const=why, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
 
     def error(self, message):
         sys.exit(fail(self.prog, f"{message} (--help lists the flags)"))
+
+
+class Dropped(argparse.Action):
+    """A flag that ends in an error: its ``const`` says what does its job here."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string}, a flag of the released script, has no effect here: {self.const}")
 
 
 def whole_number(minimum):
@@ -157,6 +184,17 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TOP_PAD, 2**28)
+
+
+def momentum_from_zeros(optimizer):
+    """Gives ``optimizer``, where it is SGD with momentum, buffers of zeros: its first step is the same, bit for bit.
+
+    PyTorch's fused SGD otherwise allocates them in that step without a value, and where fp16's loss scale finds an
+    overflow there, the step that would fill them is skipped: the next one adds whatever the memory held.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class Run:
@@ -270,6 +308,8 @@ class Run:
         optimizers = [o for objects in self.state.values() for o in objects if isinstance(o, Optimizer)]
         self.module_of = {id(optimizer): n for n, optimizer in enumerate(optimizers, start=1)}
         self.scalers = {id(optimizer): self.scaler() for optimizer in optimizers}
+        for optimizer in optimizers:
+            momentum_from_zeros(optimizer)
         self.state["scalers"] = list(self.scalers.values())
         self.stage, self.epoch = 1, 0
         if self.args.resume:
@@ -290,9 +330,9 @@ class Run:
     def finished(self):
         return (self.stage, self.epoch) == (self.stages or 1, self.args.epochs)
 
-    def log(self, n, epoch, train, test):
-        """Logs head ``n`` after ``epoch``: the Meter of its training and that of its evaluation."""
-        line = logs.head_line(n, epoch, train.loss, train.top1, test.top1)
+    def log(self, n, epoch, train, test, line=logs.head_line):
+        """Logs head ``n`` after ``epoch``: the Meters of its training and of its evaluation, in a form of ``line``."""
+        line = line(n, epoch, train.loss, train.top1, test.top1)
         self.write(line + "\n")
         print(line, flush=True)
 

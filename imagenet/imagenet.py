@@ -19,7 +19,7 @@ from torchvision import models
 from decoupled import InputError, logs, runs
 from decoupled.metrics import evaluate
 
-ARCHS = ("resnet50", "resnet101", "resnet152", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+ARCHS = models.list_models(models, include=("resnet*", "resnext*", "wide_resnet*", "vgg*"))
 
 
 def parse_args():

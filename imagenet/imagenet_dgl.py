@@ -49,6 +49,10 @@ def parse_args():
         default=1,
         help="1: evaluate the ensembles of heads (default: %(default)s)",
     )
+    cut = "the network is --arch, cut by --block_size (VGG) or --splits (ResNet)"
+    flags.dropped("--ncnn", "--feature_size", "--ds-type", why=cut)
+    place = "--resume goes on where its checkpoint was saved"
+    flags.dropped("--start_epoch", "--resume_epoch", "--resume_feat", why=place)
     args = parsed(flags)
     vgg = args.arch in STAGES
     if vgg and args.splits:

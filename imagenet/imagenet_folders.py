@@ -93,16 +93,18 @@ class Share:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.rank, self.processes = rank, processes
         self.epoch, self.start = 1, 0
+        self.limit = None  # mini-batches an epoch, at most
 
     def __len__(self):
-        return -(-self.count // self.batch_size)
+        count = -(-self.count // self.batch_size)
+        return count if self.limit is None else min(count, self.limit)
 
     def __iter__(self):
         if self.shuffle:
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
         else:
             order = torch.arange(self.count)
-        for batch in order.split(self.batch_size)[self.start :]:
+        for batch in order.split(self.batch_size)[self.start : len(self)]:
             share = batch.tensor_split(self.processes)[self.rank]
             if len(share):
                 yield [(self.epoch, index) for index in share.tolist()]

@@ -26,6 +26,7 @@ from decoupled import InputError, runs
 from decoupled.metrics import Meter
 
 TOPK = (1, 5)
+DEBUG_BATCHES = 50  # an epoch with --debug 1
 APEX = "https://github.com/NVIDIA/apex"
 
 
@@ -59,9 +60,9 @@ def parser(doc, archs, default):
         default=256,
         help="images a step, of all processes (default: %(default)s)",
     )
-    group.add_argument("--lr", type=float, default=0.1, help="(default: %(default)s)")
+    group.add_argument("--lr", "--learning-rate", type=float, default=0.1, help="(default: %(default)s)")
     group.add_argument("--momentum", type=float, default=0.9, help="(default: %(default)s)")
-    group.add_argument("--wd", type=float, default=1e-4, help="weight decay (default: %(default)s)")
+    group.add_argument("--wd", "--weight-decay", type=float, default=1e-4, help="weight decay (default: %(default)s)")
     fused = "torch: PyTorch's own fused step; apex: NVIDIA's apex; none: a plain step (default: %(default)s)"
     group.add_argument("--fused-sgd", choices=("torch", "apex", "none"), default="torch", help=fused)
     group.add_argument(
@@ -78,8 +79,9 @@ def parser(doc, archs, default):
         default=4,
         help="processes that read images, for each that trains (default: 4)",
     )
+    group.add_argument("--image-size", type=runs.whole_number(1), metavar="S", help="side of the crops (default: 224)")
     group.add_argument(
-        "--image-size", type=runs.whole_number(1), default=224, help="side of the crops (default: %(default)s)"
+        "--large_size_images", type=int, choices=(0, 1), help="0: crops of 112 pixels, as in the released scripts"
     )
     group.add_argument(
         "--train-samples",
@@ -95,9 +97,9 @@ def parser(doc, archs, default):
         action="store_true",
         help="mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere",
     )
-    scale = group.add_mutually_exclusive_group()
-    scale.add_argument("--static-loss-scale", type=float, metavar="S", help="of fp16, constant (default: 1)")
-    scale.add_argument("--dynamic-loss-scale", action="store_true", help="of fp16: as large as gradients allow")
+    group.add_argument("--static-loss-scale", type=float, metavar="S", help="of fp16, constant (default: 1)")
+    dynamic = "of fp16: as large as gradients allow, whatever the static one"
+    group.add_argument("--dynamic-loss-scale", action="store_true", help=dynamic)
     group.add_argument("--compile", action="store_true", help="torch.compile each module")
     group = parser.add_argument_group("several processes (torchrun)")
     group.add_argument(
@@ -128,12 +130,20 @@ def parser(doc, archs, default):
     )
     resume = "continue this checkpoint, or (auto) this script's newest one of that --name in --save_folder"
     group.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
+    debug = f"1: {DEBUG_BATCHES} batches an epoch, a log but no checkpoint (default: %(default)s)"
+    group.add_argument("--debug", type=int, choices=(0, 1), default=0, help=debug)
     return parser
 
 
 def parsed(parser):
-    """The arguments, after errors for flags that would do nothing. Sets ``static_loss_scale`` to its default."""
+    """The arguments, after errors for flags that would do nothing. Sets ``static_loss_scale`` and ``image_size``."""
     args = parser.parse_args()
+    if args.image_size and args.large_size_images is not None:
+        parser.error("--large_size_images and --image-size both set the size: leave one out")
+    if args.debug and args.resume:
+        parser.error("--debug 1 leaves no checkpoint to --resume: leave one out")
+    args.image_size = args.image_size or (112 if args.large_size_images == 0 else 224)
+    del args.large_size_images
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
@@ -220,7 +230,9 @@ class ImageNetRun(runs.Run):
             "rank": self.rank,
             "processes": self.processes,
         }
-        return imagenet_folders.load(args.data, **sizes, **where, least=1 + args.local_batch_norm)
+        train, val, classes = imagenet_folders.load(args.data, **sizes, **where, least=1 + args.local_batch_norm)
+        train.share.limit = DEBUG_BATCHES if args.debug else None
+        return train, val, classes
 
     # The network on several processes
 
@@ -407,10 +419,9 @@ class ImageNetRun(runs.Run):
             self.save()
             self.leave()
             if not self.rank:
-                print(
-                    f"{self.script}: stopped after {place}, saved in {self.path('.pt')}: --resume auto continues there",
-                    file=sys.stderr,
-                )
+                saved = f"saved in {self.path('.pt')}: --resume auto continues there"
+                outcome = "nothing is saved with --debug 1" if self.args.debug else saved
+                print(f"{self.script}: stopped after {place}, {outcome}", file=sys.stderr)
             sys.exit(128 + asked)
 
     def leave(self):
@@ -445,7 +456,7 @@ class ImageNetRun(runs.Run):
         self.saved = [meter.state_dict() for meter in self.summed(self.train_meters)] if self.mid_epoch else []
         if not self.mid_epoch:
             self.done = 0
-        if not self.rank:
+        if not self.rank and not self.args.debug:
             super().save()
 
     def snapshot(self):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from running import ROOT, Finished, load_script
+from running import ROOT, Finished, load_script, published_series
 from small_imagenet import BACKPROP, DGL, small
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -115,6 +115,14 @@ def assert_same(left, whole):
     assert result_lines(left) == result_lines(whole)
     mine, its = tensors(left.state), tensors(whole.state)
     assert len(mine) == len(its) > 10 and all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+@pytest.mark.parametrize("method", [VGG, END])
+def test_debug_stops_each_epoch_early_and_leaves_a_log_but_no_checkpoint(train_small, monkeypatch, method):
+    monkeypatch.setattr("imagenet_run.DEBUG_BATCHES", 2)
+    (log,) = (train_small(*(method, "--debug", 1, "-p", 1)).folder).iterdir()
+    assert log.suffix == ".log" and len(read_log(log)["epoch"].unique()) == 2
+    assert published_series(log) == set()
 
 
 # The networks
@@ -679,7 +687,6 @@ def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
         (VGG, ("--image-size", 16), "--image-size 16 is too small for vgg11"),
         (VGG, ("--dynamic-loss-scale",), "a loss scale is for mixed precision: add --half"),
         (VGG, ("--static-loss-scale", 128), "a loss scale is for mixed precision: add --half"),
-        (VGG, ("--half", "--static-loss-scale", 128, "--dynamic-loss-scale"), "not allowed with argument"),
         (VGG, ("--local-batch-norm",), "--local-batch-norm is for several processes: start the script with torchrun"),
         (VGG, ("-b", 22), "21 training images are fewer than one batch of 22: choose a smaller -b"),
         (

@@ -29,6 +29,71 @@ def assert_same(left, whole):
             assert torch.equal(value["momentum_buffer"], mine["state"][key]["momentum_buffer"])
 
 
+class Momentum(torch.optim.SGD):
+    """Momentum that SGD allocates without a value has one to be noticed: nan."""
+
+    def step(self):
+        with mock.patch("torch.empty_like", lambda tensor, **_: torch.full_like(tensor, float("nan"))):
+            super().step()
+
+
+def fp16_steps(fused, tmp_path):
+    """Weights and loss scales of three modules after each of three fp16 steps, in whose first the second overflows."""
+    history = []
+
+    def main():
+        run = runs.Run(runs.parser("", epochs=1, batch_size=8).parse_args())
+        run.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        torch.manual_seed(0)
+        net = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        optimizers = [Momentum(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=fused) for m in net]
+        for _ in run.epochs(net=net, optimizers=optimizers):
+            for batch in range(3):
+                values = torch.randn(8, 8)
+                for n, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
+                    with torch.autocast("cpu", torch.float16):
+                        loss = module(values).float().square().mean() * (2.0**20 if (batch, n) == (0, 1) else 1)
+                    run.step(loss, optimizer)
+                scales = [run.scalers[id(optimizer)].get_scale() for optimizer in optimizers]
+                history.append(([module.weight.detach().clone() for module in net], scales))
+
+    argv, sys.argv = sys.argv, ["toy.py", "--device", "cpu", "--log-dir", str(tmp_path / f"fused{fused}")]
+    try:
+        runs.start(main)
+    finally:
+        sys.argv = argv
+    return history
+
+
+def test_a_module_whose_first_step_overflows_skips_it_alone_and_then_learns_as_unfused(tmp_path):
+    fused, plain = (fp16_steps(fused, tmp_path) for fused in (True, False))
+    torch.manual_seed(0)
+    before = [torch.nn.Linear(8, 8).weight for _ in range(3)]
+    assert [torch.equal(a, b) for a, b in zip(before, fused[0][0], strict=True)] == [False, True, False]
+    assert fused[0][1] == [2.0**10, 2.0**9, 2.0**10]
+    for (weights, scales), (expected, its) in zip(fused, plain, strict=True):
+        assert scales == its
+        for weight, other in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(fused[1][0][1], fused[0][0][1])
+
+
+def test_momentum_from_zeros_steps_bit_for_bit_as_before():
+    for nesterov in (False, True):
+        nets = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov, "fused": True}
+        optimizers = [torch.optim.SGD(net.parameters(), **settings) for net in nets]
+        runs.momentum_from_zeros(optimizers[1])
+        for _ in range(3):
+            images = torch.randn(4, 3, 8, 8)
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                net(images).square().sum().backward()
+                optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
 # (script, moment, how often it has happened): 4 modules, 2 batches an epoch; writes to the log: 1 of the header, then
 # heads and one of the time.
 KILLS = [
