@@ -39,6 +39,19 @@ def pieces(arch, width=64):
     return network
 
 
+def initialize(net):
+    """The ResNets' published start, auxiliaries included: convolutions (which have no biases) Kaiming normal by
+    fan-out, BN 1 and 0, but the weights of the auxiliaries' BN1d from U(0, 1); every Linear keeps PyTorch's default.
+    Returns ``net``.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.BatchNorm1d):  # left to PyTorch's default, which was U(0, 1) up to release 1.1
+            nn.init.uniform_(layer.weight)
+    return net
+
+
 def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
     """resnet50, resnet101 or resnet152 in ``splits`` modules of ⌈pieces/splits⌉ pieces, the last one shorter. (B, 3,
     image_size, image_size).
@@ -57,4 +70,4 @@ def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, conv
     def classifier(shape):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], classes))
 
-    return with_auxiliaries(bodies, classifier, classes, image_size, convs, hidden_layers)
+    return initialize(with_auxiliaries(bodies, classifier, classes, image_size, convs, hidden_layers))

@@ -47,8 +47,8 @@ def classifier(shape, classes, hidden):
 
 
 def initialize(net):
-    """The published start, auxiliaries included: convolutions Kaiming normal by fan-out, Linear N(0, .01), biases 0, BN
-    1 and 0. Returns ``net``.
+    """VGG's published start, auxiliaries included: convolutions Kaiming normal by fan-out, Linear N(0, .01), biases 0,
+    BN 1 and 0. Returns ``net``.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -63,8 +63,8 @@ def initialize(net):
 
 
 def with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layers):
-    """A DecoupledNetwork of the ``bodies``, initialized: each has an MLP-SR auxiliary sized by its real output, the
-    last ``last_head(shape)``.
+    """A DecoupledNetwork of the ``bodies``, not initialized yet: each has an MLP-SR auxiliary sized by its real output,
+    the last ``last_head(shape)``.
     """
     modules, shape = [], (3, image_size, image_size)
     for body in bodies:
@@ -72,7 +72,7 @@ def with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layer
         last = body is bodies[-1]
         head = last_head(shape) if last else mlp_sr_auxiliary(shape[0], shape[1:], classes, convs, hidden_layers)
         modules.append(DecoupledModule(body, head))
-    return initialize(DecoupledNetwork(modules))
+    return DecoupledNetwork(modules)
 
 
 def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
@@ -91,6 +91,7 @@ def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3
         nn.Sequential(*(layer for convolution in block for layer in convolution))
         for block in group(layers(arch, width), block_size)
     ]
-    return with_auxiliaries(
+    net = with_auxiliaries(
         bodies, lambda shape: classifier(shape, classes, 64 * width), classes, image_size, convs, hidden_layers
     )
+    return initialize(net)

@@ -239,18 +239,42 @@ def backbone(net):
     ]
 
 
-def test_initialization():
-    for net in (vgg.greedy_vgg("vgg11", 3, 5, 32, width=16), resnet.greedy_resnet("resnet50", 2, 5, 32, width=16)):
-        for layer in net.modules():
-            if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 5000:
-                spread = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
-                assert layer.weight.std().item() == pytest.approx(spread, rel=0.05)
-            if isinstance(layer, nn.Linear) and layer.weight.numel() > 5000:
-                assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
-            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                assert (layer.weight == 1).all()
-            if getattr(layer, "bias", None) is not None:
-                assert (layer.bias == 0).all()
+def big(net, kind):
+    return [layer for layer in net.modules() if isinstance(layer, kind) and layer.weight.numel() > 5000]
+
+
+def assert_convolutions_are_kaiming_normal(net):
+    for layer in big(net, nn.Conv2d):
+        spread = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(spread, rel=0.05)
+
+
+def test_vgg_starts_as_published():
+    net = vgg.greedy_vgg("vgg11", 3, 5, 32, width=16)
+    assert_convolutions_are_kaiming_normal(net)
+    for layer in big(net, nn.Linear):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    for layer in net.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert (layer.weight == 1).all()
+        if getattr(layer, "bias", None) is not None:
+            assert (layer.bias == 0).all()
+
+
+def test_resnets_linear_layers_keep_pytorchs_default_and_only_bn1d_is_drawn():
+    net = resnet.greedy_resnet("resnet50", 2, 5, 32, width=16)
+    assert_convolutions_are_kaiming_normal(net)
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):  # U(±1/√fan-in), biases too
+            bound = layer.in_features**-0.5
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert (layer.bias.abs() <= bound).all() and layer.bias.std() > bound / 5
+        elif isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight == 1).all() and (layer.bias == 0).all()
+        elif isinstance(layer, nn.BatchNorm1d):
+            assert layer.weight.min() < 0.05 < 0.95 < layer.weight.max() < 1 and (layer.bias == 0).all()
+        elif isinstance(layer, nn.Conv2d):
+            assert layer.bias is None
 
 
 # Data
