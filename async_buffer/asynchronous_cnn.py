@@ -7,7 +7,6 @@ import argparse
 from torch import nn
 
 from decoupled import InputError
-from decoupled.auxiliary import pool_to_quarter
 from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape
 
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
@@ -21,9 +20,9 @@ def layer_list(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as [1,3]") from None
 
 
-def layer(in_channels, out_channels, downsampling=None):
+def layer(in_channels, out_channels, downsampling=None, batch_norm=True):
     """[down-sampling by 2,] 3×3 convolution without bias, BN, ReLU: (B, in_channels, h, w) → (B, out_channels, h or
-    h/2, …).
+    h/2, …). Without batch norm the convolution has a bias.
 
     ``downsampling`` is maxpool, avgpool, stride (of the convolution) or psi (the invertible space-to-depth, which
     quadruples the channels first).
@@ -32,61 +31,85 @@ def layer(in_channels, out_channels, downsampling=None):
         downsampling, []
     )
     in_channels *= 4 if downsampling == "psi" else 1
-    convolution = nn.Conv2d(
-        in_channels, out_channels, 3, stride=2 if downsampling == "stride" else 1, padding=1, bias=False
-    )
-    return nn.Sequential(*before, convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    stride = 2 if downsampling == "stride" else 1
+    convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=not batch_norm)
+    return nn.Sequential(*before, convolution, *normalized(nn.BatchNorm2d, out_channels, batch_norm))
 
 
-def layer_head(channels, size, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
-    """A layer's classifier: average pool to 2×2, ``hidden_layers`` × [Linear, BN, ReLU] of width 4C, Linear: (B, C, h,
-    w) → (B, classes).
+def layer_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
+    """A layer's classifier: average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant
+    width h'·w'·C, Linear: (B, C, h, w) → (B, classes). Without hidden layers, BN follows the pooling.
 
-    With ``convs``, that many 1×1 convolutions to ``conv_channels`` come first, at a quarter of the ``size`` (h, w), as
-    in MLP-SR; C is then theirs.
+    With ``convs``, that many [3×3 convolution without bias, BN, ReLU] of ``conv_channels`` come first, at full size; C
+    is then theirs.
     """
-    layers = [pool_to_quarter(size)] if convs else []
+    layers = []
     for _ in range(convs):
-        layers += [
-            nn.Conv2d(channels, conv_channels, 1, bias=not batch_norm),
-            *norm(nn.BatchNorm2d(conv_channels), batch_norm),
-        ]
+        layers.append(nn.Conv2d(channels, conv_channels, 3, padding=1, bias=False))
+        layers += normalized(nn.BatchNorm2d, conv_channels, batch_norm)
         channels = conv_channels
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    width = 4 * channels
+    layers.append(nn.AdaptiveAvgPool2d(pooled))
+    if hidden_layers == 0 and batch_norm:
+        layers.append(nn.BatchNorm2d(channels))
+    layers.append(nn.Flatten())
+    width = pooled[0] * pooled[1] * channels
     for _ in range(hidden_layers):
-        layers += [nn.Linear(width, width), *norm(nn.BatchNorm1d(width), batch_norm)]
+        layers += [nn.Linear(width, width), *normalized(nn.BatchNorm1d, width, batch_norm)]
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
-def norm(layer, batch_norm):
-    return [layer, nn.ReLU(inplace=True)] if batch_norm else [nn.ReLU(inplace=True)]
+def normalized(kind, channels, batch_norm):
+    """[BN of the ``kind``, if ``batch_norm``,] ReLU: a list of layers."""
+    relu = nn.ReLU(inplace=True)
+    return [kind(channels), relu] if batch_norm else [relu]
 
 
 def asynchronous_cnn(
-    channels=128, depth=6, down=(1, 3), downsampling="maxpool", classes=10, input_shape=(3, 32, 32), **head_options
+    channels=128,
+    depth=6,
+    down=(1, 3),
+    downsampling="maxpool",
+    classes=10,
+    input_shape=(3, 32, 32),
+    *,
+    pool=16,
+    conv_channels=256,
+    batch_norm=True,
+    **head_options,
 ):
     """``depth`` layers; the one *after* each listed in ``down`` (from 0) halves the size and doubles the channels.
 
-    One layer later than in the other experiments: so it is in the released code. Raises InputError for a layer that is
-    not there or has none after it, or when an odd size would have to be halved.
+    One layer later than in the other experiments: so it is in the released code. ``pool`` is the window of the first
+    head's average pooling; with each halving the window is halved, too, and the heads' ``conv_channels`` are doubled.
+    Without ``batch_norm`` there is none, neither in layers nor in heads. Raises InputError for a layer that is not
+    there or has none after it, for more halvings than the size allows, and for a window that does not fit.
     """
     if len(set(down)) < len(down) or not set(down) <= set(range(depth - 1)):
         raise InputError(
             f"--down {list(down)} must list different layers from 0 to {depth - 2}: it takes effect in the layer after"
         )
-    modules, width, shape = [], channels, input_shape
+    _, height, width = input_shape
+    least = 2 ** len(down)  # what the halvings divide sizes and windows by
+    if height % least or width % least:
+        raise InputError(
+            f"--down {list(down)} halves the size too often: {height}x{width} cannot be halved {len(down)} times"
+        )
+    fitting = [window for window in range(least, height + 1, least) if height % window == width % window == 0]
+    if pool not in fitting:
+        raise InputError(
+            f"--avg_size {pool} does not fit: it must divide {height}x{width} and be halved {len(down)} times (--down "
+            f"{list(down)}): choose from {', '.join(map(str, fitting))}"
+        )
+    pooled = height // pool, width // pool  # the same for every head: window and size are halved together
+    modules, shape = [], input_shape
     for index in range(depth):
         halved = index - 1 in down
-        if halved and any(side % 2 for side in shape[1:]):
-            raise InputError(
-                f"--down {list(down)} halves the size too often: layer {index} would have to halve "
-                f"{shape[1]}x{shape[2]}"
-            )
-        width = 2 * width if halved else width
-        body = layer(shape[0], width, downsampling if halved else None)
+        if halved:
+            channels, conv_channels = 2 * channels, 2 * conv_channels
+        body = layer(shape[0], channels, downsampling if halved else None, batch_norm)
         shape = output_shape(body, shape)
-        modules.append(DecoupledModule(body, layer_head(width, shape[1:], classes, **head_options)))
+        head = layer_head(channels, pooled, classes, conv_channels=conv_channels, batch_norm=batch_norm, **head_options)
+        modules.append(DecoupledModule(body, head))
     return draw_batch_norm_weights(DecoupledNetwork(modules))  # as in the published runs
 
 

@@ -71,11 +71,28 @@ def parse_args(argv=None):
     group.add_argument(
         "--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved (default: %(default)s)"
     )
-    group.add_argument("--mlp", type=count, default=3, help="hidden layers of each head (default: %(default)s)")
-    group.add_argument("--nlin", type=count, default=0, help="1x1 convolutions before them (default: %(default)s)")
-    group.add_argument("--width_aux", type=positive, help="channels of those convolutions (default: 256)")
     group.add_argument(
-        "--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm in the heads (default: %(default)s)"
+        "--mlp",
+        type=count,
+        default=3,
+        help="hidden layers of each head; 0: one Linear after a batch norm (default: %(default)s)",
+    )
+    group.add_argument(
+        "--nlin", type=count, default=0, help="3x3 convolutions of each head, at full size (default: %(default)s)"
+    )
+    group.add_argument(
+        "--width_aux",
+        type=positive,
+        help="their channels in the first head, doubled at each down-sampling (default: 256)",
+    )
+    group.add_argument(
+        "--avg_size",
+        type=positive,
+        default=16,
+        help="window of the first head's average pooling, halved at each down-sampling (default: %(default)s, to 2x2)",
+    )
+    group.add_argument(
+        "--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm, in layers or heads (default: %(default)s)"
     )
     group = parser.add_argument_group("asynchrony")
     group.add_argument(
@@ -100,8 +117,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--buffer-sampling",
         choices=SAMPLING,
-        default="lifo",
-        help="which of the least used is read (default: %(default)s)",
+        default="priority_lifo",
+        help="which of the least used is read: the newest or, with fifo, the oldest (default: %(default)s)",
     )
     group.add_argument(
         "--max-buffer-reuse",
@@ -151,12 +168,8 @@ def main():
     args = parse_args()
     run = runs.Run(args)
     train, test, classes = run.data(drop_last=True)
-    heads = {
-        "hidden_layers": args.mlp,
-        "convs": args.nlin,
-        "conv_channels": args.width_aux,
-        "batch_norm": bool(args.bn),
-    }
+    heads = {"pool": args.avg_size, "hidden_layers": args.mlp, "convs": args.nlin, "batch_norm": bool(args.bn)}
+    heads |= {"conv_channels": args.width_aux} if args.nlin else {}
     net = run.prepare(asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [

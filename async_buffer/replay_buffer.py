@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from decoupled import InputError
 
-SAMPLING = ("lifo", "fifo")
+SAMPLING = ("priority_lifo", "fifo")
 BITS = (8, 4)
 
 
@@ -85,9 +85,9 @@ class ReplayBuffer:
     """At most ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their
     labels, written in a circle.
 
-    A read takes, among the slots used least often since they were written, the one written last (``sampling`` "lifo",
-    the paper's) or first ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read again until it is
-    overwritten.
+    A read takes, among the slots used least often since they were written, the one written last (``sampling``
+    "priority_lifo", the paper's) or first ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read
+    again until it is overwritten.
 
     Storage of ``dtype``, or of ``bits`` bits a value, is allocated once, on ``storage_device``; reads arrive on
     ``device``. What a read returns is valid until the next write: it may be the slot itself. Bookkeeping takes a few
@@ -105,7 +105,7 @@ class ReplayBuffer:
         storage_device=None,
         bits=None,
         max_reuse=None,
-        sampling="lifo",
+        sampling="priority_lifo",
     ):
         self.capacity, self.max_reuse, self.sampling = capacity, max_reuse, sampling
         self.device = torch.device(device)
@@ -153,7 +153,7 @@ class ReplayBuffer:
         written are the newer ones.
         """
         following = self.writes % self.capacity
-        if self.sampling == "lifo":
+        if self.sampling == "priority_lifo":
             newer = candidates & ((1 << following) - 1)
             return (newer or candidates).bit_length() - 1  # the highest bit
         older = candidates >> following << following

@@ -102,6 +102,12 @@ def what(arguments):
     return {key: value for key, value in arguments.items() if key not in ELSEWHERE}
 
 
+def renamed(arguments):
+    """A log's arguments in today's words: earlier versions had no --avg_size and called priority_lifo lifo."""
+    sampling = arguments.get("buffer_sampling")
+    return {"avg_size": 16} | arguments | {"buffer_sampling": "priority_lifo" if sampling == "lifo" else sampling}
+
+
 def read_runs(folder):
     """Every log of cifar_buffer.py in ``folder``: a list of (path, arguments, frame, complete)."""
     found = []
@@ -110,7 +116,7 @@ def read_runs(folder):
             frame = read_log(path)
         except InputError:  # no epoch is over yet
             continue
-        arguments = frame.attrs["arguments"]
+        arguments = renamed(frame.attrs["arguments"])
         if "own_epoch" in frame and set(VARIED) <= set(arguments):
             last = frame[frame["epoch"] == arguments["epochs"]]
             found.append((path, arguments, frame, set(last["n"]) == set(range(arguments["ncnn"]))))

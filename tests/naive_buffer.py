@@ -4,7 +4,7 @@
 class NaiveBuffer:
     """Holds anything, newest last, with its uses: a list of [item, uses]."""
 
-    def __init__(self, capacity, max_reuse=None, sampling="lifo"):
+    def __init__(self, capacity, max_reuse=None, sampling="priority_lifo"):
         self.capacity, self.max_reuse, self.sampling = capacity, max_reuse, sampling
         self.slots = []
 
@@ -17,6 +17,6 @@ class NaiveBuffer:
         if not readable:
             return None
         least = [slot for slot in readable if slot[1] == min(uses for _, uses in readable)]
-        slot = least[-1 if self.sampling == "lifo" else 0]
+        slot = least[-1 if self.sampling == "priority_lifo" else 0]
         slot[1] += 1
         return slot[0], slot[1] - 1

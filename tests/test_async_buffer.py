@@ -98,17 +98,132 @@ def test_down_sampling(downsampling):
     )
 
 
-def test_heads():
-    def kinds(**options):
-        head = asynchronous_cnn(4, 1, (), **options)[0].auxiliary
-        return " ".join(type(layer).__name__ for layer in head)
+def kinds(layers):
+    return " ".join(type(layer).__name__ for layer in layers)
 
-    mlp = "AdaptiveAvgPool2d Flatten"
-    assert kinds() == mlp + 3 * " Linear BatchNorm1d ReLU" + " Linear"
-    assert kinds(hidden_layers=1, batch_norm=False) == mlp + " Linear ReLU Linear"
-    assert kinds(hidden_layers=0, convs=1) == f"AdaptiveAvgPool2d Conv2d BatchNorm2d ReLU {mlp} Linear"
-    assert asynchronous_cnn(4, 1, (), hidden_layers=0, convs=2, conv_channels=5)[0].auxiliary[-1].in_features == 20
-    assert asynchronous_cnn(4, 1, ())[0].auxiliary[-1].in_features == 16
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def build(monkeypatch, *flags):
+    """The network that the script builds with those flags."""
+    made = []
+
+    def noted(*arguments, **options):
+        made.append(asynchronous_cnn(*arguments, **options))
+        raise InterruptedError
+
+    module = load_script(SCRIPT)
+    monkeypatch.setattr(module, "asynchronous_cnn", noted)
+    monkeypatch.setattr(module.runs.Run, "data", lambda self, **options: (None, None, 10))
+    monkeypatch.setattr(sys, "argv", ["cifar_buffer.py", "--device", "cpu", *map(str, flags)])
+    with pytest.raises(InterruptedError):
+        module.main()
+    return made[0]
+
+
+BODY, MLP, CONV = "Conv2d BatchNorm2d ReLU", "AdaptiveAvgPool2d Flatten", "Conv2d BatchNorm2d ReLU "
+WIDTHS, SIZES = (128, 128, 256, 256, 512, 512), (32, 32, 16, 16, 8, 8)
+HEADS = [  # flags, layers of a body and a head, parameters of a body in → out, of a head by channels and halvings
+    (
+        (),
+        BODY,
+        MLP + 3 * " Linear BatchNorm1d ReLU" + " Linear",
+        lambda a, b: 9 * a * b + 2 * b,
+        lambda c, h: 3 * (4 * c * (4 * c + 1) + 8 * c) + 10 * (4 * c + 1),
+    ),
+    (
+        ("--mlp", 0),
+        BODY,
+        "AdaptiveAvgPool2d BatchNorm2d Flatten Linear",
+        lambda a, b: 9 * a * b + 2 * b,
+        lambda c, h: 2 * c + 10 * (4 * c + 1),
+    ),
+    (
+        ("--bn", 0, "--mlp", 1),
+        "Conv2d ReLU",
+        MLP + " Linear ReLU Linear",
+        lambda a, b: 9 * a * b + b,
+        lambda c, h: 4 * c * (4 * c + 1) + 10 * (4 * c + 1),
+    ),
+    (
+        ("--bn", 0, "--mlp", 0, "--nlin", 1, "--width_aux", 8),
+        "Conv2d ReLU",
+        "Conv2d ReLU AdaptiveAvgPool2d Flatten Linear",
+        lambda a, b: 9 * a * b + b,
+        lambda c, h: 9 * c * 8 * 2**h + 10 * (4 * 8 * 2**h + 1),
+    ),
+    (
+        ("--nlin", 2, "--mlp", 0),
+        BODY,
+        CONV + CONV + "AdaptiveAvgPool2d BatchNorm2d Flatten Linear",
+        lambda a, b: 9 * a * b + 2 * b,
+        lambda c, h: 2**h * 256 * (9 * (c + 2**h * 256) + 6) + 10 * (4 * 2**h * 256 + 1),
+    ),
+    (
+        ("--avg_size", 8, "--mlp", 0),
+        BODY,
+        "AdaptiveAvgPool2d BatchNorm2d Flatten Linear",
+        lambda a, b: 9 * a * b + 2 * b,
+        lambda c, h: 2 * c + 10 * (16 * c + 1),
+    ),
+    (
+        ("--avg_size", 32, "--mlp", 1),
+        BODY,
+        MLP + " Linear BatchNorm1d ReLU Linear",
+        lambda a, b: 9 * a * b + 2 * b,
+        lambda c, h: c * (c + 1) + 2 * c + 10 * (c + 1),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "body", "head", "body_count", "head_count"), HEADS, ids=lambda value: str(value)[:40]
+)
+def test_flags_build_the_released_networks(monkeypatch, flags, body, head, body_count, head_count):
+    with torch.device("meta"):
+        net = build(monkeypatch, *flags)
+    for index, (module, below, width) in enumerate(zip(net, (3, *WIDTHS), WIDTHS, strict=False)):
+        assert kinds(module.body) == "MaxPool2d " * (index in (2, 4)) + body
+        assert kinds(module.auxiliary) == head
+        assert count(module.body) == body_count(below, width)
+        assert count(module.auxiliary) == head_count(width, index // 2)
+
+
+def test_convolutions_of_a_head_are_3x3_without_bias_at_full_size(monkeypatch):
+    with torch.device("meta"):
+        for flags in ((), ("--bn", 0)):
+            net = build(monkeypatch, "--nlin", 2, "--width_aux", 6, *flags)
+            representation = torch.zeros(2, 3, 32, 32)
+            for index, (module, size) in enumerate(zip(net, SIZES, strict=True)):
+                representation = module.body(representation)
+                convolutions = [layer for layer in module.auxiliary if isinstance(layer, torch.nn.Conv2d)]
+                assert [(c.kernel_size, c.bias, c.out_channels) for c in convolutions] == 2 * [
+                    ((3, 3), None, 6 * 2 ** (index // 2))
+                ]
+                pool = kinds(module.auxiliary).split().index("AdaptiveAvgPool2d")
+                assert module.auxiliary[:pool](representation).shape[2:] == (size, size)
+
+
+@pytest.mark.parametrize(("window", "side"), [(4, 8), (8, 4), (16, 2), (32, 1)])
+def test_the_pooling_window_is_the_flags_and_halved_with_the_size(window, side):
+    net = asynchronous_cnn(2, 6, (1, 3), pool=window, hidden_layers=0).eval()
+    representation = torch.randn(2, 3, 32, 32)
+    for index, module in enumerate(net):
+        representation = module.body(representation)
+        pooled = F.avg_pool2d(representation, window // 2 ** (index // 2))
+        torch.testing.assert_close(module.auxiliary[0](representation), pooled)
+        assert pooled.shape[2:] == (side, side)
+        assert module.auxiliary[-1].in_features == pooled[0].numel()
+
+
+def test_a_batch_norm_after_the_pooling_is_drawn_and_learns():
+    net = asynchronous_cnn(8, 2, (), hidden_layers=0)
+    for module in net:
+        weight = module.auxiliary[1].weight
+        assert 0 <= weight.min() < weight.max() < 1
+        assert weight in set(module.parameters())
 
 
 def test_ensembles_are_of_logits_weighted_by_powers_of_two(run_script):
@@ -150,7 +265,7 @@ def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
 
 
 SETTINGS = [
-    ("--buffer", 3),
+    ("--buffer", 3, "--buffer-sampling", "priority_lifo"),
     ("--buffer", 1, "--noise", 0.6, "--layer_noise", 1),
     ("--buffer", 3, "--noise", 0.7, "--layer_noise", 2, "--max-buffer-reuse", 1),
     ("--buffer", 4, "--noise", 0.8, "--max-buffer-reuse", 2, "--buffer-sampling", "fifo"),
@@ -167,7 +282,7 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     net, optimizers, train = fresh()
     buffers = [
-        NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "lifo"))
+        NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "priority_lifo"))
         for _ in range(2)
     ]
     images, learned, skipped, stale, reused = iter(()), [0, 0, 0], 0, [], []
@@ -394,7 +509,17 @@ def test_without_ensembles(run_script):
         (("--width_aux", 64), "--width_aux has no effect without --nlin"),
         (("--down", "1;2"), "argument --down: '1;2' is no list of layers such as [1,3]"),
         (("--down", "[0,2]"), "--down [0, 2] must list different layers from 0 to 1"),
-        (("--ncnn", 8, "--down", "0,1,2,3,4,5"), "layer 6 would have to halve 1x1"),
+        (("--ncnn", 8, "--down", "0,1,2,3,4,5"), "halves the size too often: 32x32 cannot be halved 6 times"),
+        (
+            ("--ncnn", 8, "--down", "0,1,2,3,4"),
+            "--avg_size 16 does not fit: it must divide 32x32 and be halved 5 times (--down [0, 1, 2, 3, 4]): choose "
+            "from 32",
+        ),
+        (("--avg_size", 6), "--avg_size 6 does not fit: it must divide 32x32 and be halved 2 times (--down [0, 1])"),
+        (("--avg_size", 2), "--avg_size 2 does not fit"),
+        (("--avg_size", 64), "choose from 4, 8, 16, 32"),
+        (("--avg_size", 0), "argument --avg_size: '0' is no whole number of at least 1"),
+        (("--buffer", 3, "--buffer-sampling", "lifo"), "argument --buffer-sampling: invalid choice: 'lifo'"),
         (("--ncnn", 1), "argument --ncnn: '1' is no whole number of at least 2"),
         (("--ds-type", "sum"), "argument --ds-type: invalid choice: 'sum'"),
         (("--buffer", 10**9), "the buffers need "),
@@ -452,6 +577,10 @@ def test_the_sweep_runs_what_has_no_complete_log_and_prints_the_table(sweep, tmp
         ["2", "2.0", "1"],
     ]
     assert not list((tmp_path / "logs").glob("*.pt"))
+    for log in (tmp_path / "logs").glob("*.log"):  # as earlier versions wrote them: they count all the same
+        text = log.read_text()
+        assert "avg_size=16, " in text and "'priority_lifo'" in text
+        log.write_text(text.replace("avg_size=16, ", "").replace("'priority_lifo'", "'lifo'"))
     shortened = next((tmp_path / "logs").glob("*slow2-layer2*.log"))
     shortened.write_text(
         "".join(line for line in shortened.read_text().splitlines(True) if not line.startswith("n: 2"))

@@ -18,7 +18,7 @@ from decoupled import InputError  # noqa: E402
 RULES = {
     "capacity": st.integers(1, 9),
     "max_reuse": st.none() | st.integers(1, 3),
-    "sampling": st.sampled_from(("lifo", "fifo")),
+    "sampling": st.sampled_from(("priority_lifo", "fifo")),
     "moves": st.lists(st.sampled_from("wwwwrrrrrrc"), max_size=60),  # write, read, checkpoint
 }
 
