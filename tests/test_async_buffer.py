@@ -523,7 +523,6 @@ def test_without_ensembles(run_script):
         (("--ncnn", 1), "argument --ncnn: '1' is no whole number of at least 2"),
         (("--ds-type", "sum"), "argument --ds-type: invalid choice: 'sum'"),
         (("--buffer", 10**9), "the buffers need "),
-        (("-j", 4), "unrecognized arguments: -j 4"),
     ],
 )
 def test_bad_flags(fails, flags, message):
