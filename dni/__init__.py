@@ -7,7 +7,7 @@ passes an interface that a synthesizer models, given a trigger. A synthesizer is
 """
 
 from dni.contexts import backward, defer_backward, synthesizer_context
-from dni.interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface
+from dni.interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, UnidirectionalInterface
 from dni.synthesizers import BasicSynthesizer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "BasicSynthesizer",
     "BidirectionalInterface",
     "ForwardInterface",
+    "UnidirectionalInterface",
     "backward",
     "defer_backward",
     "synthesizer_context",

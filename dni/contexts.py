@@ -1,9 +1,9 @@
 """What interfaces read from around them: the synthesizers' context, and whether back-propagation waits.
 
-Both are context variables: a thread neither sees nor disturbs another's.
+Both are context variables: a thread neither sees nor disturbs another's, and a new one starts without any.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -56,9 +56,10 @@ def backward(tensor, gradient=None):
     """Back-propagates ``gradient`` (of the tensor's shape; None: ones) from ``tensor``: at once, or at the end of the
     enclosing defer_backward.
 
-    Use it for the loss too inside defer_backward. Raises RuntimeError when ``tensor`` needs no gradient or the shapes
-    differ.
+    Use it for the loss too inside defer_backward. Raises RuntimeError when ``tensor`` needs no gradient, when the
+    shapes differ, and inside a transform of torch.func, which has no backward pass.
     """
+    refuse_transforms()
     if not tensor.requires_grad:
         raise RuntimeError("dni.backward: nothing to back-propagate into, the tensor does not require a gradient")
     gradient = (
@@ -75,8 +76,20 @@ def backward(tensor, gradient=None):
         collected.append((tensor, gradient))
 
 
+def refuse_transforms():
+    """Raises RuntimeError inside torch.func.grad, vmap and the like: they allow no backward pass, and hide from the
+    layers below that they are to learn.
+    """
+    if torch._C._are_functorch_transforms_active():  # what torch.autograd.backward asks
+        raise RuntimeError(
+            "dni back-propagates in the forward pass, which torch.func.grad, vmap and the like do not allow: call "
+            "torch.func.functional_call and backward() outside of them, or put the interface into eval mode"
+        )
+
+
 def _propagate(tensors, gradients):
     # Interfaces back-propagate amid the forward pass, where autocast may be on; it must not touch a backward pass,
     # whose precision the forward set.
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    device = tensors[0].device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # meta
         torch.autograd.backward(tensors, gradients)

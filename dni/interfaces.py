@@ -2,15 +2,16 @@
 need not wait for the other.
 
 All interfaces work in training mode with gradients enabled; in eval mode, and under torch.no_grad, they are the
-identity and train nothing. Triggers and messages are detached where a synthesizer reads them: synthesizers learn, and
-never teach the layers they serve but by their output.
+identity and train nothing. Triggers and messages are tensors (B, …), B at least 1; ValueError or TypeError otherwise.
+They are detached where a synthesizer reads them: synthesizers learn, and never teach the layers they serve but by their
+output.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni.contexts import backward, current_context
+from dni.contexts import backward, current_context, refuse_transforms
 
 
 def _learns(interface):
@@ -24,7 +25,25 @@ def _synthesize(synthesizer, trigger):
     graph when the synthesizer runs next, and it would silently not learn
     (https://github.com/pytorch/pytorch/issues/158232, in PyTorch 2.9).
     """
-    return synthesizer(trigger.detach(), current_context())
+    return synthesizer(_tensor(trigger, "trigger").detach(), current_context())
+
+
+def _tensor(value, name):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"a {name} is one tensor (B, …), not {type(value).__name__}: join the state (h, c) of an LSTM, "
+            "torch.cat((h, c), dim=-1), and split it again after the interface"
+        )
+    return value
+
+
+def _batch(value, name):
+    """``value``, of which something can be learned: the mean over no samples is not a number."""
+    if _tensor(value, name).dim() == 0 or value.numel() == 0:
+        raise ValueError(
+            f"a {name} of shape {tuple(value.shape)} has no samples (B, …) to learn from: leave empty batches out"
+        )
+    return value
 
 
 class _TrueGradient(torch.autograd.Function):
@@ -32,11 +51,16 @@ class _TrueGradient(torch.autograd.Function):
     synthetic gradient s.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, trigger, synthetic):
-        ctx.save_for_backward(synthetic)
+    def forward(trigger, synthetic):
         # layers above may work in place; the synthesizer's graph, and those below when deferred, still need the trigger
         return trigger.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -53,11 +77,12 @@ def _same_shape(synthetic, trigger):
     return synthetic
 
 
-class ForwardInterface(nn.Module):
-    """Passes synthetic messages (activations) up, so that the receiver need not wait for the sender.
+class UnidirectionalInterface(nn.Module):
+    """What ForwardInterface and BackwardInterface share: a synthesizer that gives a message, and learns to, from real
+    ones.
 
-    ``synthesizer(trigger, context)`` models the message, given a trigger that is known early, such as the network's
-    input.
+    ``synthesizer(trigger, context)`` models the message; the context is that of the enclosing dni.synthesizer_context,
+    or None.
     """
 
     def __init__(self, synthesizer):
@@ -65,7 +90,9 @@ class ForwardInterface(nn.Module):
         self.synthesizer = synthesizer
 
     def receive(self, trigger):
-        """A synthesized message, detached, in whatever mode."""
+        """A synthesized message, detached, in whatever mode. A BackwardInterface's is the synthetic gradient, here to
+        be read or used by hand.
+        """
         return _synthesize(self.synthesizer, trigger).detach()
 
     def send(self, message, trigger):
@@ -73,20 +100,13 @@ class ForwardInterface(nn.Module):
         elements.
         """
         if _learns(self):
-            self._regress(_synthesize(self.synthesizer, trigger), message)
+            self._regress(message, trigger)
 
-    def forward(self, message, trigger):
-        """In training sends the message and returns the synthesized one, of one run of the synthesizer; in eval mode
-        returns the message.
-        """
-        if not _learns(self):
-            return message
+    def _regress(self, message, trigger):
+        """Trains the synthesizer in one run, and returns its message, detached."""
+        refuse_transforms()
+        _batch(message, "message")
         synthetic = _synthesize(self.synthesizer, trigger)
-        self._regress(synthetic, message)
-        return synthetic.detach()
-
-    @staticmethod
-    def _regress(synthetic, message):
         if synthetic.shape != message.shape:
             raise RuntimeError(
                 f"the synthesizer gave a message of shape {tuple(synthetic.shape)} for one of shape "
@@ -94,24 +114,38 @@ class ForwardInterface(nn.Module):
             )
         if synthetic.requires_grad:
             backward(F.mse_loss(synthetic, message.detach().to(synthetic.dtype)))
+        return synthetic.detach()
 
 
-class BackwardInterface(nn.Module):
+class ForwardInterface(UnidirectionalInterface):
+    """Passes synthetic messages (activations) up, so that the receiver need not wait for the sender.
+
+    ``synthesizer(trigger, context)`` models the message, given a trigger that is known early, such as the network's
+    input.
+    """
+
+    def forward(self, message, trigger):
+        """In training sends the message and returns the synthesized one, of one run of the synthesizer; in eval mode
+        returns the message.
+        """
+        return self._regress(message, trigger) if _learns(self) else message
+
+
+class BackwardInterface(UnidirectionalInterface):
     """Passes synthetic gradients down, so that the layers below learn without waiting for those above.
 
     ``synthesizer(trigger, context)`` models the loss's gradient by the trigger, the representation (B, …) that passes
     the interface.
     """
 
-    def __init__(self, synthesizer):
-        super().__init__()
-        self.synthesizer = synthesizer
-
     def backward(self, trigger, factor=1):
         """Back-propagates ``factor`` × the synthetic gradient from ``trigger`` into the layers below; without any to
         teach, does nothing.
         """
-        if _learns(self) and trigger.requires_grad:
+        if not _learns(self):
+            return
+        refuse_transforms()
+        if _batch(trigger, "trigger").requires_grad:
             self._teach(trigger, _synthesize(self.synthesizer, trigger), factor)
 
     def make_trigger(self, trigger):
@@ -120,7 +154,9 @@ class BackwardInterface(nn.Module):
         g passes on to ``trigger`` unchanged. The synthesizer's output s gets the gradient 2/B·(s − g), B the length of
         the first dimension: that of the squared error summed over features, averaged over samples.
         """
-        return self._learn(trigger, _synthesize(self.synthesizer, trigger)) if _learns(self) else trigger
+        if not _learns(self):
+            return trigger
+        return self._learn(trigger, _synthesize(self.synthesizer, _batch(trigger, "trigger")))
 
     def forward(self, trigger):
         """Back-propagates the synthetic gradient below, and returns the detached trigger that trains the synthesizer;
@@ -128,7 +164,8 @@ class BackwardInterface(nn.Module):
         """
         if not _learns(self):
             return trigger
-        synthetic = _synthesize(self.synthesizer, trigger)
+        refuse_transforms()
+        synthetic = _synthesize(self.synthesizer, _batch(trigger, "trigger"))
         if trigger.requires_grad:
             self._teach(trigger, synthetic)
         return self._learn(trigger.detach(), synthetic)

@@ -2,8 +2,7 @@
 synthesizer_context.
 """
 
-from itertools import pairwise
-
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,33 +10,53 @@ from torch.nn import functional as F
 class BasicSynthesizer(nn.Module):
     """An MLP: trigger (…, trigger_dim) and, with context_dim, context (…, context_dim) → (…, output_dim).
 
-    ``n_hidden`` hidden layers of ``hidden_dim`` with ReLU; the context, through a linear layer of its own, is added to
-    what enters the first ReLU (to the output when there is no hidden layer). Dimensions not given equal output_dim. The
-    last layer starts at zero, so that untrained synthetic messages are zero. Raises RuntimeError when run without the
-    context it was made for.
+    ``input_trigger`` and ``input_context`` (None without context_dim) are linear into hidden_dim and added;
+    ``n_hidden`` linear ``layers`` follow, a ReLU before each, the last into output_dim. Without any, the inputs' layers
+    go to output_dim. Dimensions not given equal output_dim. The weights of the last layer start at zero, its biases as
+    PyTorch's do: untrained, the message is small and the same for all triggers.
+
+    Raises RuntimeError when run without the context it was made for, TypeError for a context of integers, and
+    ValueError for a trigger or context of another width.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
         super().__init__()
-        hidden_dim = output_dim if hidden_dim is None else hidden_dim
+        hidden_dim = output_dim if hidden_dim is None or n_hidden == 0 else hidden_dim
         trigger_dim = output_dim if trigger_dim is None else trigger_dim
-        widths = [trigger_dim, *[hidden_dim] * n_hidden, output_dim]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.context = None if context_dim is None else nn.Linear(context_dim, widths[1], bias=False)
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
-        if self.context is not None and n_hidden == 0:
-            nn.init.zeros_(self.context.weight)  # it is the last layer too
+        self.input_trigger = nn.Linear(trigger_dim, hidden_dim)
+        self.input_context = None if context_dim is None else nn.Linear(context_dim, hidden_dim)
+        self.layers = nn.ModuleList(
+            nn.Linear(hidden_dim, output_dim if layer == n_hidden - 1 else hidden_dim) for layer in range(n_hidden)
+        )
+        for last in [self.layers[-1]] if n_hidden else [self.input_trigger, self.input_context]:
+            if last is not None:
+                nn.init.zeros_(last.weight)
 
     def forward(self, trigger, context=None):
-        first, *rest = self.layers
-        output = first(trigger)
-        if self.context is not None:
-            if context is None:
-                raise RuntimeError(
-                    "this synthesizer was made with context_dim: run it inside dni.synthesizer_context(context)"
-                )
-            output = output + self.context(context)
-        for layer in rest:
+        check_width("trigger", trigger, self.input_trigger.in_features)
+        output = self.input_trigger(trigger)
+        if self.input_context is not None:
+            check_context(context, self.input_context.in_features)
+            output = output + self.input_context(context)
+        for layer in self.layers:
             output = layer(F.relu(output))
         return output
+
+
+def check_context(context, width):
+    if context is None:
+        raise RuntimeError(
+            "this synthesizer was made with context_dim: run it inside dni.synthesizer_context(context). A context "
+            "holds in the thread that enters it: a thread started inside has to enter it too"
+        )
+    if not isinstance(context, torch.Tensor) or not context.is_floating_point():
+        kind = f"of {context.dtype}" if isinstance(context, torch.Tensor) else type(context).__name__
+        raise TypeError(
+            f"the context has to be a tensor of floats, not {kind}: for labels, F.one_hot(labels, {width}).float()"
+        )
+    check_width("context", context, width)
+
+
+def check_width(name, value, width):
+    if value.shape[-1:] != (width,):
+        raise ValueError(f"a {name} of shape {tuple(value.shape)} for a synthesizer of {name}_dim={width}")

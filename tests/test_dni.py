@@ -2,11 +2,12 @@
 
 import copy
 import gc
+import json
 import os
 import re
+import subprocess
 import sys
 import threading
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,32 @@ def test_layers_around_an_interface_may_work_in_place():
                 net(inputs).square().sum().backward()
         for a, b in zip(gradients(nets[0]), gradients(nets[1]), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+# UnidirectionalInterface
+
+
+@pytest.mark.parametrize("interface", [dni.UnidirectionalInterface, dni.ForwardInterface, dni.BackwardInterface])
+def test_every_unidirectional_interface_receives_and_sends(interface):
+    lower, _, _, inputs, _ = parts()
+    synthesizer = Synthesizer(3, output=5).double()
+    interface = interface(synthesizer)
+    assert isinstance(interface, dni.UnidirectionalInterface)
+    message, trigger, context = lower(inputs), inputs.clone().requires_grad_(), CONTEXTS[1]
+    synthetic = synthesizer(inputs, context)
+    expected = grad((synthetic - message.detach()).square().sum() / message.numel(), synthesizer, None)
+    with dni.synthesizer_context(context):
+        received = interface.receive(trigger)
+        assert torch.equal(received, synthetic) and not received.requires_grad
+        with dni.defer_backward():
+            interface.send(message, trigger)
+            assert all(gradient is None for gradient in gradients(synthesizer))
+        assert_gradients(synthesizer, expected)
+        assert trigger.grad is None and all(gradient is None for gradient in gradients(lower))
+        clear(synthesizer)
+        interface.eval().send(message, trigger)
+        assert all(gradient is None for gradient in gradients(synthesizer))
+        assert torch.equal(interface.receive(trigger), synthetic)
 
 
 # ForwardInterface and BidirectionalInterface
@@ -672,11 +699,11 @@ def test_a_synthesizer_that_first_teaches_under_autocast_still_learns():
 
 def test_a_synthesizer_of_another_precision():
     lower, synthesizer = nn.Linear(3, 4).bfloat16(), dni.BasicSynthesizer(4)
-    nn.init.ones_(synthesizer.layers[0].bias)
+    nn.init.ones_(synthesizer.input_trigger.bias)
     interface = dni.BackwardInterface(lambda trigger, context: synthesizer(trigger.float(), context))
     interface(lower(torch.ones(2, 3).bfloat16())).sum().backward()
     assert torch.equal(lower.bias.grad, torch.full((4,), 2.0).bfloat16())
-    assert synthesizer.layers[0].bias.grad.dtype == torch.float32
+    assert synthesizer.input_trigger.bias.grad.dtype == torch.float32
     dni.ForwardInterface(synthesizer)(torch.zeros(2, 4).bfloat16(), torch.ones(2, 4))
 
 
@@ -756,6 +783,109 @@ def test_deep_copies_are_independent_and_equal():
     assert sum(a is not None for a, _ in pairs) > 8
 
 
+def test_two_processes_of_distributed_data_parallel(tmp_path):
+    """Plain DDP leaves the first step unreduced without a word, and only its second is an error; both ways of the
+    README are exact in every step.
+    """
+    script = Path(__file__).with_name("two_processes.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(dni.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), tmp_path / "store"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        outcomes = json.loads(out)
+        assert outcomes["plain"][0] == "own" and "find_unused_parameters=True" in outcomes["plain"][1]
+        assert outcomes["find_unused"] == outcomes["deferred"] == ["mean"] * 3
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 5), dni.BackwardInterface(dni.BasicSynthesizer(5, 1, context_dim=2)))
+        both = dni.BidirectionalInterface(dni.BasicSynthesizer(5, trigger_dim=3), dni.BasicSynthesizer(5))
+        inputs = torch.randn(4, 3)
+        with dni.synthesizer_context(torch.randn(4, 2)):
+            net(inputs).sum().backward()
+        with dni.defer_backward():
+            dni.backward(both(net[0](inputs), inputs).sum())
+    for parameter in (*net.parameters(), *both.parameters()):
+        assert parameter.grad.is_meta and parameter.grad.shape == parameter.shape
+
+
+# torch.func
+
+
+def test_functional_call_trains_the_parameters_it_is_given():
+    lower, synthesizer, upper, inputs, target = parts()
+    net = nn.Sequential(lower, dni.BackwardInterface(synthesizer), upper)
+    given = {name: parameter.detach().clone().requires_grad_() for name, parameter in net.named_parameters()}
+    F.cross_entropy(torch.func.functional_call(net, given, inputs), target).backward()
+    assert all(gradient is None for gradient in gradients(net))
+    F.cross_entropy(net(inputs), target).backward()
+    assert sum(parameter.grad is not None for parameter in given.values()) > 8
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None and given[name].grad is None) or torch.equal(parameter.grad, given[name].grad)
+
+
+class Triggered(nn.Module):
+    """Lower part, make_trigger, upper part: (B, 3) → (B, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, synthesizer, self.upper, *_ = parts()
+        self.interface = dni.BackwardInterface(synthesizer)
+
+    def forward(self, inputs):
+        return self.upper(self.interface.make_trigger(self.lower(inputs)))
+
+
+def test_make_trigger_in_transforms_of_torch_func():
+    """Alone it back-propagates nothing itself, so grad and vmap, here of an ensemble, give what backward gives."""
+    nets = [Triggered() for _ in range(3)]
+    inputs, target = torch.randn(4, 3).double(), torch.tensor([0, 2, 1, 2])
+    stacked, _ = torch.func.stack_module_state(nets)
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(nets[0], parameters, inputs), target)
+
+    found = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for index, net in enumerate(nets):
+        F.cross_entropy(net(inputs), target).backward()
+        for name, parameter in net.named_parameters():
+            if parameter.grad is not None:  # the synthesizer's layer of the context has none
+                torch.testing.assert_close(found[name][index], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_what_back_propagates_in_the_forward_pass_is_refused_inside_transforms():
+    lower, synthesizer, _, inputs, _ = parts()
+    backward, forward = dni.BackwardInterface(synthesizer), dni.ForwardInterface(synthesizer)
+    for call in (
+        lambda rows: backward(lower(rows)),
+        lambda rows: backward.backward(lower(rows)),
+        lambda rows: forward(lower(rows), lower(rows)),
+        lambda rows: forward.send(lower(rows), lower(rows)),
+        lambda rows: dni.backward(lower(rows).sum()),
+    ):
+        for transform in (torch.func.grad(lambda rows, call=call: call(rows).sum()), torch.func.vmap(call)):
+            with pytest.raises(
+                RuntimeError, match=r"torch\.func\.grad, vmap and the like do not allow: call torch\.func"
+            ):
+                transform(inputs[:, None])
+    assert all(gradient is None for gradient in gradients(lower, synthesizer))
+    alone = torch.func.vmap(torch.func.grad(lambda row: lower(row).sum()))(inputs)
+    backward.eval()
+    passed = torch.func.vmap(torch.func.grad(lambda row: backward(lower(row)).sum()))(inputs)
+    assert torch.equal(alone, passed)
+
+
 def test_compiled_networks_give_the_same_gradients_and_see_each_context():
     lower, synthesizer, upper, inputs, target = parts()
     net = nn.Sequential(lower, dni.BackwardInterface(synthesizer), upper)
@@ -779,29 +909,57 @@ def test_compiled_networks_give_the_same_gradients_and_see_each_context():
 # BasicSynthesizer
 
 
-def test_basic_synthesizer_starts_at_zero_and_has_the_layers_asked_for():
-    for n_hidden, context_dim in [(0, None), (0, 3), (1, None), (3, 3)]:
-        synthesizer = dni.BasicSynthesizer(5, n_hidden=n_hidden, hidden_dim=7, trigger_dim=4, context_dim=context_dim)
-        output = synthesizer(torch.randn(2, 4), None if context_dim is None else torch.randn(2, 3))
-        assert torch.equal(output, torch.zeros(2, 5))
-        assert not synthesizer.layers[-1].weight.any()
-        widths = [4, *[7] * n_hidden, 5]
-        expected = sum(a * b + b for a, b in pairwise(widths)) + (0 if context_dim is None else 3 * widths[1])
-        assert sum(parameter.numel() for parameter in synthesizer.parameters()) == expected
-    assert [tuple(layer.weight.shape) for layer in dni.BasicSynthesizer(5, n_hidden=1).layers] == [(5, 5), (5, 5)]
+BASIC = [(0, None), (0, 3), (1, None), (1, 3), (3, 3)]  # n_hidden, context_dim
+
+
+def basic(n_hidden, context_dim):
+    return dni.BasicSynthesizer(5, n_hidden=n_hidden, hidden_dim=7, trigger_dim=4, context_dim=context_dim)
+
+
+@pytest.mark.parametrize(("n_hidden", "context_dim"), BASIC)
+def test_basic_synthesizer_has_the_layers_and_names_of_dni_pytorch(n_hidden, context_dim):
+    """As a state_dict saved by a program written for it has them."""
+    width = 7 if n_hidden else 5
+    inputs = {"input_trigger": (width, 4)} | ({"input_context": (width, 3)} if context_dim else {})
+    layers = {f"layers.{layer}": (5 if layer == n_hidden - 1 else 7, 7) for layer in range(n_hidden)}
+    expected = {}
+    for name, shape in (inputs | layers).items():
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    synthesizer = basic(n_hidden, context_dim)
+    assert {name: tuple(value.shape) for name, value in synthesizer.state_dict().items()} == expected
+    assert (synthesizer.input_context is None) == (context_dim is None)
+    both = dni.BidirectionalInterface(synthesizer, synthesizer)
+    parts = [f"{part}_interface.synthesizer.{name}" for part in ("forward", "backward") for name in expected]
+    assert list(both.state_dict()) == parts
+
+
+@pytest.mark.parametrize(("n_hidden", "context_dim"), BASIC)
+def test_only_the_weights_of_a_basic_synthesizers_last_layer_start_at_zero(n_hidden, context_dim):
+    synthesizer = basic(n_hidden, context_dim)
+    last = {f"layers.{n_hidden - 1}.weight"} if n_hidden else {"input_trigger.weight", "input_context.weight"}
+    for name, parameter in synthesizer.named_parameters():
+        assert parameter.any() != (name in last), name
+    output = synthesizer(torch.randn(2, 4), None if context_dim is None else torch.randn(2, 3))
+    assert (
+        torch.equal(output[0], output[1]) and output.any()
+    )  # the last biases, PyTorch's default, whatever the trigger
 
 
 def test_basic_synthesizer_computes_what_it_says():
     synthesizer = dni.BasicSynthesizer(2, n_hidden=2, hidden_dim=4, trigger_dim=3, context_dim=5)
     nn.init.normal_(synthesizer.layers[-1].weight)
     trigger, context = torch.randn(6, 3), torch.randn(6, 5)
-    first, second, third = synthesizer.layers
-    hidden = (trigger @ first.weight.T + first.bias + context @ synthesizer.context.weight.T).clamp(min=0)
-    hidden = (hidden @ second.weight.T + second.bias).clamp(min=0)
-    torch.testing.assert_close(synthesizer(trigger, context), hidden @ third.weight.T + third.bias)
+
+    def linear(layer, inputs):
+        return inputs @ layer.weight.T + layer.bias
+
+    hidden = linear(synthesizer.input_trigger, trigger) + linear(synthesizer.input_context, context)
+    for layer in synthesizer.layers:
+        hidden = linear(layer, hidden.clamp(min=0))
+    torch.testing.assert_close(synthesizer(trigger, context), hidden)
     assert synthesizer(trigger.expand(8, 6, 3), context).shape == (8, 6, 2)
     synthesizer(trigger, context).sum().backward()
-    assert synthesizer.context.weight.grad.abs().sum() > 0
+    assert synthesizer.input_context.weight.grad.abs().sum() > 0
 
 
 # What cannot be
@@ -826,6 +984,72 @@ def test_errors_name_what_is_wrong():
         dni.BackwardInterface(dni.BasicSynthesizer(5, context_dim=3))(trigger)
 
 
+def test_a_context_that_cannot_be_used_is_an_error_that_says_what_to_give():
+    interface = dni.BackwardInterface(dni.BasicSynthesizer(5, context_dim=3))
+    labels = torch.tensor([0, 2, 1, 2])
+    trigger = torch.randn(4, 5, requires_grad=True)
+    integers = r"a tensor of floats, not of torch\.int64: for labels, F\.one_hot\(labels, 3\)\.float\(\)"
+    for context, error, message in (
+        (labels, TypeError, integers),
+        (F.one_hot(labels, 3), TypeError, integers),
+        ([0, 2, 1, 2], TypeError, "a tensor of floats, not list"),
+        (torch.eye(7)[labels], ValueError, r"context of shape \(4, 7\) for a synthesizer of context_dim=3"),
+        (torch.tensor(1.0), ValueError, r"context of shape \(\) for a synthesizer of context_dim=3"),
+    ):
+        with dni.synthesizer_context(context), pytest.raises(error, match=message):
+            interface(trigger)
+    with dni.synthesizer_context(torch.eye(3)[labels]):
+        with pytest.raises(ValueError, match=r"trigger of shape \(4, 2\) for a synthesizer of trigger_dim=5"):
+            interface(trigger[:, :2])
+        interface(trigger)
+    assert trigger.grad is not None
+
+
+def test_a_context_is_missing_in_a_thread_that_has_not_entered_it():
+    synthesizer = dni.BasicSynthesizer(5, context_dim=3)
+    errors = []
+
+    def work():
+        try:
+            dni.BackwardInterface(synthesizer)(torch.randn(4, 5, requires_grad=True))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with dni.synthesizer_context(torch.eye(3)[[0, 2, 1, 2]]):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    (message,) = errors
+    assert "holds in the thread that enters it: a thread started inside has to enter it too" in message
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), ()])
+def test_batches_without_samples_are_an_error(shape):
+    empty = torch.zeros(shape, requires_grad=True)
+    backward = dni.BackwardInterface(lambda trigger, context: trigger)
+    forward = dni.ForwardInterface(lambda trigger, context: trigger)
+    calls = [backward, backward.make_trigger, backward.backward]
+    for call in (*calls, lambda message: forward(message, message), lambda message: forward.send(message, message)):
+        with pytest.raises(ValueError, match=rf"of shape {re.escape(str(shape))} has no samples .*leave empty batches"):
+            call(empty)
+    assert backward.eval()(empty) is empty
+
+
+def test_the_state_of_an_lstm_is_to_be_joined():
+    state = torch.zeros(4, 5), torch.zeros(4, 5)
+    backward, forward = dni.BackwardInterface(dni.BasicSynthesizer(5)), dni.ForwardInterface(dni.BasicSynthesizer(5))
+    calls = {
+        "trigger": [backward, backward.make_trigger, backward.backward, forward.receive, lambda h: forward(h[0], h)],
+        "message": [lambda h: forward(h, h[0]), lambda h: forward.send(h, h[0])],
+    }
+    for name, of_name in calls.items():
+        for call in of_name:
+            with pytest.raises(
+                TypeError, match=rf"a {name} is one tensor .*not tuple: .*torch\.cat\(\(h, c\), dim=-1\)"
+            ):
+                call(state)
+
+
 # The README
 
 
@@ -837,7 +1061,7 @@ EXAMPLES = [
 
 
 def test_the_readme_has_the_examples():
-    assert README.count("```python") == len(EXAMPLES) == 4
+    assert README.count("```python") == len(EXAMPLES) == 5
     for word in dni.__all__:
         assert word in README
 
@@ -855,3 +1079,6 @@ def test_readme_examples_run_as_printed(title, code):
         assert all(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
     if "representation" in names:
         assert names["representation"].shape == (10, 16, 8, 8)
+    if "split" in names:
+        again = names["split"](names["join"](names["state"]))
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(again, names["state"], strict=True))
