@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ import torch
 from filelock import FileLock, Timeout
 from result_rows import (
     DATA,
+    HOW,
     RESULTS,
     ROOT,
     SEQUENTIAL,
@@ -127,7 +129,11 @@ def is_written(log, processes):
 
 
 def lock(args, row, seed):
-    return FileLock(Path(args.log_dir) / f"{row.row}-seed{seed}.lock", blocking=False)
+    """The lock of a row's run with that seed, which rows that differ in how long they go on share."""
+    what = {key: value for key, value in row.arguments.items() if key not in HOW}
+    what |= {"data": row.data, "epochs": row.epochs if row.script in WHOLE else None}
+    key = zlib.crc32(repr((row.script, sorted(what.items()))).encode())
+    return FileLock(Path(args.log_dir) / f"{row.experiment}-{key:08x}-seed{seed}.lock", blocking=False)
 
 
 def state(row, seed, logs, alive):
@@ -260,12 +266,12 @@ def command(row, seed, log, args):
 
 
 def start(row, seed, log, args):
-    """Starts the run in a process of its own. None when another process has it under way."""
+    """Starts the run in a process of its own. None when it is under way already, here or from another call."""
     own = lock(args, row, seed)
     try:
         own.acquire()
     except Timeout:
-        print(f"{row.row}, seed {seed}: another process runs it")
+        print(f"{row.row}, seed {seed}: under way already")
         return None
     words = command(row, seed, log, args)
     print(shlex.join(words), flush=True)
@@ -329,7 +335,7 @@ def run(args, rows):
     """Runs what is missing of the rows chosen, within the budget."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it, and so would the runs
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    end = time.monotonic() + args.budget if args.budget else float("inf")
+    end = time.monotonic() - time.process_time() + args.budget if args.budget else float("inf")  # imports took a while
     grace = min(30, (args.budget or 0) / 5)
     which = chosen(args.rows, rows)
     todo = [
@@ -356,7 +362,7 @@ def run(args, rows):
                 complaints += filter(None, [finish(job, args, rows)])
             unsure = [job for job in jobs if job in unsure and not knows_data(job, args)]
     finally:
-        stop(jobs, max(5, end - time.monotonic()) if args.budget else 60)
+        stop(jobs, min(60, max(5, end - time.monotonic())))
         for job in jobs:
             job.lock.release()
     for job in jobs:
@@ -372,7 +378,7 @@ def copy(log, row, seed):
     target = RESULTS / row.experiment / f"{row.row}-seed{seed}.log"
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(log.path, target)
-    print(f"{row.row}, seed {seed}: {target.relative_to(ROOT)}")
+    print(f"{row.row}, seed {seed}: {os.path.relpath(target)}")
 
 
 def harvest(args, rows):

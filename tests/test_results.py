@@ -1,8 +1,5 @@
 """results/reproduce.py: which logs count for which row, running what is missing, and tables that the logs give."""
 
-import re
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +9,6 @@ from decoupled import runs
 
 reproduce = load_script("results/reproduce.py")
 import result_rows  # noqa: E402
-import result_tables  # noqa: E402
 
 HEADER = "row,variant,size,script,flags,data,head,seeds,since,before,pflop\n"
 SMALL = "--dataset digits --train-samples 128 --epochs 2"
@@ -61,7 +57,9 @@ def a_log(folder, name="run.log", commit=NOW, data="50000 images of cifar10 (PNG
     lines += [f"# command: python learning_curves/cifar_dgl.py {flags} --epochs {epochs}", f"# commit: {commit}"]
     lines += ["# device: cpu (x86_64), 1 threads, bf16 mixed", f"# train: {data}"]
     for epoch in range(1, reached + 1):
-        lines += [f"n: {n}, epoch {epoch}, loss: 1.0, train top1:50.0 test top1:{10 * n + epoch / 10} " for n in range(1, 5)]
+        lines += [
+            f"n: {n}, epoch {epoch}, loss: 1.0, train top1:50.0 test top1:{10 * n + epoch / 10} " for n in range(1, 5)
+        ]
         lines += [f"# epoch {epoch} took 2.00 s"]
     path = folder / name
     path.write_text("\n".join(lines) + "\n")
@@ -98,7 +96,9 @@ def test_a_log_counts_by_its_arguments_data_and_commits(rows, tmp_path):
 
 def test_the_sequential_script_and_the_simulation_count_with_their_own_number_of_epochs_only():
     rows = result_rows.read_rows(ROOT / "results/rows.csv")
-    (log,) = [log for log in result_rows.read_logs(ROOT / "results/learning_curves") if log.path.name == "sequential.log"]
+    (log,) = [
+        log for log in result_rows.read_logs(ROOT / "results/learning_curves") if log.path.name == "sequential.log"
+    ]
     row = rows["learning_curves-sequential-jpeg"]
     assert result_rows.is_run_of(log, row, 1)
     assert not result_rows.is_run_of(log._replace(epochs=60), row, 1)
