@@ -120,10 +120,13 @@ def processes():
 
 def is_written(log, processes):
     """Whether one of ``processes`` runs the log's last command in the folder where that writes this log."""
-    flags = log.command[1:]
+    _, script, *flags = log.command
     places = {log.path.resolve().parent, log.path.resolve().with_suffix(".pt")}
     return any(
-        words[-len(flags) :] == flags and places & {(folder / word).resolve() for word in (".", *flags)}
+        len(words) > len(flags) + 1
+        and words[len(words) - len(flags) :] == flags
+        and Path(words[-len(flags) - 1]).name == Path(script).name
+        and places & {(folder / word).resolve() for word in (".", *flags)}
         for words, folder in processes
     )
 

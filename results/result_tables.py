@@ -90,16 +90,16 @@ def duration(seconds):
     )
 
 
-def main_table(rows, logs, folder, experiment, brief=False):
-    """Every variant's figures in the paper and the authors' logs, then our finished rows of it. ``brief``: the columns
-    of the main page.
+def main_table(rows, logs, folder, experiment, brief=()):
+    """Every variant's figures in the paper and the authors' logs, then our finished rows of it. ``brief``: the variants
+    of a table without what says how its runs were made.
     """
     metrics = METRICS[experiment]
     how = ["epochs", "device", "precision", "wall time", "commit"] * (not brief)
     header = ["run", "size", "from", *metrics.values(), "data", *how, "seeds: logs"]
     lines = []
     ours = [row for row in rows.values() if row.experiment == experiment]
-    for variant in dict.fromkeys(row.variant for row in ours):
+    for variant in dict.fromkeys(row.variant for row in ours if not brief or row.variant in brief):
         its = [row for row in ours if row.variant == variant]
         paper = PAPER[
             (PAPER["experiment"] == experiment)
@@ -204,7 +204,7 @@ def aux_costs(rows, logs, folder):
 
 
 TABLES = {
-    "summary": (main_table, {"experiment": "learning_curves", "brief": True}),
+    "summary": (main_table, {"experiment": "learning_curves", "brief": ("parallel (DGL)", "sequential")}),
     "learning_curves": (main_table, {"experiment": "learning_curves"}),
     "learning_curves_epochs": (
         epochs_table,
