@@ -1,17 +1,19 @@
-"""The paper's numbers beside ours: knows every row of the tables, makes the runs
-that are missing, writes the tables from the logs.
+"""The paper's numbers beside ours: knows every row of the tables, makes the
+runs that are missing, writes the tables from the logs.
 
     python results/reproduce.py --list
-    python results/reproduce.py learning_curves-parallel 'dni-*-20' --seeds 1 --half --jobs 2 --budget 150m
+    python results/reproduce.py learning_curves-parallel 'dni-*-20' --half
+    python results/reproduce.py 'aux_nets-*-64ch' --seeds 1 --jobs 2 --budget 2h
     python results/reproduce.py --table
 
 ROW is a name in rows.csv, or a pattern of names. The first seed of every row is
-run before the second of any. A run that a log of this row is complete for, in
-results/ or --log-dir, is not made again; an interrupted one is resumed. Each is
-a process with one CPU thread, --jobs of them side by side, started in the
-repository's root, from which paths are taken: leave that at its commit until
-the runs end. Inside --budget all are stopped as by Ctrl-C, and the same command
-goes on from there. Finished logs are copied to results/EXPERIMENT/ROW-seedS.log.
+run before the second of any. A run that a log in results/ or --log-dir is
+complete for is not made again; an interrupted one is resumed. Each is a process
+with one CPU thread, --jobs of them side by side, started in the repository's
+root, from which paths are taken: leave that at its commit until the runs end.
+Inside --budget all are stopped as by Ctrl-C, and the same command goes on from
+there. Finished logs are copied to results/EXPERIMENT/ROW-seedS.log; --harvest
+does that for runs started by hand.
 
 --list says of each row how many seeds are done, running, missing, superseded
 (by a commit that changed the results) or of unknown commits, what the rest
@@ -77,6 +79,7 @@ def parse_args():
     group.add_argument("--harvest", action="store_true", help="copy finished logs from --log-dir into results/")
     group.add_argument("--table", action="store_true", help="write the tables of the pages")
     group.add_argument("--check", action="store_true", help="say which table is not what the logs in results/ give")
+    parser.add_argument("--unfinished", action="store_true", help="with --harvest: logs of runs under way too")
     group = parser.add_argument_group("running")
     group.add_argument("--seeds", type=positive, metavar="N", help="the first N of each row's seeds (default: all)")
     group.add_argument(
@@ -92,6 +95,8 @@ def parse_args():
     args = parser.parse_args()
     if not (args.rows or args.list or args.harvest or args.table or args.check):
         parser.error("name rows to run, or choose --list, --harvest, --table or --check")
+    if args.unfinished and not args.harvest:
+        parser.error("--unfinished is for --harvest: add it")
     return args
 
 
@@ -102,7 +107,8 @@ def chosen(patterns, rows):
     for pattern in patterns:
         if not fnmatch.filter(rows, pattern):
             raise InputError(f"no row is called {pattern}: --list shows their names")
-    return [rows[name] for pattern in patterns or ["*"] for name in rows if fnmatch.fnmatchcase(name, pattern)]
+    names = [name for pattern in patterns or ["*"] for name in fnmatch.filter(rows, pattern)]
+    return [rows[name] for name in dict.fromkeys(names)]
 
 
 # Which process a log is being written by
@@ -216,7 +222,7 @@ def show(args, rows):
         total += hours
         counts = ", ".join(f"{n} {name}" for name in STATES if (n := [s for s, _ in states].count(name)))
         at = [
-            f"seed {seed}: {log.reached(row.head)} of {row.epochs}"
+            f"seed {seed}: {progress(log, row):.0%}"
             for seed, (name, log) in zip(row.seeds, states, strict=False)
             if log and name != "done"
         ]
@@ -319,7 +325,7 @@ def knows_data(job, args):
     return False
 
 
-def finish(job, args, rows):
+def finish(job, args):
     """Ends a job whose process is over: returns the complaint when it failed, else harvests its log."""
     job.lock.release()
     if job.process.returncode:
@@ -362,7 +368,7 @@ def run(args, rows):
             time.sleep(0.5)
             for job in [job for job in jobs if job.process.poll() is not None]:
                 jobs.remove(job)
-                complaints += filter(None, [finish(job, args, rows)])
+                complaints += filter(None, [finish(job, args)])
             unsure = [job for job in jobs if job in unsure and not knows_data(job, args)]
     finally:
         stop(jobs, min(60, max(5, end - time.monotonic())))
@@ -385,12 +391,16 @@ def copy(log, row, seed):
 
 
 def harvest(args, rows):
-    """Copies the finished logs in --log-dir that results/ has no run of."""
+    """Copies the finished logs in --log-dir that results/ has no finished run of; with --unfinished, those of runs made
+    for a row and still under way too.
+    """
     there, own, alive = read_logs(RESULTS), read_logs(args.log_dir), processes()
     for row in chosen(args.rows, rows):
-        for seed in row.seeds:
-            name, log = state(row, seed, own, [])
-            if name == "done" and state(row, seed, there, [])[0] != "done" and not is_written(log, alive):
+        for seed in row.seeds[: args.seeds]:
+            name, log = state(row, seed, own, alive)
+            if state(row, seed, there, [])[0] == "done" or log is None or not log.reached(row.head):
+                continue
+            if not is_written(log, alive) if name == "done" else args.unfinished and log.epochs == row.epochs:
                 copy(log, row, seed)
 
 

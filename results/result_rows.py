@@ -165,7 +165,8 @@ def as_log(path):
             filter(path.name.startswith, (f"{p.parent.name}-{p.stem}-" for p in ROOT.glob(f"*/{script}"))), ""
         )
         script = script.strip("-").replace("-", "/") + ".py"
-    device, threads, precision = re.fullmatch(r"(.*?), (\d+) threads?, (.*)", found["device"]).groups()
+    match = re.fullmatch(r"(.*?), (\d+) threads?, (.*)", found["device"])
+    device, threads, precision = match.groups() if match else (found["device"], "", "")
     epochs = re.findall(r"--n?epochs[ =](\d+)", found["command"]) or [frame.attrs["arguments"].get("epochs", 0)]
     commits = list(dict.fromkeys(value for key, value in comments if key == "commit"))
     return Log(path, script, frame, command, commits, found["train"], device, threads, precision, int(epochs[-1]))

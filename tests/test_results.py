@@ -196,6 +196,22 @@ def test_ctrl_c_stops_the_runs(rows, command, started, monkeypatch):
     assert stop.value.code == 130 and jobs[0].process.poll() is not None
 
 
+def test_harvest_copies_what_is_finished_and_on_demand_what_is_under_way(rows, command, tmp_path):
+    rows(PARALLEL.format(since="", before=""))
+    (tmp_path / "runs").mkdir()
+    for name, seed, reached in (("one.log", 1, 50), ("two.log", 2, 7)):
+        a_log(tmp_path / "runs", name=name, seed=seed, reached=reached).path.with_suffix(".pt").touch()
+    harvested = tmp_path / "results/learning_curves"
+    command("--harvest")
+    assert [path.name for path in harvested.iterdir()] == ["lc-parallel-seed1.log"]
+    command("--harvest", "--unfinished")
+    assert read_log(harvested / "lc-parallel-seed2.log")["epoch"].max() == 7
+    assert command("--harvest") == ""
+    a_log(tmp_path / "runs", name="two.log", seed=2)
+    command("--harvest")
+    assert read_log(harvested / "lc-parallel-seed2.log")["epoch"].max() == 50
+
+
 def test_one_run_at_a_time_of_rows_that_share_it(rows, tmp_path):
     """Two rows that differ in their number of epochs are one run; two of the sequential script are two."""
     lines = [
@@ -222,7 +238,9 @@ def test_a_run_on_other_images_than_its_rows_is_refused(rows, tmp_path):
         reproduce.knows_data(job, arguments(tmp_path))
 
 
-@pytest.mark.parametrize("flags", [["--budget", "3"], ["nothing-*"], [], ["--table", "--check"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [["--budget", "3"], ["nothing-*"], [], ["--table", "--check"], ["--list", "--unfinished"]], ids=str
+)
 def test_bad_flags(flags, command):
     with pytest.raises(SystemExit) as stop:
         command(*flags)
