@@ -398,7 +398,7 @@ def harvest(args, rows):
     for row in chosen(args.rows, rows):
         for seed in row.seeds[: args.seeds]:
             name, log = state(row, seed, own, alive)
-            if state(row, seed, there, [])[0] == "done" or log is None or not log.reached(row.head):
+            if state(row, seed, there, [])[0] == "done" or log is None or log.frame.empty:
                 continue
             if not is_written(log, alive) if name == "done" else args.unfinished and log.epochs == row.epochs:
                 copy(log, row, seed)

@@ -218,7 +218,7 @@ def runs_of(row, seed, logs):
     for log in logs:
         if is_run_of(log, row, seed):
             found.setdefault(standing(log, row), []).append(log)
-    return {key: sorted(runs, key=lambda log: -log.reached(row.head)) for key, runs in found.items()}
+    return {key: sorted(runs, key=lambda log: (-log.reached(row.head), -len(log.frame))) for key, runs in found.items()}
 
 
 def best(row, seed, logs):

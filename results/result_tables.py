@@ -137,7 +137,10 @@ def main_table(rows, logs, folder, experiment, brief=()):
             ]
             made = [
                 row.epochs,
-                each(done.values(), lambda log: f"{log.device}, {log.threads} thread{'s' * (log.threads != '1')}"),
+                each(
+                    done.values(),
+                    lambda log: log.device + f", {log.threads} thread{'s' * (log.threads != '1')}" * bool(log.threads),
+                ),
                 each(done.values(), lambda log: log.precision.removesuffix(" mixed")),
                 duration(statistics.mean(seconds(log, row) for log in done.values())),
                 ", ".join(dict.fromkeys(commit for log in done.values() for commit in log.commits)),
