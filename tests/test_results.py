@@ -1,6 +1,7 @@
 """results/reproduce.py: which logs count for which row, running what is missing, and tables that the logs give."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -193,7 +194,7 @@ def test_ctrl_c_stops_the_runs(rows, command, started, monkeypatch):
     monkeypatch.setattr(reproduce, "knows_data", interrupted)
     with pytest.raises(SystemExit) as stop:
         command("t-long")
-    assert stop.value.code == 130 and jobs[0].process.poll() is not None
+    assert stop.value.code == 130 and jobs[0].process.poll() not in (None, -signal.SIGKILL)
 
 
 def test_harvest_copies_what_is_finished_and_on_demand_what_is_under_way(rows, command, tmp_path):
@@ -329,6 +330,14 @@ def test_tables_show_finished_runs_and_unfinished_ones_beside_the_authors_epochs
     page.write_text("<!-- table: nonsense -->\n<!-- /table -->")
     with pytest.raises(InputError, match="there is no table nonsense"):
         result_tables.filled(page, found, logs)
+
+
+def test_a_mean_over_epochs_needs_them_all(tmp_path):
+    log = a_log(tmp_path, reached=14)
+    assert result_tables.value(log, "test_top1", 1, range(11, 15)) == [pytest.approx(11.25)]
+    assert result_tables.value(log, "test_top1", 1, range(11, 16)) == []
+    assert result_tables.authors_value("cDNI", "test_top1", 3, range(11, 16)) == [pytest.approx(51.856)]
+    assert result_tables.authors_value("cDNI", "test_top1", 3, [60, 61]) == []  # the file has every 50th from there
 
 
 def test_a_result_that_no_table_has_is_found(tmp_path, monkeypatch):
