@@ -15,6 +15,12 @@ VARIED = ("buffer", "noise", "layer_noise", "seed")
 ELSEWHERE = (*runs.WHEREABOUTS, "name", "device")  # where a run was made, not what it is
 
 
+def renamed(arguments):
+    """A log's arguments in today's words: earlier versions called priority_lifo lifo."""
+    sampling = arguments.get("buffer_sampling")
+    return arguments | {"buffer_sampling": "priority_lifo" if sampling == "lifo" else sampling}
+
+
 def read_runs(folder):
     """Every log of cifar_buffer.py in ``folder``: a list of (path, arguments, frame, complete)."""
     found = []
@@ -23,7 +29,7 @@ def read_runs(folder):
             frame = read_log(path)
         except InputError:  # no epoch is over yet
             continue
-        arguments = frame.attrs["arguments"]
+        arguments = renamed(frame.attrs["arguments"])
         if "own_epoch" in frame and set(VARIED) <= set(arguments):
             last = frame[frame["epoch"] == arguments["epochs"]]
             found.append((path, arguments, frame, set(last["n"]) == set(range(arguments["ncnn"]))))
@@ -40,7 +46,7 @@ def results(folder):
                                 lowest is slowed down
     skipped                     turns, of all layers
     """
-    rows, published = [], vars(cifar_buffer.parse_args([]))
+    rows, published = [], renamed(vars(cifar_buffer.parse_args([])))
     for path, arguments, frame, complete in read_runs(folder):
         if not complete:
             continue

@@ -172,6 +172,11 @@ def as_log(path):
     return Log(path, script, frame, command, commits, found["train"], device, threads, precision, int(epochs[-1]))
 
 
+def in_todays_words(value):
+    """A flag's value, by its present name where an older log has another."""
+    return "priority_lifo" if value == "lifo" else value
+
+
 def is_run_of(log, row, seed):
     """Whether the arguments and data of ``log`` are those of ``row`` with that seed."""
     if log.script != row.script or not re.fullmatch(DATA[row.data], log.data) or log.arguments.get("seed") != seed:
