@@ -134,7 +134,7 @@ def parse_args(argv=None):
         type=int,
         choices=BITS,
         metavar="BITS",
-        help="keep representations in 8 or 4 bits a value, affine by channel",
+        help="keep representations in 8 or 4 bits a value: plain affine quantization by channel",
     )
     parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
     parser.dropped("--prog", why="a terminal shows a progress bar, anything else none")

@@ -43,6 +43,7 @@ class PlainSlots:
 
 class QuantizedSlots:
     """As PlainSlots, with each value in ``bits`` (8 or 4) bits: affine over the range of its channel in its mini-batch.
+    Not the online vector quantization of the authors' later paper (arXiv 2106.06401).
 
     A value is off by at most half a step, 1 / (2^bits − 1) of that range; the least value of a channel, after a ReLU
     mostly 0, is exact.

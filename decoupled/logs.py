@@ -88,14 +88,14 @@ def imagenet_backprop_line(lr, epoch, train, test):
     return f"lr: {lr:g}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d})"
 
 
-def read_log(path):
+def read_log(path, empty=False):
     """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields
     (see the module's text).
 
     A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation's counts as n = 1
     there. ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each
     epoch's wall time where logged. A last line that was cut off is left out. Raises InputError when the file cannot be
-    read or holds no results.
+    read or, unless ``empty`` says that this is no error, holds no results.
     """
     try:
         text = Path(path).read_text(errors="replace")
@@ -115,11 +115,11 @@ def read_log(path):
             comments.append(line[1:].strip())
             seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
             losses |= {(float(match[1]), float(match[2])): float(match[3]) for match in [LOSS.match(line)] if match}
-    if not rows:
+    if not rows and not empty:
         raise InputError(f"the log {path} holds no line of results")
     for row in rows if losses else []:
         row.setdefault("loss", losses.get((row.get("n", 1), row["epoch"]), float("nan")))
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=None if rows else ["n", "epoch"])
     frame = frame.astype({column: int for column in INTEGERS if column in frame})
     frame.attrs = {"arguments": arguments, "comments": comments, "seconds": seconds}
     return frame

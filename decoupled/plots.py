@@ -35,6 +35,11 @@ def curves(axes, frame, column, heads=None, label="head {n}", **style):
     return lines
 
 
+def reference_curves(axes, frame, column, heads=None, label="authors' log", **style):
+    """As curves, wide and grey beneath the others: the curves that ours are compared with."""
+    return curves(axes, frame, column, heads, label, **{"color": "0.75", "linewidth": 3, "zorder": 1} | style)
+
+
 def learning_curves(frame, title=""):
     """A figure of one log: training loss and test top-1 of every head by epoch."""
     from matplotlib import pyplot

@@ -1,12 +1,11 @@
-"""The claims of the asynchronous simulation, tested on its script, and the sweep that makes the figures' runs."""
+"""The claims of the asynchronous simulation, tested on its script, and what its logs are read as."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from naive_buffer import NaiveBuffer
-from running import ROOT, load_script
+from running import load_script
 from torch.nn import functional as F
 
 from decoupled import runs
@@ -16,6 +15,7 @@ from decoupled.metrics import evaluate
 
 SCRIPT = "async_buffer/cifar_buffer.py"
 load_script(SCRIPT)  # its folder can be imported from now on
+import buffer_results  # noqa: E402
 from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
 from turns import ImageStream, Turns, tallies  # noqa: E402
 
@@ -529,72 +529,22 @@ def test_bad_flags(fails, flags, message):
     assert message in fails(SCRIPT, *FLAGS, *flags)
 
 
-# The sweep
+# What runs came to
 
 
-@pytest.fixture
-def sweep(monkeypatch, tmp_path, capsys):
-    """sweep(*flags): runs the sweep, its runs in this process; returns the runs it made and what it printed."""
-    script, module, really_run = load_script(SCRIPT), load_script("async_buffer/sweep.py"), subprocess.run
-
-    def run(*flags, log_dir=tmp_path / "logs"):
-        made = []
-
-        def in_process(command, **options):
-            if command[0] != sys.executable:
-                return really_run(command, **options)
-            made.append(command[command.index("--name") + 1])
-            with monkeypatch.context() as patch:
-                patch.setattr(sys, "argv", command[1:])
-                runs.start(script.main)
-            return subprocess.CompletedProcess(command, 0)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module.subprocess, "run", in_process)
-            patch.setattr(
-                sys,
-                "argv",
-                [str(ROOT / "async_buffer/sweep.py"), *map(str, flags[: flags.index("--")]), "--log-dir", str(log_dir)],
-            )
-            sys.argv += [*map(str, flags[flags.index("--") :])]
-            runs.start(module.main)
-        return made, capsys.readouterr().out
-
-    return run
-
-
-def test_the_sweep_runs_what_has_no_complete_log_and_prints_the_table(sweep, tmp_path):
-    quick = ("--", *FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL)
-    five = ("--figure", 5, "--slow-downs", 1, 2, "--layers", 0, 2, "--buffers", 2, "--seeds", 0)
-    made, printed = sweep(*five, "--dry-run", *quick)
-    assert made == [] and "run 3 of 3: python " in printed and "no complete log in" in printed
-    made, printed = sweep(*five, *quick)
-    assert made == ["buffer2-slow1-seed0", "buffer2-slow2-layer0-seed0", "buffer2-slow2-layer2-seed0"]
-    assert [line.split()[:3] for line in printed.splitlines()[-3:]] == [
-        ["2", "-", "1.0"],
-        ["0", "2.0", "1"],
-        ["2", "2.0", "1"],
-    ]
-    assert not list((tmp_path / "logs").glob("*.pt"))
-    for log in (tmp_path / "logs").glob("*.log"):  # as earlier versions wrote them: they count all the same
-        text = log.read_text()
-        assert "avg_size=16, " in text and "'priority_lifo'" in text
-        log.write_text(text.replace("avg_size=16, ", "").replace("'priority_lifo'", "'lifo'"))
-    shortened = next((tmp_path / "logs").glob("*slow2-layer2*.log"))
-    shortened.write_text(
-        "".join(line for line in shortened.read_text().splitlines(True) if not line.startswith("n: 2"))
-    )
-    six = ("--figure", 6, "--slow-downs", 1, 2, "--layers", 2, "--buffers", 1, 2, "--seeds", 0)
-    assert sweep(*six, *quick)[0] == ["buffer1-slow1-seed0", "buffer1-slow2-layer2-seed0", "buffer2-slow2-layer2-seed0"]
-
-
-def test_a_bad_flag_ends_the_sweep_before_its_first_run(sweep, capsys, tmp_path):
-    for flags in (
-        ("--figure", 5, "--slow-downs", 0.5, "--"),
-        ("--figure", 5, "--layers", 9, "--"),
-        ("--figure", 6, "--", "--mlp", -1),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            sweep(*flags)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "logs").exists()
+def test_results_of_complete_logs_with_their_setting_and_spread(run_script, tmp_path):
+    for seed in (0, 1):
+        for flags in ((), ("--noise", 0.5, "--layer_noise", 2)):
+            quick = (*FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL)
+            run_script(SCRIPT, *quick, "--buffer", 2, *flags, "--seed", seed, "--name", f"{seed}{len(flags)}")
+    last = run_script(SCRIPT, *FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL, "--name", "cut").log
+    last.write_text("".join(line for line in last.read_text().splitlines(True) if not line.startswith("n: 2")))
+    frame = buffer_results.results(tmp_path / "logs")
+    assert sorted(zip(frame["slow_down"], frame["seed"], strict=True)) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(set(frame["setting"])) == 1 and "feature_size=3" in frame["setting"][0]
+    table = buffer_results.table(frame).droplevel("setting")
+    assert list(table.index) == [(2, "-", 1.0), (2, "2", 2.0)] and list(table["seeds"]) == [2, 2]
+    two = frame[frame["slow_down"] == 2]["test_top1"]
+    assert table.loc[(2, "2", 2.0), "test_top1"] == pytest.approx(two.mean(), abs=0.006)
+    assert table.loc[(2, "2", 2.0), "spread"] == pytest.approx(two.std(), abs=0.006)
+    assert [complete for path, _, _, complete in buffer_results.read_runs(tmp_path / "logs") if path == last] == [False]

@@ -133,6 +133,8 @@ def test_what_is_no_log(tmp_path):
     (tmp_path / "empty").write_text("Namespace(a=1)\n")
     with pytest.raises(InputError, match="empty holds no line of results"):
         read_log(tmp_path / "empty")
+    frame = read_log(tmp_path / "empty", empty=True)  # a run in its first epoch
+    assert frame.empty and "epoch" in frame and frame.attrs["arguments"] == {"a": 1}
 
 
 TOY = "--dataset digits --train-samples 64 --batch-size 32 --device cpu --epochs 1"

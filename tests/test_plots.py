@@ -31,6 +31,9 @@ def test_curves_draw_the_heads_asked_for_under_their_own_labels(log):
         [0.5, 0.25, pytest.approx(0.16667)],
         "C5",
     )
+    (line,) = plots.reference_curves(axes, read_log(log), "loss", heads=[1], linestyle="--")
+    assert (line.get_label(), line.get_ydata()[0], line.get_color()) == ("authors' log", 1, "0.75")
+    assert line.get_zorder() < lines[0].get_zorder()
     pyplot.close("all")
 
 

@@ -1,0 +1,97 @@
+"""What the runs of cifar_buffer.py came to: the numbers behind the paper's Figs. 5 and 6 (Sec. 5.6). The runs are rows
+of results/rows.csv, made by results/reproduce.py.
+"""
+
+from pathlib import Path
+
+import cifar_buffer
+import pandas as pd
+from turns import tallies
+
+from decoupled import InputError, runs
+from decoupled.logs import final, read_log
+
+VARIED = ("buffer", "noise", "layer_noise", "seed")
+ELSEWHERE = (*runs.WHEREABOUTS, "name", "device")  # where a run was made, not what it is
+
+
+def renamed(arguments):
+    """A log's arguments in today's words: earlier versions called priority_lifo lifo."""
+    sampling = arguments.get("buffer_sampling")
+    return arguments | {"buffer_sampling": "priority_lifo" if sampling == "lifo" else sampling}
+
+
+def read_runs(folder):
+    """Every log of cifar_buffer.py in ``folder``: a list of (path, arguments, frame, complete)."""
+    found = []
+    for path in sorted(Path(folder).glob("*.log")):
+        try:
+            frame = read_log(path)
+        except InputError:  # no epoch is over yet
+            continue
+        arguments = renamed(frame.attrs["arguments"])
+        if "own_epoch" in frame and set(VARIED) <= set(arguments):
+            last = frame[frame["epoch"] == arguments["epochs"]]
+            found.append((path, arguments, frame, set(last["n"]) == set(range(arguments["ncnn"]))))
+    return found
+
+
+def results(folder):
+    """A frame with a row for each complete log in ``folder``. Columns:
+
+    setting                     the arguments that no figure varies, where they differ from the defaults, and the data
+    buffer, noise, layer_noise, seed, slow_down
+    test_top1, ensemble_top1    of the last layer and of the ensemble of all, in %, after the last epoch
+    staleness, reuse            means over the run, of the slowed-down layer; of the last one, where none or the
+                                lowest is slowed down
+    skipped                     turns, of all layers
+    """
+    rows, published = [], renamed(vars(cifar_buffer.parse_args([])))
+    for path, arguments, frame, complete in read_runs(folder):
+        if not complete:
+            continue
+        top = final(frame).iloc[-1]
+        turns = tallies(frame.attrs["comments"])
+        watched = turns[
+            turns["n"] == ((arguments["layer_noise"] if arguments["noise"] else 0) or arguments["ncnn"] - 1)
+        ]
+        fixed = {
+            key: value
+            for key, value in arguments.items()
+            if key not in (*VARIED, *ELSEWHERE) and value != published.get(key)
+        }
+        images = next((line for line in frame.attrs["comments"] if line.startswith("train: ")), "").split(" of ")[-1]
+        setting = " ".join(f"{key}={value}" for key, value in fixed.items()) or "default flags"
+        setting += f", {images}" * bool(images)
+        row = {
+            "setting": setting,
+            **{key: arguments[key] for key in VARIED},
+            "slow_down": round(1 / (1 - arguments["noise"]), 3),
+        }
+        row |= {"test_top1": top["test_top1"], "ensemble_top1": top["ensemble_top1"]}
+        row |= {key: watched[key].mean() for key in ("staleness", "reuse")} | {
+            "skipped": turns["skipped"].sum(),
+            "log": path.name,
+        }
+        rows.append(row)
+    columns = ["setting", *VARIED, "slow_down", "test_top1", "ensemble_top1", "staleness", "reuse", "skipped", "log"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def table(frame):
+    """Mean, spread (standard deviation) and number of seeds of the final accuracies, for each setting of a frame from
+    results.
+    """
+    groups = frame.assign(layer=frame["layer_noise"].where(frame["noise"] > 0, "-").astype(str)).groupby(
+        ["setting", "buffer", "layer", "slow_down"]
+    )
+    summary = groups.agg(
+        seeds=("seed", "nunique"),
+        test_top1=("test_top1", "mean"),
+        spread=("test_top1", "std"),
+        ensemble_top1=("ensemble_top1", "mean"),
+        staleness=("staleness", "mean"),
+        reuse=("reuse", "mean"),
+        skipped=("skipped", "mean"),
+    )
+    return summary.round(2)
