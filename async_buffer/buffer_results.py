@@ -12,7 +12,7 @@ from decoupled import InputError, runs
 from decoupled.logs import final, read_log
 
 VARIED = ("buffer", "noise", "layer_noise", "seed")
-ELSEWHERE = (*runs.WHEREABOUTS, "name", "device")  # where a run was made, not what it is
+ELSEWHERE = (*runs.ELSEWHERE, "name", "device")  # where a run was made, not what it is
 
 
 def renamed(arguments):

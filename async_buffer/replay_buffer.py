@@ -35,7 +35,7 @@ class PlainSlots:
         )
 
     def write(self, slot, representation):
-        self.values[slot].copy_(representation.permute(0, 2, 3, 1))
+        self.values[slot].copy_(representation.permute(0, 2, 3, 1), non_blocking=True)
 
     def read(self, slot, device):
         return self.values[slot].to(device).permute(0, 3, 1, 2)
@@ -183,6 +183,8 @@ class ReplayBuffer:
 
     def state_dict(self):
         """Everything, as it is stored; slots not written yet are left out."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # writes to main memory do not wait for their end
         filled = min(self.writes, self.capacity)
         tensors = {
             name: tensor if filled == self.capacity else tensor[:filled].clone()
@@ -208,8 +210,8 @@ class HandOver:
 
     nbytes = 0
 
-    def __init__(self):
-        self.sample = None
+    def __init__(self, device):
+        self.device, self.sample = device, None
 
     def write(self, representation, labels, step=0):
         self.sample = Sample(representation, labels, 0, step)
@@ -219,10 +221,11 @@ class HandOver:
         return sample
 
     def state_dict(self):
-        return {}  # between two epochs nothing is under way
+        return {"sample": None if self.sample is None else tuple(self.sample)}
 
     def load_state_dict(self, state):
-        pass
+        if sample := state["sample"]:
+            self.sample = Sample(*(v.to(self.device) if isinstance(v, torch.Tensor) else v for v in sample))
 
 
 def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=None, **options):
@@ -231,7 +234,7 @@ def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=No
     Raises InputError, before anything is allocated, when that is more than is free.
     """
     if capacity == 0:
-        return [HandOver() for _ in shapes], ["buffers: none, synchronous"]
+        return [HandOver(options["device"]) for _ in shapes], ["buffers: none, synchronous"]
 
     def buffers(capacity, storage_device, bits):
         return [

@@ -2,10 +2,7 @@
 (Sec. 5.6).
 """
 
-import argparse
-import math
 import re
-from itertools import islice
 
 import pandas as pd
 import torch
@@ -16,24 +13,6 @@ from decoupled.metrics import Meter
 
 SEQUENCES = ("random", "sequential")
 WARM_UP = 2  # turns of each layer, from the lowest up, before the first draw: then every buffer holds something
-
-
-def number(*, least=-math.inf, above=-math.inf, below=math.inf):
-    """An argparse type: a number of at least ``least``, greater than ``above`` and less than ``below``."""
-
-    def convert(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (value >= least and above < value < below):
-            limits = {"of at least": least, "above": above, "below": below}
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no number " + " and ".join(f"{k} {v}" for k, v in limits.items() if math.isfinite(v))
-            )
-        return value
-
-    return convert
 
 
 class Turns:
@@ -97,35 +76,31 @@ class Turns:
 
 
 class ImageStream:
-    """What the lowest layer reads: the training images' mini-batches, pass after pass. Knows where it stands, so that a
-    run resumes amid a pass.
-    """
+    """What the lowest layer reads: the training images' mini-batches, pass after pass, in its own time."""
 
     def __init__(self, batches):
         self.batches = batches
-        self.start_pass(0)
+        self.iterator = iter(())
 
-    def start_pass(self, position):
-        self.start = self.batches.generator.get_state()
-        self.position = position
-        self.iterator = islice(iter(self.batches), position, None)
+    def __len__(self):
+        return len(self.batches)
+
+    def __str__(self):
+        return str(self.batches)
 
     def read(self):
-        if self.position == len(self.batches):
-            self.start_pass(0)
-        self.position += 1
-        return Sample(*next(self.iterator), uses=0, step=0)
+        batch = next(self.iterator, None)
+        if batch is None:
+            self.iterator = iter(self.batches)  # begins a pass
+            batch = next(self.iterator)
+        return Sample(*batch, uses=0, step=0)
 
     def state_dict(self):
-        """The random state that the current pass began with, and how many of its mini-batches are gone."""
-        if self.position == len(self.batches):
-            return {"start": self.batches.generator.get_state(), "position": 0}
-        return {"start": self.start, "position": self.position}
+        return self.batches.state_dict()
 
     def load_state_dict(self, state):
-        """After that of the batches: their generator goes back to the start of the pass."""
-        self.batches.generator.set_state(state["start"])
-        self.start_pass(state["position"])
+        self.batches.load_state_dict(state)
+        self.iterator = self.batches.rest()
 
 
 class Tally:
@@ -138,8 +113,20 @@ class Tally:
 
     def __init__(self):
         self.meter = Meter()
+        self.begin()
+
+    def begin(self):
+        """Forgets everything: a new epoch."""
+        self.meter.begin()
         self.turns = self.skipped = self.frozen = 0
         self.staleness, self.reuse = [], []
+
+    def state_dict(self):
+        return {**vars(self), "meter": self.meter.state_dict()}
+
+    def load_state_dict(self, state):
+        self.meter.load_state_dict(state["meter"])
+        vars(self).update({key: value for key, value in state.items() if key != "meter"})
 
     def learned(self, loss, logits, labels, staleness, reuse):
         """Adds a mini-batch that the layer learned from; ``staleness`` None: from the images."""

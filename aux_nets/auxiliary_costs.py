@@ -23,7 +23,6 @@ multiply-add is 2 FLOPs, memory is in fp32 without kernels' workspaces
 in turn. At full size a round costs 4 TFLOP.
 """
 
-import argparse
 import contextlib
 
 import pandas as pd
@@ -31,38 +30,29 @@ import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import runs
+from decoupled import checkpoints, flags
 from decoupled.auxiliary import AUXILIARIES
 from decoupled.costs import Ones, costs, count_flops, peak_memory, step_seconds, training_step
 from decoupled.network import layerwise_cnn
+from decoupled.runs import Run
 
 HEAD = "head"  # the last module's, whatever the type
 PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxiliary in % of the module's
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--channels", type=runs.whole_number(1), default=128, help="of the first layer (default: %(default)s)"
-    )
-    parser.add_argument("--depth", type=runs.whole_number(2), default=6, help="layers (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=runs.whole_number(1), default=5, help="rounds of the measured steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps (default: %(default)s)"
-    )
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3")
+    parser.add_argument("--channels", type=flags.integer(1), default=128, help="of the first layer")
+    parser.add_argument("--depth", type=flags.integer(2), default=6, help="layers")
+    parser.add_argument("--batch-size", type=flags.integer(2), default=128, help="images a step")
+    parser.add_argument("--repeats", type=flags.integer(1), default=5, help="rounds of the measured steps")
+    parser.add_argument("--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument(
         "--output", metavar="DIR", help="also writes auxiliary_costs.csv and decoupling_costs.csv there"
     )
-    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
+    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     args = parser.parse_args()
     args.log_dir = args.output or "."
     return args
@@ -274,7 +264,7 @@ def decoupling_steps(device, autocast, type_aux="mlp-sr", channels=128, depth=6,
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     header = [
         *run.environment(),
         f"# {args.channels} channels, {args.depth} layers, batch {args.batch_size}, {args.repeats} rounds",
@@ -306,10 +296,10 @@ def main():
     )
 
     if args.output:
-        with runs.writing(run.folder):
-            run.folder.mkdir(parents=True, exist_ok=True)
+        with checkpoints.writing(run.checkpoint.folder):
+            run.checkpoint.folder.mkdir(parents=True, exist_ok=True)
             for name, frame in (("auxiliary_costs", auxiliaries), ("decoupling_costs", decoupling)):
-                (run.folder / f"{name}.csv").write_text("\n".join(header) + "\n" + frame.to_csv())
+                (run.checkpoint.folder / f"{name}.csv").write_text("\n".join(header) + "\n" + frame.to_csv())
 
 
 def read(path):
@@ -324,4 +314,4 @@ def read(path):
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -16,44 +16,43 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import runs
+from decoupled import flags
 from decoupled.auxiliary import AUXILIARIES
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import layerwise_cnn
+from decoupled.runs import Run
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=50, batch_size=128)
+    parser = flags.parser(__doc__, epochs=50, batch_size=128)
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last (default: %(default)s)"
-    )
+    group.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last")
     group.add_argument(
         "--block_size",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=1,
-        help="layers a module; the last has the rest (default: %(default)s)",
+        help="layers a module; the last has the rest",
     )
     group.add_argument(
         "--channels",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=128,
-        help="of the first layer; layers 2 and 4 double them (default: %(default)s)",
+        help="of the first layer; layers 2 and 4 double them",
     )
-    group.add_argument("--depth", type=runs.whole_number(1), default=6, help="layers (default: %(default)s)")
+    group.add_argument("--depth", type=flags.integer(1), default=6, help="layers")
     group = parser.add_argument_group("schedule")
     group.add_argument(
         "--lr-step",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=15,
-        help="epochs between divisions of the rate by 5 (default: %(default)s)",
+        help="epochs between divisions of the rate by 5",
     )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = layerwise_cnn(
         channels=args.channels,
@@ -68,10 +67,10 @@ def main():
     schedules = [
         StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers
     ]  # by default at epochs 16, 31, 46, …
+    meters = [Meter() for _ in net]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
         net.train()
-        meters = [Meter() for _ in net]
         for images, labels in run.progress(train):
             representation = images  # (B, 3, 32, 32)
             for module, optimizer, meter in zip(net, optimizers, meters, strict=True):
@@ -83,13 +82,13 @@ def main():
                 )  # zero_grad, backward, step: this frees the module's graph before the next one's forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-        for schedule in schedules:
-            schedule.step()
         with run.autocast():
-            scores = evaluate(net, test)
+            scores = evaluate(net, run.evaluation(test))
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
             run.log(n, epoch, meter, score)
+        for schedule in schedules:
+            schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

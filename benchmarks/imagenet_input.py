@@ -9,7 +9,6 @@ that is already on the device, evaluation and log not counted. When the workers
 deliver less than the step consumes, training is bound by decoding.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import runs
+from decoupled import flags, provenance
 from decoupled.costs import step_seconds
 
 sys.path.append(str(Path(__file__).parent.parent / "imagenet"))
@@ -30,40 +29,36 @@ from greedy_vgg import STAGES, greedy_vgg
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/, of one folder a class")
     parser.add_argument("-a", "--arch", choices=(*STAGES, *BLOCKS), default="resnet152", help="(default: %(default)s)")
-    parser.add_argument(
-        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
-    )
-    parser.add_argument(
-        "-b", "--batch-size", type=runs.whole_number(2), default=256, help="images a step (default: %(default)s)"
-    )
+    parser.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
+    parser.add_argument("-b", "--batch-size", type=flags.integer(2), default=256, help="images a step")
     parser.add_argument(
         "-j",
         "--workers",
-        type=runs.whole_number(0),
+        type=flags.integer(0),
         nargs="+",
         default=[4],
         help="numbers of workers to try (default: 4)",
     )
-    parser.add_argument("--image-size", type=runs.whole_number(32), default=224, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="(default: %(default)s)")
     parser.add_argument(
         "--samples",
-        type=runs.whole_number(2),
+        type=flags.integer(2),
         default=1000,
         metavar="N",
         help="images of an epoch (default: at most 1000)",
     )
     parser.add_argument(
         "--steps",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=10,
         metavar="N",
-        help="training steps timed (default: %(default)s)",
+        help="training steps timed",
     )
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser.parse_args()
 
 
@@ -80,8 +75,7 @@ def decoding_speed(images):
 
 def delivery_speed(batches):
     """Images/s that arrive on the device, normalized, after a first epoch that starts the workers."""
-    for epoch in (1, 2):
-        batches.share.epoch = epoch
+    for _ in range(2):
         started = time.perf_counter()
         count = sum(len(labels) for _, labels in batches)
         if batches.device.type == "cuda":
@@ -123,8 +117,7 @@ def step_speed(args, classes, device):
 
 def main():
     args = parse_args()
-    device = runs.pick_device(args.device)
-    runs.keep_freed_memory()
+    device = flags.pick_device(args.device)
     torch.backends.cudnn.benchmark = True
 
     def load(workers):
@@ -136,7 +129,7 @@ def main():
 
     train, _, classes = load(0)
     what = f"{args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}"
-    print("\n".join(runs.environment(device, args.half)))
+    print("\n".join(provenance.environment(device, args.half)))
     print(f"# {what}, {train}, {os.cpu_count()} cores")
     one = decoding_speed(train.images)
     print(f"{one:10,.1f} images/s decoded by one core")
@@ -149,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -26,7 +26,6 @@ Columns:
   more           how much larger than back-propagation's, in %
 """
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -42,7 +41,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from decoupled import runs
+from decoupled import checkpoints, flags, provenance
 from decoupled.costs import LiveStorages
 
 sys.path.append(str(Path(__file__).parent.parent / "imagenet"))
@@ -54,7 +53,7 @@ CLASSES = 1000
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--arch",
         choices=(*STAGES, *BLOCKS),
@@ -64,29 +63,25 @@ def parse_args():
     )
     parser.add_argument(
         "--splits",
-        type=runs.whole_number(2),
+        type=flags.integer(2),
         nargs="+",
         default=[2, 4],
         metavar="K",
         help="numbers of modules (default: 2 4)",
     )
-    parser.add_argument(
-        "--batch-size", type=runs.whole_number(2), default=32, help="of the columns in GiB (default: %(default)s)"
-    )
-    parser.add_argument("--image-size", type=runs.whole_number(32), default=224, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=flags.integer(2), default=32, help="of the columns in GiB")
+    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="(default: %(default)s)")
     parser.add_argument(
         "--budget",
         type=float,
         default=16,
         metavar="GIB",
-        help="memory that the largest batch may take (default: %(default)s)",
+        help="memory that the largest batch may take",
     )
     parser.add_argument(
         "--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere, whose sizes are the same"
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: count only (default: %(default)s)"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: count only")
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
     return parser.parse_args()
 
@@ -378,16 +373,16 @@ def table(args, cuda):
 
 def main():
     args = parse_args()
-    device = runs.pick_device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = flags.pick_device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     if args.output:
-        with runs.writing(args.output):
+        with checkpoints.writing(args.output):
             Path(args.output).open("a").close()  # before the work
     where = torch.cuda.get_device_name(device) if cuda else f"none, counted on {platform.machine()}"
     precision = {True: "fp16 mixed" if cuda else "bf16 mixed (as large as fp16)", False: "fp32"}[args.half]
     lines = [
         f"# command: python benchmarks/imagenet_memory.py {' '.join(sys.argv[1:])}".rstrip(),
-        f"# torch {torch.__version__}, commit {runs.commit()}, GPU: {where}, {precision}, "
+        f"# torch {torch.__version__}, commit {provenance.commit()}, GPU: {where}, {precision}, "
         f"{args.image_size}x{args.image_size}",
         f"# GiB at batch {args.batch_size}; largest: the largest batch in {args.budget:g} GiB; more: "
         "in % than back-propagation's",
@@ -400,10 +395,10 @@ def main():
     )
     print(text, end="")
     if args.output:
-        with runs.writing(args.output):
+        with checkpoints.writing(args.output):
             Path(args.output).write_text(text)
 
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        runs.start(main)
+        flags.start(main)

@@ -29,11 +29,9 @@ its data and meters. "an epoch's" rows are done once for 50,000 images. Each
 round measures every row, so that a drift of the machine hits all alike.
 """
 
-import argparse
 import contextlib
 import copy
 import gc
-import importlib.util
 import io
 import itertools
 import math
@@ -49,12 +47,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
-from decoupled import runs
+from decoupled import flags, provenance
 from decoupled.costs import costs, count_flops, peak_memory, step_seconds
-from decoupled.data import CIFAR10_MEAN, CIFAR10_STD, Batches
+from decoupled.datasets import CIFAR10_MEAN, CIFAR10_STD
+from decoupled.images import Batches
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
+from decoupled.runs import Run
 from dni import synthesizer_context
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "dni"))  # for what its scripts import beside them
+from dni import cifar_cnn_dni, cifar_dgl
 
 TRAIN, TEST, CLASSES = 50_000, 10_000, 10  # CIFAR-10's
 TEST_BATCH = 1000
@@ -70,19 +73,19 @@ SIDE = {
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--network", choices=("all", *BATCH), default="all", help="(default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    parser.add_argument("--threads", type=runs.whole_number(1), help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--threads", type=flags.integer(1), help="of PyTorch on the CPU (default: its own choice)")
     parser.add_argument(
         "--batch-size",
-        type=runs.whole_number(2),
+        type=flags.integer(2),
         help="images a step (default: the experiment's, 128 or, for dni, 256)",
     )
-    parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
-    parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.runs.keep_freed_memory")
-    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
+    parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
+    parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.memory.keep_freed_memory")
+    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     return parser.parse_args()
 
 
@@ -131,15 +134,14 @@ def sgd(module):
 
 
 def begin(args, block_size=1):
-    """(run, network, optimizers), the run ready for its first step."""
-    run = runs.Run(args)
+    """(run, network, optimizers)."""
+    run = Run(args)
     net = run.prepare(
         layerwise_cnn(
             channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size
         )
     )
     optimizers = [sgd(module) for module in net]
-    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
     return run, net, optimizers
 
 
@@ -189,7 +191,8 @@ def evaluation(args, train, test):
 
 def housekeeping(args, images, labels, train, test):
     """Data, meters, log and checkpoint of DGL."""
-    run, net, _ = begin(args)
+    run, net, optimizers = begin(args)
+    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint
     stream = itertools.chain.from_iterable(itertools.repeat(train))
     with torch.no_grad(), run.autocast():
         every_logits = net(images)
@@ -231,25 +234,11 @@ def dni(args, train, test):
     ]
 
 
-def dni_script(name):
-    """The script ``name`` of the dni experiment as a module; by its path, since other experiments have a cifar_dgl.py
-    too.
-    """
-    folder = Path(__file__).resolve().parents[1] / "dni"
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # for the file beside it that it imports
-    spec = importlib.util.spec_from_file_location(f"dni_{name}", folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def dni_adam(args, images, labels, name, synthetic=False, context=False):
     """The step of dni/cifar_cnn_dni.py without meters."""
-    run = runs.Run(args)
-    net = run.prepare(dni_script("cifar_cnn_dni").Network(CHANNELS, CLASSES, synthetic, context)).train()
+    run = Run(args)
+    net = run.prepare(cifar_cnn_dni.Network(CHANNELS, CLASSES, synthetic, context)).train()
     optimizer = Adam(net.parameters(), lr=3e-5, fused=True)
-    next(run.epochs(net=net, optimizers=[optimizer]))
 
     def step():
         given = F.one_hot(labels, CLASSES).float() if context else None
@@ -265,12 +254,11 @@ def dni_adam(args, images, labels, name, synthetic=False, context=False):
 
 def dni_dgl(args, images, labels):
     """The step of dni/cifar_dgl.py without meters."""
-    run, script = runs.Run(args), dni_script("cifar_dgl")
-    blocks, last = script.backbone(CHANNELS, CLASSES)
-    heads = [script.auxiliary(CHANNELS, CLASSES), script.auxiliary(CHANNELS, CLASSES), last]
+    run = Run(args)
+    blocks, last = cifar_dgl.backbone(CHANNELS, CLASSES)
+    heads = [cifar_dgl.auxiliary(CHANNELS, CLASSES), cifar_dgl.auxiliary(CHANNELS, CLASSES), last]
     net = run.prepare(DecoupledNetwork(map(DecoupledModule, blocks, heads))).train()
     optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
-    next(run.epochs(net=net, optimizers=optimizers))
 
     return Row("DGL step", len(labels), greedy_step(run, net, optimizers, images, labels), net)
 
@@ -430,15 +418,12 @@ def synthesizer_runs(row):
 
 def main():
     args = parse_args()
-    if args.plain_malloc:
-        runs.keep_freed_memory = lambda: None  # every Run would call it
-    runs.keep_freed_memory()  # before the first large tensor
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = runs.pick_device(args.device)
+    device = flags.pick_device(args.device)
     malloc = ", plain malloc" if args.plain_malloc else ""
     with tempfile.TemporaryDirectory() as args.log_dir:
-        print("\n".join(runs.environment(device, args.half)))
+        print("\n".join(provenance.environment(device, args.half)))
         for network, rows_of, conclude in (
             ("learning_curves", learning_curves, print_epoch),
             ("dni", dni, print_parts),
@@ -472,4 +457,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main, keep_memory="--plain-malloc" not in sys.argv)

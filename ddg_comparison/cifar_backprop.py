@@ -20,23 +20,22 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.checkpoint import checkpoint
 
-from decoupled import runs
+from decoupled import flags
 from decoupled.metrics import Meter, evaluate
+from decoupled.runs import Run
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=300, batch_size=128)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
+    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
     group.add_argument(
         "--checkpointing", action="store_true", help="keep the representations between parts only, recompute the others"
     )
-    group.add_argument(
-        "--splits", type=runs.whole_number(1), metavar="K", help="parts for --checkpointing (default: 2)"
-    )
+    group.add_argument("--splits", type=flags.integer(1), metavar="K", help="parts for --checkpointing (default: 2)")
     group.add_argument(
         "--milestones",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
@@ -77,24 +76,24 @@ def step(run, net, optimizer, images, labels, checkpointing=False):
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = run.prepare(chained_resnet(args.depth, args.splits, classes))
     optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
     schedule = MultiStepLR(optimizer, falls, gamma=0.1)
+    meter = Meter()
 
-    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=test, meters=meter):
         net.train()
-        meter = Meter()
         for images, labels in run.progress(train):
             loss, logits = step(run, net, optimizer, images, labels, args.checkpointing)
             meter.update(loss, logits, labels)
-        schedule.step()
         with run.autocast():
-            (score,) = evaluate(net, test)
+            (score,) = evaluate(net, run.evaluation(test))
         run.log(len(net), epoch, meter, score)
+        schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

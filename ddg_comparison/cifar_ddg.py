@@ -38,20 +38,19 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from decoupled import InputError, runs
+from decoupled import InputError, flags
 from decoupled.metrics import Meter, evaluate
+from decoupled.runs import Run
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=300, batch_size=128)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    group.add_argument(
-        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
-    )
+    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
+    group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
     group.add_argument(
         "--milestones",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
@@ -126,9 +125,9 @@ def step(run, net, optimizers, in_flight, images, labels):
         if len(own.batches) <= own.delay:
             continue  # the first K−1−k iterations: no gradient has come down yet
         below, _, output = own.batches.popleft()
-        scaler = run.scalers[
-            id(optimizer)
-        ]  # with fp16 each module has its own loss scale; gradients go from one to the next without
+        scaler = run.scaler(
+            optimizer
+        )  # with fp16 each module has its own loss scale; gradients go from one to the next without
         scale = scaler.scale(torch.ones(1, device=images.device))  # (1,), not a scalar: fp16 divided by it is fp32
         optimizer.zero_grad()
         output.backward((own.gradient * scale).view_as(output).to(output.dtype))
@@ -141,7 +140,7 @@ def step(run, net, optimizers, in_flight, images, labels):
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = run.prepare(chained_resnet(args.depth, args.splits, classes))
     if not all(list(module.parameters()) for module in net):
@@ -155,21 +154,20 @@ def main():
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
     schedules = [MultiStepLR(optimizer, falls, gamma=0.1) for optimizer in optimizers]
     in_flight = [InFlight(run, net, k) for k in range(len(net))]
+    meter = Meter()
 
-    for epoch in run.epochs(
-        net=net, optimizers=optimizers, schedules=schedules, in_flight=in_flight, train=train, test=test
-    ):
+    state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": train, "test": test}
+    for epoch in run.epochs(**state, meters=meter, in_flight=in_flight):
         net.train()
-        meter = Meter()
         for images, labels in run.progress(train):
             loss, logits = step(run, net, optimizers, in_flight, images, labels)
             meter.update(loss, logits, labels)
+        with run.autocast():
+            (score,) = evaluate(net, run.evaluation(test))
+        run.log(len(net), epoch, meter, score)
         for schedule in schedules:
             schedule.step()
-        with run.autocast():
-            (score,) = evaluate(net, test)
-        run.log(len(net), epoch, meter, score)
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -15,20 +15,19 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from decoupled import runs
+from decoupled import flags
 from decoupled.metrics import Meter, evaluate
+from decoupled.runs import Run
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=300, batch_size=128)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
-    group.add_argument(
-        "--splits", type=runs.whole_number(1), default=2, metavar="K", help="modules (default: %(default)s)"
-    )
+    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
+    group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
     group.add_argument(
         "--milestones",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
@@ -55,7 +54,7 @@ def step(run, net, optimizers, images, labels):
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = run.prepare(decoupled_resnet(args.depth, args.splits, classes))
     optimizers = [
@@ -64,20 +63,20 @@ def main():
     ]
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
     schedules = [MultiStepLR(optimizer, falls, gamma=0.1) for optimizer in optimizers]
+    meters = [Meter() for _ in net]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
         net.train()
-        meters = [Meter() for _ in net]
         for images, labels in run.progress(train):
             for meter, (loss, logits) in zip(meters, step(run, net, optimizers, images, labels), strict=True):
                 meter.update(loss, logits, labels)
-        for schedule in schedules:
-            schedule.step()
         with run.autocast():
-            scores = evaluate(net, test)
+            scores = evaluate(net, run.evaluation(test))
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
             run.log(n, epoch, meter, score)
+        for schedule in schedules:
+            schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -16,43 +16,42 @@ Columns:
                 network and images (peak_memory there)
 """
 
-import argparse
-import importlib.util
 import math
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
+import cifar_backprop
+import cifar_ddg
+import cifar_dgl
 import pandas as pd
 import torch
 from cifar_resnet import chained_resnet, decoupled_resnet
 from torch.optim import SGD
 
-from decoupled import runs
+from decoupled import flags, provenance
 from decoupled.costs import count_flops, peak_memory, step_seconds
+from decoupled.runs import Run
 
 CLASSES = 10
 SECONDS = 0.1  # a row is repeated within a round for at least as long
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2 (default: %(default)s)")
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
     parser.add_argument(
         "--splits",
-        type=runs.whole_number(2),
+        type=flags.integer(2),
         nargs="+",
         default=[2, 4],
         metavar="K",
         help="numbers of modules (default: 2 4)",
     )
-    parser.add_argument(
-        "--batch-size", type=runs.whole_number(2), default=128, help="images a step (default: %(default)s)"
-    )
-    parser.add_argument("--repeats", type=runs.whole_number(1), default=10, help="rounds (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=flags.integer(2), default=128, help="images a step")
+    parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
-    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None)  # what a Run asks for
+    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     return parser.parse_args()
 
 
@@ -64,40 +63,29 @@ class Row(NamedTuple):
     step: callable
 
 
-def script(name):
-    """The script ``name`` of this folder as a module; by its path, since other experiments have a cifar_dgl.py too."""
-    spec = importlib.util.spec_from_file_location(f"ddg_comparison_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # The rows. One function a method: it makes its own run and network.
 
 
 def begin(args, net, learners):
-    """(run, optimizers), one for each of ``learners``, the run ready for its first step."""
-    run = runs.Run(args)
+    """(run, optimizers), one for each of ``learners``."""
+    run = Run(args)
     run.prepare(net).train()
     optimizers = [
         SGD(learner.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for learner in learners
     ]
-    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint, sets up the loss scales
     return run, optimizers
 
 
 def backprop(args, images, labels, splits=1):
     net = chained_resnet(args.depth, splits, CLASSES)
     run, (optimizer,) = begin(args, net, [net])
-    step = script("cifar_backprop").step
     name = "checkpointing" if splits > 1 else "back-propagation"
-    return Row(name, splits, lambda: step(run, net, optimizer, images, labels, checkpointing=splits > 1))
+    return Row(name, splits, lambda: cifar_backprop.step(run, net, optimizer, images, labels, splits > 1))
 
 
 def ddg(args, images, labels, splits):
     net = chained_resnet(args.depth, splits, CLASSES)
     run, optimizers = begin(args, net, net)
-    cifar_ddg = script("cifar_ddg")
     in_flight = [cifar_ddg.InFlight(run, net, k) for k in range(splits)]
     return Row("DDG", splits, lambda: cifar_ddg.step(run, net, optimizers, in_flight, images, labels))
 
@@ -105,8 +93,7 @@ def ddg(args, images, labels, splits):
 def dgl(args, images, labels, splits):
     net = decoupled_resnet(args.depth, splits, CLASSES)
     run, optimizers = begin(args, net, net)
-    step = script("cifar_dgl").step
-    return Row("DGL", splits, lambda: step(run, net, optimizers, images, labels))
+    return Row("DGL", splits, lambda: cifar_dgl.step(run, net, optimizers, images, labels))
 
 
 # Measuring
@@ -131,19 +118,18 @@ def measure(rows, batch_size, repeats, device):
 
 def main():
     args = parse_args()
-    runs.keep_freed_memory()  # before the first large tensor
-    device = runs.pick_device(args.device)
+    device = flags.pick_device(args.device)
     torch.manual_seed(args.seed)
     images = torch.randn(args.batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
     with tempfile.TemporaryDirectory() as args.log_dir:
         rows = [backprop(args, images, labels)]
         rows += [method(args, images, labels, splits) for method in (backprop, ddg, dgl) for splits in args.splits]
-        print("\n".join(runs.environment(device, args.half)))
+        print("\n".join(provenance.environment(device, args.half)))
         print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n")
         frame = measure(rows, args.batch_size, args.repeats, device)
     print(frame.to_string(float_format="{:,.2f}".format))
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -20,33 +20,36 @@ def ranks(logits, labels):
 
 
 class Meter:
-    """Mean loss and top-k accuracy over the samples given so far.
+    """Mean loss and top-k accuracy over the samples given since its epoch began.
 
-    ``update`` only queues work on the device; ``loss`` and ``top(k)`` read it out, once an epoch.
+    ``update`` only queues work on the device, on two running tensors; ``loss`` and ``top(k)`` wait for it.
     """
 
     def __init__(self, topk=(1,)):
         self.topk = topk
-        self.count = 0
-        self._losses = []
-        self._hits = []
+        self.begin()
+
+    def begin(self):
+        """Forgets everything: a new epoch."""
+        self.count, self.losses, self.hits = 0, torch.zeros(()), torch.zeros(len(self.topk))
 
     def update(self, loss, logits, labels):
         """Adds a mini-batch: its mean loss (scalar), logits (B, classes), labels (B,)."""
-        self.count += len(labels)
-        self._losses.append(loss.detach().float() * len(labels))
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no more
         rank = ranks(logits.detach(), labels)
-        self._hits.append(torch.stack([(rank < k).sum() for k in self.topk]))
+        hits = torch.stack([(rank < k).sum() for k in self.topk])
+        self.count += len(labels)
+        self.losses = self.losses.to(logits.device, wide) + loss.detach().float() * len(labels)
+        self.hits = self.hits.to(logits.device, wide) + hits
 
     @property
     def loss(self):
         """Mean over samples; each mini-batch's loss weighs as many times as it has samples."""
-        return torch.stack(self._losses).double().cpu().sum().item() / self.count
+        return self.losses.item() / self.count
 
     def top(self, k):
         """Top-k accuracy in %."""
-        hits = torch.stack(self._hits).sum(0)[self.topk.index(k)].item()
-        return 100 * hits / self.count
+        return 100 * self.hits[self.topk.index(k)].item() / self.count
 
     @property
     def top1(self):
@@ -58,18 +61,29 @@ class Meter:
         """Top-5 accuracy in %, for a meter with 5 in its ``topk``."""
         return self.top(5)
 
-    def state_dict(self):
-        """{"count", "losses" (batches,) summed over each batch, "hits" (batches, len(topk))}, for checkpoints and for
-        adding up processes.
-        """
-        nothing = torch.zeros(0), torch.zeros(0, len(self.topk), dtype=torch.int64)
-        losses, hits = (torch.stack(self._losses), torch.stack(self._hits)) if self._losses else nothing
-        return {"count": self.count, "losses": losses, "hits": hits}
+    def sums(self):
+        """(2 + len(topk),) float64 on the CPU: samples, loss summed over them, hits for each k."""
+        return torch.cat([torch.tensor([self.count]), self.losses[None].cpu(), self.hits.cpu()]).double()
 
-    def load_state_dict(self, state, device="cpu"):
-        """Takes over what state_dict gave; further batches are on ``device``."""
-        self.count = state["count"]
-        self._losses, self._hits = (list(state[key].to(device).unbind()) for key in ("losses", "hits"))
+    def state_dict(self):
+        """{"sums"}, for checkpoints and for adding up processes."""
+        return {"sums": self.sums()}
+
+    def load_state_dict(self, state):
+        """Takes over what state_dict gave; further batches may be on another device."""
+        count, losses, *hits = state["sums"]
+        self.count, self.losses, self.hits = int(count), losses, torch.stack(hits)
+
+
+def added(meters, processes):
+    """The Meters of what all ``processes`` (decoupled.processes.Processes) have measured, by one reduction."""
+    if processes.size == 1:
+        return meters
+    totals = processes.sum(torch.stack([meter.sums() for meter in meters]))
+    everywhere = [Meter(meter.topk) for meter in meters]
+    for meter, sums in zip(everywhere, totals, strict=True):
+        meter.load_state_dict({"sums": sums})
+    return everywhere
 
 
 @torch.inference_mode()

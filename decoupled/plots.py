@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from decoupled import InputError, runs
+from decoupled import InputError, checkpoints, flags
 from decoupled.logs import read_log
 
 LABELS = {
@@ -62,7 +62,7 @@ def newest_log(path):
 
 
 def main():
-    parser = runs.Parser(description="Draws training loss and test accuracy of every head of a log.")
+    parser = flags.Parser("Draws training loss and test accuracy of every head of a log.")
     parser.add_argument("log", help="a log, or a folder: its newest log is drawn")
     parser.add_argument("--output", metavar="PNG", default="curves.png", help="(default: %(default)s)")
     args = parser.parse_args()
@@ -71,10 +71,10 @@ def main():
     frame = read_log(log)
     dataset = frame.attrs["arguments"].get("dataset", "")
     figure = learning_curves(frame, title=f"{log.stem} ({dataset})" if dataset else log.stem)
-    with runs.writing(args.output):
+    with checkpoints.writing(args.output):
         figure.savefig(args.output, dpi=150)
     print(f"learning curves: {args.output}")
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -20,14 +20,15 @@ from torch.optim import SGD, Adam
 from tqdm import tqdm
 
 import dni
-from decoupled import InputError, runs
+from decoupled import InputError, flags
 from decoupled.metrics import Meter, evaluate
+from decoupled.runs import Run
 
 N = 3  # the head's number in the log, as in the authors' logs
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=2000, batch_size=256, test_batch_size=256)
+    parser = flags.parser(__doc__, epochs=2000, batch_size=256, test_batch_size=256)
     group = parser.add_argument_group("method, network and output")
     group.add_argument(
         "--dni", action="store_true", help="synthetic gradients instead of back-propagation through the whole network"
@@ -38,15 +39,15 @@ def parse_args():
     )
     group.add_argument(
         "--channels",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=128,
-        help="of every block and synthesizer (default: %(default)s)",
+        help="of every block and synthesizer",
     )
     group.add_argument(
         "--log-interval",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=10,
-        help="batches between printed losses (default: %(default)s)",
+        help="batches between printed losses",
     )
     args = parser.parse_args()
     if args.context and not args.dni:
@@ -74,7 +75,7 @@ class Network(nn.Sequential):
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     if args.half and run.device.type == "cuda":
         raise InputError(
             "--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here"
@@ -85,10 +86,10 @@ def main():
         optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5, fused=True)
     else:
         optimizer = Adam(net.parameters(), lr=3e-5, fused=True)
+    meter = Meter()
 
-    for epoch in run.epochs(net=net, optimizers=[optimizer], train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=[optimizer], train=train, test=test, meters=meter):
         net.train()
-        meter = Meter()
         for images, labels in run.progress(train):
             context = F.one_hot(labels, classes).float() if args.context else None
             optimizer.zero_grad()  # first: the forward pass adds gradients already
@@ -106,9 +107,9 @@ def main():
             if run.batch % args.log_interval == 0:
                 tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss.item():.5f}")
         with run.autocast():
-            (score,) = evaluate(net, test)
+            (score,) = evaluate(net, run.evaluation(test))
         run.log(N, epoch, meter, score)
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

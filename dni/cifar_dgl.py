@@ -17,22 +17,21 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from tqdm import tqdm
 
-from decoupled import logs, runs
+from decoupled import flags, logs
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import DecoupledModule, DecoupledNetwork
+from decoupled.runs import Run
 
 
 def parse_args():
-    parser = runs.parser(__doc__, epochs=1500, batch_size=256, test_batch_size=256)
+    parser = flags.parser(__doc__, epochs=1500, batch_size=256, test_batch_size=256)
     group = parser.add_argument_group("network and output")
-    group.add_argument(
-        "--channels", type=runs.whole_number(1), default=128, help="of every block and auxiliary (default: %(default)s)"
-    )
+    group.add_argument("--channels", type=flags.integer(1), default=128, help="of every block and auxiliary")
     group.add_argument(
         "--log-interval",
-        type=runs.whole_number(1),
+        type=flags.integer(1),
         default=10,
-        help="batches between printed losses (default: %(default)s)",
+        help="batches between printed losses",
     )
     return parser.parse_args()
 
@@ -46,16 +45,16 @@ def auxiliary(channels, classes):
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     blocks, last = backbone(args.channels, classes)
     heads = [auxiliary(args.channels, classes), auxiliary(args.channels, classes), last]
     net = run.prepare(DecoupledNetwork(map(DecoupledModule, blocks, heads)))
     optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
+    meters = [Meter() for _ in net]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=optimizers, train=train, test=test, meters=meters):
         net.train()
-        meters = [Meter() for _ in net]
         for images, labels in run.progress(train):
             representation, losses = images, []  # (B, 3, 32, 32)
             for module, optimizer, meter in zip(net, optimizers, meters, strict=True):
@@ -72,11 +71,11 @@ def main():
                     f"{' '.join(f'{loss.item():.5f}' for loss in losses)}"
                 )
         with run.autocast():
-            scores = evaluate(net, test)
+            scores = evaluate(net, run.evaluation(test))
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
             line = logs.head_line if n == len(net) else logs.lower_head_line  # the published log has the last head only
             run.log(n, epoch, meter, score, line)
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -19,7 +19,6 @@ anything is learned from it. The context of cDNI is there in training only, as
 labels are: the network that says the bits never sees it.
 """
 
-import argparse
 import sys
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 import dni
-from decoupled import runs
+from decoupled import checkpoints, flags, provenance
 from decoupled.costs import count_flops
 
 
@@ -50,13 +49,13 @@ POINTS = 25  # of a curve
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = runs.whole_number(1)
-    parser.add_argument("--delay", type=whole, default=8, help="steps from a bit to its recall (default: %(default)s)")
-    parser.add_argument("--segment", type=whole, default=3, help="steps between updates (default: %(default)s)")
-    parser.add_argument("--hidden", type=whole, default=64, help="units of the GRU (default: %(default)s)")
-    parser.add_argument("--batch-size", type=whole, default=32, help="streams (default: %(default)s)")
-    parser.add_argument("--gflop", type=whole, default=40, help="a run's budget (default: %(default)s)")
+    parser = flags.Parser(__doc__)
+    whole = flags.integer(1)
+    parser.add_argument("--delay", type=whole, default=8, help="steps from a bit to its recall")
+    parser.add_argument("--segment", type=whole, default=3, help="steps between updates")
+    parser.add_argument("--hidden", type=whole, default=64, help="units of the GRU")
+    parser.add_argument("--batch-size", type=whole, default=32, help="streams")
+    parser.add_argument("--gflop", type=whole, default=40, help="a run's budget")
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of Adam (default: 3e-4 1e-3 3e-3)"
     )
@@ -128,8 +127,8 @@ def learn(method, lr, seed, args):
 def main():
     args = parse_args()
     setting = " ".join(f"{key} {getattr(args, key)}" for key in ("delay", "segment", "hidden", "batch_size", "gflop"))
-    with runs.writing(args.output), open(args.output, "w") if args.output else nullcontext(sys.stdout) as file:
-        print(*runs.environment(torch.device("cpu"), half=False), f"# {setting}", sep="\n", file=file)
+    with checkpoints.writing(args.output), open(args.output, "w") if args.output else nullcontext(sys.stdout) as file:
+        print(*provenance.environment(torch.device("cpu"), half=False), f"# {setting}", sep="\n", file=file)
         print("method,lr,seed,gflop,recalled", file=file)
         for name, method in METHODS.items():
             for lr in args.lr:
@@ -139,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -10,20 +10,21 @@ paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn 69.7 /
 the greedy one has none.
 """
 
-from imagenet_run import TOPK, ImageNetRun, parsed, parser, sgd
+import imagenet_flags
+from imagenet_flags import TOPK, reported, sgd
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 from torchvision import models
 
-from decoupled import InputError, logs, runs
-from decoupled.metrics import evaluate
+from decoupled import InputError, flags, logs
+from decoupled.metrics import Meter, added, evaluate
 
 ARCHS = models.list_models(models, include=("resnet*", "resnext*", "wide_resnet*", "vgg*"))
 
 
 def parse_args():
-    return parsed(parser(__doc__, ARCHS, default="resnet152"))
+    return imagenet_flags.parsed(imagenet_flags.parser(__doc__, ARCHS, default="resnet152"))
 
 
 def build(args, classes):
@@ -47,31 +48,27 @@ class EndToEnd(nn.ModuleList):
 
 def main():
     args = parse_args()
-    run = ImageNetRun(args)
-    train, val, classes = run.data()
-    net = run.prepare(EndToEnd([build(args, classes)]))
-    (network,) = run.parallel(net)
+    run, train, val, net, (network,) = imagenet_flags.begin(args, lambda *known: EndToEnd([build(*known)]))
     optimizer = sgd(args, net)
     schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
+    meter = Meter(TOPK)
 
-    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=val):
+    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=val, meters=meter):
         net.train()
-        (meter,) = run.meters(1)
-        for images, labels in run.training(train):
+        for images, labels in reported(run, run.progress(train), len(train)):
             with run.autocast():
                 logits = network(images)  # (b, classes)
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward (with other processes: and their gradients), step
             meter.update(loss, logits, labels)
+        run.processes.same_buffers(net)
         with run.autocast():
-            score, meter = run.summed([*evaluate(net, run.evaluation(val), topk=TOPK), meter])
-        line = logs.imagenet_backprop_line(
-            schedule.get_last_lr()[0], epoch, (meter.top1, meter.top5), (score.top1, score.top5)
-        )
-        run.write(f"{line}\n{logs.loss_line(1, epoch, meter.loss)}\n")
-        print(line, flush=True)
-        schedule.step()  # last: a run that is stopped while it evaluates comes here once
+            score, trained = added([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.processes)
+        rate = schedule.get_last_lr()[0]
+        line = logs.imagenet_backprop_line(rate, epoch, (trained.top1, trained.top5), (score.top1, score.top5))
+        run.report(line, logs.loss_line(1, epoch, trained.loss))
+        schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

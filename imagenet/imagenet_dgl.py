@@ -16,49 +16,38 @@ The paper's top-1 / top-5 (%) of the last head after 50 epochs:
     resnet152 (--splits 2)    2 modules   74.5 / 92.0
 """
 
+import imagenet_flags
 import torch
 from greedy_resnet import BLOCKS, greedy_resnet
 from greedy_vgg import STAGES, greedy_vgg
-from imagenet_run import TOPK, ImageNetRun, parsed, parser, sgd
+from imagenet_flags import TOPK, reported, sgd
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import logs, runs
-from decoupled.metrics import WithEnsembles, evaluate
+from decoupled import flags, logs
+from decoupled.flags import integer
+from decoupled.metrics import Meter, WithEnsembles, added, evaluate
 
 
 def parse_args():
-    flags = parser(__doc__, (*STAGES, *BLOCKS), default="resnet152")
-    group = flags.add_argument_group("modules and auxiliaries")
-    group.add_argument(
-        "--block_size", type=runs.whole_number(1), metavar="B", help="VGG: convolutions a module (default: 1)"
-    )
-    group.add_argument(
-        "--splits", type=runs.whole_number(1), metavar="K", help="ResNet: modules (default: 2, the published cut)"
-    )
-    group.add_argument(
-        "--nlin", type=runs.whole_number(0), default=3, help="1×1 convolutions of an auxiliary (default: %(default)s)"
-    )
-    group.add_argument(
-        "--mlp", type=runs.whole_number(0), default=3, help="hidden layers of an auxiliary (default: %(default)s)"
-    )
-    group.add_argument(
-        "--ensemble",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="1: evaluate the ensembles of heads (default: %(default)s)",
-    )
+    parser = imagenet_flags.parser(__doc__, (*STAGES, *BLOCKS), default="resnet152")
+    group = parser.add_argument_group("modules and auxiliaries")
+    group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
+    group.add_argument("--splits", type=integer(1), metavar="K", help="ResNet: modules (default: 2, the published cut)")
+    group.add_argument("--nlin", type=integer(0), default=3, metavar="N", help="1×1 convolutions of an auxiliary")
+    group.add_argument("--mlp", type=integer(0), default=3, metavar="N", help="hidden layers of an auxiliary")
+    ensemble = "1: evaluate the ensembles of heads"
+    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help=ensemble)
     cut = "the network is --arch, cut by --block_size (VGG) or --splits (ResNet)"
-    flags.dropped("--ncnn", "--feature_size", "--ds-type", why=cut)
+    parser.dropped("--ncnn", "--feature_size", "--ds-type", why=cut)
     place = "--resume goes on where its checkpoint was saved"
-    flags.dropped("--start_epoch", "--resume_epoch", "--resume_feat", why=place)
-    args = parsed(flags)
+    parser.dropped("--start_epoch", "--resume_epoch", "--resume_feat", why=place)
+    args = imagenet_flags.parsed(parser)
     vgg = args.arch in STAGES
     if vgg and args.splits:
-        flags.error(f"--splits cuts ResNets: choose how {args.arch} is cut by --block_size")
+        parser.error(f"--splits cuts ResNets: choose how {args.arch} is cut by --block_size")
     if not vgg and args.block_size:
-        flags.error(f"--block_size groups VGG's convolutions: choose how {args.arch} is cut by --splits")
+        parser.error(f"--block_size groups VGG's convolutions: choose how {args.arch} is cut by --splits")
     args.block_size, args.splits = (args.block_size or 1, None) if vgg else (None, args.splits or 2)
     return args
 
@@ -88,30 +77,28 @@ def step(run, modules, optimizers, images, labels):
 
 def main():
     args = parse_args()
-    run = ImageNetRun(args)
-    train, val, classes = run.data()
-    net = run.prepare(build(args, classes))
-    modules = run.parallel(net)
+    run, train, val, net, modules = imagenet_flags.begin(args, build)
     optimizers = [sgd(args, module) for module in net]
     schedules = [StepLR(optimizer, args.epochdecay, gamma=0.1) for optimizer in optimizers]
+    meters = [Meter(TOPK) for _ in net]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=val):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=val, meters=meters):
         net.train()
-        meters = run.meters(len(net))
-        for images, labels in run.training(train):
+        for images, labels in reported(run, run.progress(train), len(train)):
             for meter, (loss, logits) in zip(meters, step(run, modules, optimizers, images, labels), strict=True):
                 meter.update(loss, logits, labels)
+        run.processes.same_buffers(net)
+        heads = WithEnsembles(net, probabilities=True) if args.ensemble else net
         with run.autocast():
-            heads = WithEnsembles(net, probabilities=True) if args.ensemble else net
-            scores = run.summed(evaluate(heads, run.evaluation(val), topk=TOPK))
+            scores = added(evaluate(heads, run.evaluation(val), topk=TOPK), run.processes)
         together = [(score.top1, score.top5) for score in scores[len(net) :]] or [(torch.nan, torch.nan)] * len(net)
-        for n, (meter, score, ensemble) in enumerate(zip(run.summed(meters), scores, together, strict=False), start=1):
+        trained = added(meters, run.processes)
+        for n, (meter, score, ensemble) in enumerate(zip(trained, scores, together, strict=False), start=1):
             line = logs.imagenet_line(n, epoch, (meter.top1, meter.top5), (score.top1, score.top5), ensemble)
-            run.write(f"{line}\n{logs.loss_line(n, epoch, meter.loss)}\n")
-            print(line, flush=True)
-        for schedule in schedules:  # last: a run that is stopped while it evaluates comes here once
+            run.report(line, logs.loss_line(n, epoch, meter.loss))
+        for schedule in schedules:
             schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -22,14 +22,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from decoupled import InputError
+from decoupled.images import mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
 LAYOUT = "image folders are {train,val}/<class>/<image>"
-
-
-def mixed(*numbers):
-    """A 64-bit seed that depends on all of ``numbers`` (whole, not negative)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def list_images(folder, split):
@@ -75,7 +71,7 @@ class Images(Dataset):
         image = self.decode(index)
         state = torch.get_rng_state()  # torchvision's transforms draw from PyTorch's own generator
         try:
-            torch.default_generator.manual_seed(mixed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.transform(image), self.labels[index]
         finally:
             torch.set_rng_state(state)
@@ -92,7 +88,7 @@ class Share:
     def __init__(self, count, batch_size, shuffle, seed, rank, processes):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.rank, self.processes = rank, processes
-        self.epoch, self.start = 1, 0
+        self.epoch, self.start = 0, 0
         self.limit = None  # mini-batches an epoch, at most
 
     def __len__(self):
@@ -101,7 +97,7 @@ class Share:
 
     def __iter__(self):
         if self.shuffle:
-            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
         else:
             order = torch.arange(self.count)
         for batch in order.split(self.batch_size)[self.start : len(self)]:
@@ -114,25 +110,22 @@ class ImageBatches:
     """Iterates over this process's share of the mini-batches: images (b, 3, s, s) float32, channels-last and
     normalized, labels (b,) int64.
 
-    Without other processes b is ``batch_size``, but for a shorter last one. ``share.epoch`` and ``share.start`` say
-    where an iteration begins.
+    Without other processes b is ``batch_size``, but for a shorter last one. Iterating begins an epoch. So does
+    ``begin``, and ``rest`` is then what is left of it. ``weight`` is that of the latest share's mean loss in the mean
+    over processes.
     """
 
     def __init__(self, folder, samples, transform, *, batch_size, shuffle, seed, workers, device, rank, processes):
         self.images = Images(samples, transform, seed)
         self.share = Share(len(samples), batch_size, shuffle, seed, rank, processes)
-        self.device, self.description = (
-            device,
-            f"{len(samples)} images of {len({label for _, label in samples})} classes",
-        )
+        self.device = device
+        self.description = f"{len(samples)} images of {len({label for _, label in samples})} classes"
+        self.place = len(self.share)  # mini-batches of the epoch that are gone: all, before the first begins
+        self.weight = 1.0  # of the latest share's mean loss in the mean over processes
         ending = multiprocessing.Value("b", 0, lock=False)
         atexit.register(setattr, ending, "value", 1)
-        persistent = {
-            "num_workers": workers,
-            "persistent_workers": True,
-            "worker_init_fn": partial(ignore_signals, ending),
-        }
-        options = persistent if workers else {}
+        persistent = {"persistent_workers": True, "worker_init_fn": partial(ignore_signals, ending)}
+        options = {"num_workers": workers, **persistent} if workers else {}
         self.loader = DataLoader(self.images, batch_sampler=self.share, pin_memory=device.type == "cuda", **options)
         self.scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
         self.shift = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
@@ -143,16 +136,34 @@ class ImageBatches:
         return len(self.share)
 
     def __iter__(self):
+        self.begin()
+        return self.rest()
+
+    def begin(self):
+        """Begins a new epoch."""
+        self.share.epoch, self.place = self.share.epoch + 1, 0
+
+    def rest(self):
+        """Iterates over what is left of the epoch that has begun."""
+        self.share.start = self.place
         try:
-            for images, labels in self.loader:
+            for images, labels in self.loader if self.place < len(self) else ():
+                size, count = self.share.batch_size, self.share.count
+                whole = min(size, count - self.place * size)  # images in the mini-batch of all processes
+                self.weight = len(labels) * self.share.processes / whole
+                self.place += 1
                 images = images.to(self.device, non_blocking=True)
                 yield self.normalize(images), labels.to(self.device, non_blocking=True)
             return
-        except InputError as error:
-            message = (
-                str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
-            )  # a worker's comes with its traceback
+        except InputError as error:  # a worker's comes with its traceback
+            message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
         raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
+
+    @property
+    def common(self):
+        """How many mini-batches every process has a share of."""
+        full, rest = divmod(self.share.count, self.share.batch_size)
+        return full + (rest >= self.share.processes)
 
     def close(self):
         """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
@@ -166,11 +177,12 @@ class ImageBatches:
         return self.description
 
     def state_dict(self):
-        return {"fingerprint": self.fingerprint}
+        return {"fingerprint": self.fingerprint, "epoch": self.share.epoch, "place": self.place}
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
             raise InputError(f"the run was trained on other images than these {self}: name its folder")
+        self.share.epoch, self.place = state["epoch"], state["place"]
 
 
 def ignore_signals(ending, worker):

@@ -13,26 +13,27 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import runs
+from decoupled import flags
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import layerwise_cnn
+from decoupled.runs import Run
 
 
 def parse_args():
-    return runs.parser(__doc__, epochs=50, batch_size=128).parse_args()
+    return flags.parser(__doc__, epochs=50, batch_size=128).parse_args()
 
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = run.prepare(layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes))
     optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]  # at epochs 16, 31, 46, …
+    meters = [Meter() for _ in net]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
         net.train()
-        meters = [Meter() for _ in net]
         for images, labels in run.progress(train):
             representation = images  # (B, 3, 32, 32)
             for module, optimizer, meter in zip(net, optimizers, meters, strict=True):
@@ -44,13 +45,13 @@ def main():
                 )  # zero_grad, backward, step: this frees the module's graph before the next one's forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-        for schedule in schedules:
-            schedule.step()
         with run.autocast():
-            scores = evaluate(net, test)
+            scores = evaluate(net, run.evaluation(test))
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
             run.log(n, epoch, meter, score)
+        for schedule in schedules:
+            schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

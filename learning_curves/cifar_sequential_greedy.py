@@ -15,33 +15,33 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import runs
+from decoupled import flags
 from decoupled.metrics import Meter, evaluate
 from decoupled.network import layerwise_cnn
+from decoupled.runs import Run
 
 
 def parse_args():
-    return runs.parser(__doc__, epochs=50, batch_size=128).parse_args()
+    return flags.parser(__doc__, epochs=50, batch_size=128).parse_args()
 
 
 def main():
     args = parse_args()
-    run = runs.Run(args)
+    run = Run(args)
     train, test, classes = run.data()
     net = run.prepare(layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes))
     optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [
         StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers
     ]  # at each module's epochs 16, 31, 46, …
+    meter = Meter()
 
-    for n, epoch in run.epochs(
-        stages=len(net), net=net, optimizers=optimizers, schedules=schedules, train=train, test=test
-    ):
+    state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": train, "test": test}
+    for n, epoch in run.epochs(stages=len(net), **state, meters=meter):
         *frozen, module = net[:n]
         optimizer, schedule = optimizers[n - 1], schedules[n - 1]
         net.eval()  # the modules below normalize with their final statistics and leave them alone
         module.train()
-        meter = Meter()
         for images, labels in run.progress(train):
             representation = images  # (B, 3, 32, 32)
             with run.autocast():
@@ -52,11 +52,11 @@ def main():
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)
             meter.update(loss, logits, labels)
-        schedule.step()
         with run.autocast():
-            (score,) = evaluate(net, test, heads=[n - 1])
+            (score,) = evaluate(net, run.evaluation(test), heads=[n - 1])
         run.log(n, epoch, meter, score)
+        schedule.step()
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -56,7 +56,7 @@ from result_rows import (
     seconds,
 )
 
-from decoupled import InputError, runs
+from decoupled import InputError, checkpoints, flags
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 STATES = ("done", "running", "missing", "superseded", "unknown")
@@ -71,8 +71,8 @@ def budget(text):
 
 
 def parse_args():
-    parser = runs.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = runs.whole_number(1)
+    parser = flags.Parser(__doc__)
+    positive = flags.integer(1)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="run these; with --list or --harvest, these only")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--list", action="store_true", help="the rows, their states and costs")
@@ -85,13 +85,11 @@ def parse_args():
     group.add_argument(
         "--budget", type=budget, metavar="TIME", help="stop within it: 90s, 150m, 2h (default: no limit)"
     )
-    group.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    group.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     group.add_argument("--half", action="store_true", help="mixed precision, for runs that start now")
-    group.add_argument("--device", default="auto", help="likewise (default: %(default)s)")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="of the images (default: %(default)s)")
-    group.add_argument(
-        "--log-dir", default="runs", metavar="DIR", help="of logs and checkpoints (default: %(default)s)"
-    )
+    group.add_argument("--device", default="auto", help="likewise")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="of the images")
+    group.add_argument("--log-dir", default="runs", metavar="DIR", help="of logs and checkpoints")
     args = parser.parse_args()
     if not (args.rows or args.list or args.harvest or args.table or args.check):
         parser.error("name rows to run, or choose --list, --harvest, --table or --check")
@@ -185,7 +183,7 @@ def probe(half):
     from decoupled.costs import count_flops, training_step
     from decoupled.network import layerwise_cnn
 
-    device = runs.pick_device("auto")
+    device = flags.pick_device("auto")
     torch.set_num_threads(1)
     module = layerwise_cnn(channels=64, depth=3, downsample=(1,), auxiliary="mlp-sr", classes=10)[1].to(device)
     images = torch.randn(128, 64, 32, 32, device=device).to(memory_format=torch.channels_last)
@@ -353,7 +351,7 @@ def run(args, rows):
         for row in which
         if n < len(row.seeds[: args.seeds])
     ]
-    runs.writable_folder(args.log_dir).mkdir(parents=True, exist_ok=True)
+    checkpoints.writable_folder(args.log_dir).mkdir(parents=True, exist_ok=True)
     jobs, unsure, complaints = [], [], []
     try:
         while (todo or jobs) and time.monotonic() < end - grace:
@@ -440,4 +438,4 @@ def tables(rows, write):
 
 
 if __name__ == "__main__":
-    runs.start(main)
+    flags.start(main)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from running import ROOT, Finished, load_script
 
-from decoupled import runs
+from decoupled.flags import start
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run_script(monkeypatch, tmp_path):
         for name, value in names.items():
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags), "--log-dir", str(folder)])
-        runs.start(module.main)
+        start(module.main)
         return Finished(folder)
 
     return run

@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import torch
 from running import ROOT, load_script, small
 
-from decoupled import runs
+from decoupled import checkpoints, runs
+from decoupled.flags import start
 
-moment, count, script, *flags = sys.argv[1:]
+moment, count, script, *words = sys.argv[1:]
 left = int(count)
 
 
@@ -41,12 +43,12 @@ class HalfWritten(io.FileIO):
 
 
 def half_open(path, mode="r", **options):
-    if (moment == "log" and mode == "r+b") or (moment == "write" and mode == "wb"):
+    if moment == "log" and mode == "r+b":
         return HalfWritten(path, mode.replace("b", ""))
     return open(path, mode, **options)
 
 
-real_step, real_replace = runs.Run.step, os.replace
+real_step, real_replace, real_save = runs.Run.step, os.replace, torch.save
 
 
 def step(self, loss, optimizer):
@@ -62,11 +64,25 @@ def replace(source, target):
         die_in_the_end()
 
 
-runs.open = half_open
+def save(value, file):
+    """torch.save, whose file takes half of it when its time has come."""
+    if left == 1:
+        buffer = io.BytesIO()
+        real_save(value, buffer)
+        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        file.flush()
+    else:
+        real_save(value, file)
+    die_in_the_end()
+
+
+if moment == "write":
+    torch.save = save
+checkpoints.open = half_open
 if moment == "step":
     runs.Run.step = step
 os.replace = replace
-sys.argv = [str(ROOT / script), *flags]
+sys.argv = [str(ROOT / script), *words]
 module = load_script(script)
 module.layerwise_cnn = small()
-runs.start(module.main)
+start(module.main)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 def load_script(path):
     """The script at ``path`` (from the repository's root) as a module, its own folder importable as when it is run."""
     folder = str((ROOT / path).parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -13,7 +13,7 @@ import torch
 from running import ROOT, load_script
 from torch import nn
 
-from decoupled import runs
+from decoupled.flags import start
 
 DGL, BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
 
@@ -55,12 +55,12 @@ def in_double(folders):
 
 
 if __name__ == "__main__":
-    script, *flags = sys.argv[1:]
-    sys.argv = [str(ROOT / script), *flags]
+    script, *words = sys.argv[1:]
+    sys.argv = [str(ROOT / script), *words]
     module = load_script(script)
     for name, value in small(module).items():
         setattr(module, name, value)
     import imagenet_folders
 
     in_double(imagenet_folders)
-    runs.start(module.main)
+    start(module.main)

@@ -1,5 +1,7 @@
 """The claims of the asynchronous simulation, tested on its script, and what its logs are read as."""
 
+import os
+import signal
 import sys
 
 import pytest
@@ -9,7 +11,7 @@ from running import load_script
 from torch.nn import functional as F
 
 from decoupled import runs
-from decoupled.data import load
+from decoupled.datasets import load
 from decoupled.logs import read_log
 from decoupled.metrics import evaluate
 
@@ -116,7 +118,7 @@ def build(monkeypatch, *flags):
 
     module = load_script(SCRIPT)
     monkeypatch.setattr(module, "asynchronous_cnn", noted)
-    monkeypatch.setattr(module.runs.Run, "data", lambda self, **options: (None, None, 10))
+    monkeypatch.setattr(module.Run, "data", lambda self, **options: (None, None, 10))
     monkeypatch.setattr(sys, "argv", ["cifar_buffer.py", "--device", "cpu", *map(str, flags)])
     with pytest.raises(InterruptedError):
         module.main()
@@ -379,13 +381,13 @@ def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, mon
     class Watched(runs.Run):
         def step(self, loss, optimizer):
             super().step(loss, optimizer)
-            n = self.module_of[id(optimizer)]
+            n, _ = self.steps.learner(optimizer)
             rates[n].append(optimizer.param_groups[0]["lr"])
             if len(rates[n]) == 3 * LENGTH:
                 final[n] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
 
-    monkeypatch.setattr(runs, "Run", Watched)
-    left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, asynchronous_cnn=build)
+    names = {"Run": Watched, "asynchronous_cnn": build}
+    left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, **names)
     for n in rates:
         assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
         for key, value in final[
@@ -403,7 +405,7 @@ def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, mon
 
 
 class Stopped(runs.Run):
-    """A run that is interrupted amid its second epoch."""
+    """A run that gets SIGTERM amid its second epoch."""
 
     steps = 0
 
@@ -411,7 +413,7 @@ class Stopped(runs.Run):
         super().step(loss, optimizer)
         Stopped.steps += self.epoch == 2
         if Stopped.steps == 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -423,15 +425,14 @@ class Stopped(runs.Run):
         (),
     ],
 )
-def test_an_interrupted_run_resumes_exactly(run_script, monkeypatch, tmp_path, flags):
+def test_a_stopped_run_resumes_exactly(run_script, monkeypatch, tmp_path, flags):
     whole = run_script(SCRIPT, *FLAGS, *flags, folder=tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(Stopped, "steps", 0)
-        patch.setattr(runs, "Run", Stopped)
-        run_script(SCRIPT, *FLAGS, *flags)
-    assert stop.value.code == 130
+    monkeypatch.setattr(Stopped, "steps", 0)
+    with pytest.raises(SystemExit) as stop:
+        run_script(SCRIPT, *FLAGS, *flags, Run=Stopped)
+    assert stop.value.code == 143
     left = run_script(SCRIPT, *FLAGS, *flags, "--resume")
-    assert "# resumed after epoch 1" in left.log.read_text()
+    assert "# resumed after epoch 2, batch" in left.log.read_text()
     told = [
         [line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# layer", "# buffer"))]
         for run in (left, whole)
@@ -484,20 +485,20 @@ def test_without_ensembles(run_script):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--buffer", 3, "--noise", 1), "argument --noise: '1' is no number of at least 0 and below 1"),
-        (("--buffer", 3, "--noise", "-0.1"), "argument --noise: '-0.1' is no number"),
-        (("--buffer", 3, "--noise", "nan"), "argument --noise: 'nan' is no number"),
-        (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' is no number"),
-        (("--lr", 0), "argument --lr: '0' is no number above 0"),
+        (("--buffer", 3, "--noise", 1), "argument --noise: '1' must be a number ≥ 0 and < 1"),
+        (("--buffer", 3, "--noise", "-0.1"), "argument --noise: '-0.1' must be a number"),
+        (("--buffer", 3, "--noise", "nan"), "argument --noise: 'nan' must be a number"),
+        (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' must be a number"),
+        (("--lr", 0), "argument --lr: '0' must be a number > 0"),
         (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no layer: there are 3, from 0"),
         (
             ("--buffer", 3, "--noise", 0.1, "--layer_noise", -1),
-            "argument --layer_noise: '-1' is no whole number of at least 0",
+            "argument --layer_noise: '-1' must be an integer ≥ 0",
         ),
         (("--buffer", 3, "--buffer-sampling", "newest"), "argument --buffer-sampling: invalid choice: 'newest'"),
         (("--buffer", 3, "--layer-sequence", "cyclic"), "argument --layer-sequence: invalid choice: 'cyclic'"),
-        (("--buffer", -1), "argument --buffer: '-1' is no whole number of at least 0"),
-        (("--buffer", 3, "--max-buffer-reuse", 0), "argument --max-buffer-reuse: '0' is no whole number of at least 1"),
+        (("--buffer", -1), "argument --buffer: '-1' must be an integer ≥ 0"),
+        (("--buffer", 3, "--max-buffer-reuse", 0), "argument --max-buffer-reuse: '0' must be an integer ≥ 1"),
         (("--buffer", 3, "--compress", 5), "argument --compress: invalid choice: 5"),
         (
             ("--buffer", 3, "--noise", 0.1, "--layer-sequence", "sequential"),
@@ -518,9 +519,9 @@ def test_without_ensembles(run_script):
         (("--avg_size", 6), "--avg_size 6 does not fit: it must divide 32x32 and be halved 2 times (--down [0, 1])"),
         (("--avg_size", 2), "--avg_size 2 does not fit"),
         (("--avg_size", 64), "choose from 4, 8, 16, 32"),
-        (("--avg_size", 0), "argument --avg_size: '0' is no whole number of at least 1"),
+        (("--avg_size", 0), "argument --avg_size: '0' must be an integer ≥ 1"),
         (("--buffer", 3, "--buffer-sampling", "lifo"), "argument --buffer-sampling: invalid choice: 'lifo'"),
-        (("--ncnn", 1), "argument --ncnn: '1' is no whole number of at least 2"),
+        (("--ncnn", 1), "argument --ncnn: '1' must be an integer ≥ 2"),
         (("--ds-type", "sum"), "argument --ds-type: invalid choice: 'sum'"),
         (("--buffer", 10**9), "the buffers need "),
     ],

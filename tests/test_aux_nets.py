@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled import runs
-from decoupled.data import load
+from decoupled.datasets import load
+from decoupled.flags import start
 from decoupled.logs import read_log
 from decoupled.metrics import evaluate
 from decoupled.network import layerwise_cnn
@@ -76,9 +77,9 @@ class Watched(runs.Run):
         ("cnn", 2, [2, 2, 2]),
     ],
 )
-def test_every_module_learns_from_its_own_loss_alone(run_script, monkeypatch, type_aux, block_size, convs):
-    monkeypatch.setattr(runs, "Run", Watched)
-    left = run_script(SCRIPT, *SHORT, "--type_aux", type_aux, "--block_size", block_size, evaluate=few_images)
+def test_every_module_learns_from_its_own_loss_alone(run_script, type_aux, block_size, convs):
+    names = {"Run": Watched, "evaluate": few_images}
+    left = run_script(SCRIPT, *SHORT, "--type_aux", type_aux, "--block_size", block_size, **names)
     net = Watched.last.net
     assert [
         sum(isinstance(layer, nn.Conv2d) for layer in module.body) for module in net
@@ -134,7 +135,7 @@ def test_default_run_is_the_published_one(monkeypatch):
         (("--type_aux", "vgg"), "argument --type_aux: invalid choice: 'vgg'"),
         (("--block_size", 7), "block size 7 is impossible: the network has 6 layers, so choose from 1 to 6"),
         (("--block_size", 3, "--depth", 2), "block size 3 is impossible"),
-        (("--block_size", 0), "argument --block_size: '0' is no whole number of at least 1"),
+        (("--block_size", 0), "argument --block_size: '0' must be an integer ≥ 1"),
         (("--lr-step", 0), "argument --lr-step"),
         (("--channels", "wide"), "argument --channels"),
     ],
@@ -262,7 +263,7 @@ def test_cost_command(tables, monkeypatch, capsys, tmp_path):
         tmp_path / "out",
     ]
     monkeypatch.setattr(sys, "argv", [COSTS, *map(str, flags)])
-    runs.start(tables.main)
+    start(tables.main)
     printed = capsys.readouterr().out
     assert "# device: cpu" in printed and "Table 1" in printed and "K modules" in printed
     auxiliaries, decoupling = (
@@ -281,6 +282,6 @@ def test_cost_command_without_a_writable_folder(tables, monkeypatch, capsys, tmp
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", [COSTS, "--output", str(tmp_path / "file")])
     with pytest.raises(SystemExit) as stop:
-        runs.start(tables.main)
+        start(tables.main)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

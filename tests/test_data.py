@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from decoupled import InputError
-from decoupled.data import Batches, load
+from decoupled.datasets import load
+from decoupled.images import Batches
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 

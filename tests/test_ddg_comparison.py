@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import InputError
-from decoupled.data import load
+from decoupled.datasets import load
 from decoupled.metrics import evaluate
 
 DGL, DDG, BACKPROP, COSTS = (
@@ -311,8 +311,8 @@ def test_defaults_are_the_published_recipe(monkeypatch, script):
         ),
         (BACKPROP, ("--checkpointing", "--splits", 8), "7 pieces do not split into 8 parts"),
         (DDG, ("--splits", 7), "--splits 7 leaves a module without weights, which has nothing to learn: choose fewer"),
-        (DDG, ("--splits", 0), "argument --splits: '0' is no whole number of at least 1"),
-        (DGL, ("--milestones", 0), "argument --milestones: '0' is no whole number of at least 1"),
+        (DDG, ("--splits", 0), "argument --splits: '0' must be an integer ≥ 1"),
+        (DGL, ("--milestones", 0), "argument --milestones: '0' must be an integer ≥ 1"),
         (
             BACKPROP,
             ("--splits", 2),

@@ -7,14 +7,12 @@ import pandas as pd
 import pytest
 from running import ROOT, load_script
 
-from decoupled import runs
-
 script = load_script("dni/delayed_recall.py")
 
 
 def run(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["delayed_recall.py", *map(str, flags)])
-    runs.start(script.main)
+    flags.start(script.main)
 
 
 def read(text):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import dni
 from decoupled import runs
-from decoupled.data import load
+from decoupled.datasets import load
 from decoupled.logs import read_log
 
 DNI, DGL = "dni/cifar_cnn_dni.py", "dni/cifar_dgl.py"
@@ -345,14 +345,13 @@ def test_half_runs_on_the_cpu(run_script, method):
     assert read_log(left.log).loss.between(1.5, 4).all()
 
 
-def test_half_is_refused_on_cuda(fails, monkeypatch):
+def test_half_is_refused_on_cuda(fails):
     class OnCuda(runs.Run):
         def __init__(self, args):
             super().__init__(args)
             self.device = torch.device("cuda")
 
-    monkeypatch.setattr(runs, "Run", OnCuda)
-    assert "--half means fp16 on CUDA" in fails(DNI, *FLAGS, "--half")
+    assert "--half means fp16 on CUDA" in fails(DNI, *FLAGS, "--half", Run=OnCuda)
 
 
 def test_context_without_dni_is_refused(fails):

@@ -6,7 +6,7 @@ from running import PARALLEL, SEQUENTIAL, small
 from torch.nn import functional as F
 
 from decoupled import runs
-from decoupled.data import load
+from decoupled.datasets import load
 from decoupled.metrics import evaluate
 
 SHORT = ("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--epochs", 2, "--device", "cpu")
@@ -37,8 +37,7 @@ def test_no_gradient_crosses_a_module_boundary(run_script, monkeypatch, script):
             )
             steps.append(loss)
 
-    monkeypatch.setattr(runs, "Run", Watched)
-    run_script(script, *SHORT, layerwise_cnn=build)
+    run_script(script, *SHORT, layerwise_cnn=build, Run=Watched)
     assert len(steps) == 2 * 4 * 4  # epochs × modules × batches
 
 
@@ -159,8 +158,7 @@ def test_sequential_greedy_freezes_what_is_below(run_script, monkeypatch):
             if epoch == 2:
                 finished[n - 1] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
 
-    monkeypatch.setattr(runs, "Run", Watched)
-    left = run_script(SEQUENTIAL, *SHORT, layerwise_cnn=build)
+    left = run_script(SEQUENTIAL, *SHORT, layerwise_cnn=build, Run=Watched)
     assert stages == [(n, epoch) for n in (1, 2, 3, 4) for epoch in (1, 2)]
     assert [line.split(",")[0] for line in left.lines] == [f"n: {n}" for n in (1, 1, 2, 2, 3, 3, 4, 4)]
 
@@ -184,15 +182,14 @@ def test_learning_rate_sequence(run_script, monkeypatch, script):
     class Watched(runs.Run):
         def step(self, loss, optimizer):
             super().step(loss, optimizer)
-            rates.setdefault((self.module_of[id(optimizer)], self.epoch), optimizer.param_groups[0]["lr"])
+            rates.setdefault((self.steps.learner(optimizer)[0], self.epoch), optimizer.param_groups[0]["lr"])
             assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.9, 5e-4)
 
         def save(self):
             pass
 
-    monkeypatch.setattr(runs, "Run", Watched)
     shallow = small(channels=2, depth=2, downsample=(0, 1))
-    left = run_script(script, *flags, layerwise_cnn=shallow, evaluate=first_images)
+    left = run_script(script, *flags, layerwise_cnn=shallow, evaluate=first_images, Run=Watched)
     expected = [0.1] * 15 + [0.02] * 15 + [0.004] * 15 + [0.0008] * 5
     for n in (1, 2):
         assert [rates[n, epoch] for epoch in range(1, 51)] == pytest.approx(expected)

@@ -5,7 +5,8 @@ import sys
 import pytest
 from matplotlib import pyplot
 
-from decoupled import InputError, plots, runs
+from decoupled import InputError, plots
+from decoupled.flags import start
 from decoupled.logs import head_line, read_log
 
 
@@ -40,7 +41,7 @@ def test_curves_draw_the_heads_asked_for_under_their_own_labels(log):
 def test_command_draws_the_newest_log_of_a_folder(log, monkeypatch, capsys):
     output = log.parent / "curves.png"
     monkeypatch.setattr(sys, "argv", ["plots.py", str(log.parent), "--output", str(output)])
-    runs.start(plots.main)
+    start(plots.main)
     assert output.read_bytes().startswith(b"\x89PNG") and f"learning curves: {output}" in capsys.readouterr().out
     assert plots.newest_log(log.parent) == log
     pyplot.close("all")

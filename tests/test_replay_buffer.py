@@ -80,7 +80,7 @@ def test_the_newest_is_found_across_the_write_pointer():
 
 
 def test_one_slot_is_a_mailbox_and_hand_over_gives_each_once():
-    mailbox, hand_over = ReplayBuffer(1, 2, (1, 1, 1)), HandOver()
+    mailbox, hand_over = ReplayBuffer(1, 2, (1, 1, 1)), HandOver("cpu")
     for number in (1.0, 2.0):
         for buffer in (mailbox, hand_over):
             buffer.write(torch.full((2, 1, 1, 1), number), torch.zeros(2, dtype=torch.int64), step=7)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from running import ROOT, load_script
 
-from decoupled import InputError, runs
+from decoupled import InputError
 from decoupled.costs import costs
+from decoupled.flags import start
 from decoupled.logs import read_log
 from decoupled.network import layerwise_cnn
 
@@ -53,7 +54,7 @@ def command(monkeypatch, tmp_path, capsys):
         where = [] if {"--table", "--check"} & set(flags) else ["--log-dir", str(tmp_path / "runs")]
         monkeypatch.setattr(sys, "argv", ["results/reproduce.py", *map(str, flags), *where])
         try:
-            runs.start(reproduce.main)
+            start(reproduce.main)
         finally:
             shown = capsys.readouterr()
         return shown.out + shown.err

@@ -14,8 +14,10 @@ import pytest
 import torch
 from running import PARALLEL, ROOT, SEQUENTIAL, Finished, load_script, small
 
-from decoupled import InputError, runs
+from decoupled import InputError, checkpoints, flags, runs
+from decoupled.flags import start
 from decoupled.logs import read_log
+from decoupled.steps import Steps, momentum_from_zeros
 
 FLAGS = ("--dataset", "digits", "--train-samples", "100", "--batch-size", "50", "--epochs", "3", "--device", "cpu")
 
@@ -42,8 +44,8 @@ def fp16_steps(fused, tmp_path):
     history = []
 
     def main():
-        run = runs.Run(runs.parser("", epochs=1, batch_size=8).parse_args())
-        run.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        run = runs.Run(flags.parser("", epochs=1, batch_size=8).parse_args())
+        run.steps.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
         optimizers = [Momentum(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=fused) for m in net]
@@ -54,12 +56,12 @@ def fp16_steps(fused, tmp_path):
                     with torch.autocast("cpu", torch.float16):
                         loss = module(values).float().square().mean() * (2.0**20 if (batch, n) == (0, 1) else 1)
                     run.step(loss, optimizer)
-                scales = [run.scalers[id(optimizer)].get_scale() for optimizer in optimizers]
+                scales = [run.scaler(optimizer).get_scale() for optimizer in optimizers]
                 history.append(([module.weight.detach().clone() for module in net], scales))
 
     argv, sys.argv = sys.argv, ["toy.py", "--device", "cpu", "--log-dir", str(tmp_path / f"fused{fused}")]
     try:
-        runs.start(main)
+        start(main)
     finally:
         sys.argv = argv
     return history
@@ -84,7 +86,7 @@ def test_momentum_from_zeros_steps_bit_for_bit_as_before():
         nets[1].load_state_dict(nets[0].state_dict())
         settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov, "fused": True}
         optimizers = [torch.optim.SGD(net.parameters(), **settings) for net in nets]
-        runs.momentum_from_zeros(optimizers[1])
+        momentum_from_zeros(optimizers[1])
         for _ in range(3):
             images = torch.randn(4, 3, 8, 8)
             for net, optimizer in zip(nets, optimizers, strict=True):
@@ -117,7 +119,7 @@ def whole(tmp_path_factory):
         module.layerwise_cnn = small()
         argv, sys.argv = sys.argv, [str(ROOT / script), *FLAGS, "--log-dir", str(folder)]
         try:
-            runs.start(module.main)
+            start(module.main)
         finally:
             sys.argv = argv
         return Finished(folder)
@@ -232,7 +234,7 @@ def test_half_precision_trains_and_resumes(run_script, script, tmp_path):
 
 
 def test_keeping_freed_memory_changes_no_result(run_script, whole, monkeypatch):
-    monkeypatch.setattr(runs, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(flags, "keep_freed_memory", lambda: None)
     assert_same(run_script(PARALLEL, *FLAGS, layerwise_cnn=small()), whole[PARALLEL])
 
 
@@ -270,9 +272,9 @@ def test_scripts_run_from_their_own_folder_and_from_the_root(tmp_path):
     [
         (("--dataset", "mnist"), "argument --dataset: invalid choice: 'mnist'"),
         (("--data-dir", "/nonexistent/data"), "--data-dir /nonexistent/data is no folder"),
-        (("--epochs", "0"), "argument --epochs: '0' is no whole number of at least 1"),
-        (("--batch-size", "-4"), "argument --batch-size: '-4' is no whole number of at least 1"),
-        (("--batch-size", "12.5"), "argument --batch-size: '12.5' is no whole number of at least 1"),
+        (("--epochs", "0"), "argument --epochs: '0' must be an integer ≥ 1"),
+        (("--batch-size", "-4"), "argument --batch-size: '-4' must be an integer ≥ 1"),
+        (("--batch-size", "12.5"), "argument --batch-size: '12.5' must be an integer ≥ 1"),
         (
             ("--dataset", "digits", "--train-samples", "2000"),
             "--train-samples 2000 is more than the 1438 training images of digits",
@@ -321,7 +323,7 @@ def finished(whole, tmp_path):
 def test_truncated_checkpoint(fails, finished, keep):
     data = finished.read_bytes()
     finished.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
-    assert "is truncated or no checkpoint" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
+    assert "is truncated, damaged or no checkpoint" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
 
 
 def test_checkpoint_that_is_something_else(fails, finished):
@@ -352,12 +354,20 @@ def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(run_script,
     assert "--epochs 3 (now 4)" in fails(SEQUENTIAL, *FLAGS, "--epochs", 4, "--resume", layerwise_cnn=small(depth=2))
 
 
-def test_checkpoint_without_its_log(fails, finished):
-    log = finished.with_suffix(".log")
-    log.write_text(log.read_text()[:-20])
-    assert "is missing or shortened" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-    log.unlink()
-    assert "is missing or shortened" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
+@pytest.mark.parametrize("change", ["edited", "shortened", "gone"])
+def test_a_changed_log_is_kept_and_written_anew(run_script, whole, tmp_path, change):
+    first = run_script(PARALLEL, *FLAGS, "--epochs", 1, layerwise_cnn=small())
+    text = first.log.read_text()
+    changed = {"edited": text.replace("epoch 1", "epoch 9"), "shortened": text[:-20], "gone": None}[change]
+    first.log.unlink() if changed is None else first.log.write_text(changed)
+    left = run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
+    assert left.log == first.log
+    assert_same(left, whole[PARALLEL])
+    kept = first.log.with_name(f"{first.log.stem}.edited.log")
+    assert (kept.read_text() if kept.exists() else None) == changed
+    told = "the log was gone" if changed is None else f"the log had been changed: that one is kept as {kept.name}"
+    assert f"# {told}" in left.log.read_text()
+    assert len(read_log(left.log)) == 12
 
 
 class FullDisk:
@@ -389,7 +399,7 @@ class FullDisk:
 @pytest.mark.parametrize("suffix", [".log", ".pt.tmp"])
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_log(run_script, whole, monkeypatch, capsys, tmp_path, suffix):
     size = whole[PARALLEL].log.stat().st_size if suffix == ".log" else 2 * whole[PARALLEL].checkpoint.stat().st_size
-    monkeypatch.setattr(runs, "open", FullDisk(size - 150, suffix), raising=False)
+    monkeypatch.setattr(checkpoints, "open", FullDisk(size - 150, suffix), raising=False)
     with pytest.raises(SystemExit) as stop:
         run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
     message = capsys.readouterr().err
@@ -402,8 +412,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_log(run_script, whole, 
 
 
 def test_after_a_full_disk_the_run_resumes(run_script, whole, monkeypatch, capsys):
+    room = 2 * whole[PARALLEL].checkpoint.stat().st_size
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "open", FullDisk(2 * whole[PARALLEL].checkpoint.stat().st_size, ".pt.tmp"), raising=False)
+        patch.setattr(checkpoints, "open", FullDisk(room, ".pt.tmp"), raising=False)
         with pytest.raises(SystemExit):
             run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
     assert_same(run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small()), whole[PARALLEL])
@@ -442,9 +453,7 @@ def test_step_with_the_scale_off_is_the_plain_step():
         torch.manual_seed(0)
         module = torch.nn.Linear(4, 3)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-        run = runs.Run.__new__(runs.Run)
-        run.scalers, run.module_of = {id(optimizer): torch.amp.GradScaler("cpu", enabled=False)}, {id(optimizer): 1}
-        run.watched, run.batch = [], 1
+        steps = Steps(torch.device("cpu"), half=False)
         for _ in range(3):
             loss = module(torch.ones(2, 4)).square().mean()
             if plain:
@@ -452,15 +461,15 @@ def test_step_with_the_scale_off_is_the_plain_step():
                 loss.backward()
                 optimizer.step()
             else:
-                run.step(loss, optimizer)
+                steps.step(loss, optimizer)
         states.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*states)
 
 
 def test_device_names():
-    assert runs.pick_device("cpu").type == "cpu"
+    assert flags.pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="unknown"):
-        runs.pick_device("gpu")
+        flags.pick_device("gpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

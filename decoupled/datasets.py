@@ -1,8 +1,4 @@
-"""Data sets held as uint8 on the training device; crop, flip and normalization happen there, a mini-batch at a time.
-
-An epoch's order and augmentation come from the data's own generator, drawn on the CPU whatever the device: they are the
-seed's alone, and a checkpoint restores them.
-"""
+"""The data sets of the CIFAR experiments, read as uint8 tensors of 32×32 RGB images."""
 
 import gzip
 import struct
@@ -15,95 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from decoupled import InputError
+from decoupled.images import SIDE, Batches
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits")
-SIDE = 32  # every data set here is brought to 32×32
-PADDING = 4  # of the random crop
 # Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
 # from their training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 WITHOUT_DOWNLOAD = "--dataset digits needs no download"
-
-
-class Batches:
-    """Iterates over mini-batches (images (B, 3, 32, 32) float32 channels-last and normalized, labels (B,) int64) of one
-    split.
-
-    With ``augment``, an epoch is a new random order, each image cropped at random after zero padding by 4 and, with
-    ``flip``, mirrored with probability one half (the paper's Sec. 5: the usual CIFAR augmentation). Without it, the
-    images come in order. ``images`` is uint8 (N, 32, 32, 3), ``labels`` int64 (N,).
-    """
-
-    def __init__(
-        self,
-        images,
-        labels,
-        batch_size,
-        *,
-        mean,
-        std,
-        description="images",
-        augment=False,
-        flip=True,
-        drop_last=False,
-        seed=0,
-    ):
-        self.images = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)) if augment else images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.description = description
-        self.augment, self.flip, self.drop_last = augment, flip, drop_last
-        self.scale = 1 / (255 * torch.tensor(std, device=images.device))
-        self.shift = torch.tensor(mean, device=images.device) * 255
-        self.generator = torch.Generator().manual_seed(seed)
-        # Guards a resumed run against other images under the same name.
-        self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
-
-    def __len__(self):
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
-
-    def __iter__(self):
-        draw = self.draw() if self.augment else None
-        for index in range(len(self)):
-            rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-            if self.augment:
-                order, tops, lefts, flips = (values[rows] for values in draw)
-                yield self.normalize(self.crop(order, tops, lefts, flips)), self.labels[order]
-            else:
-                yield self.normalize(self.images[rows]), self.labels[rows]
-
-    def draw(self):
-        """One epoch's randomness: order, top and left offsets in 0..8, flips, each (N,) on the data's device."""
-        count, device = len(self.labels), self.images.device
-        order = torch.randperm(count, generator=self.generator)
-        tops, lefts = torch.randint(2 * PADDING + 1, (2, count), generator=self.generator)
-        flips = torch.randint(2, (count,), generator=self.generator).bool()
-        return tuple(values.to(device) for values in (order, tops, lefts, flips & self.flip))
-
-    def crop(self, order, tops, lefts, flips):
-        """The images ``order`` (B,), cropped at ``tops``, ``lefts`` of the padded image and mirrored where ``flips``:
-        uint8 (B, 32, 32, 3).
-        """
-        span = torch.arange(SIDE, device=self.images.device)
-        rows = tops[:, None] + span
-        columns = lefts[:, None] + torch.where(flips[:, None], SIDE - 1 - span, span)
-        return self.images[order[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-    def normalize(self, images):
-        """uint8 (B, 32, 32, 3) → float32 (B, 3, 32, 32) in channels-last memory, zero mean and unit variance."""
-        return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
-
-    def __str__(self):
-        return f"{len(self.labels)} images of {self.description}"
-
-    def state_dict(self):
-        return {"generator": self.generator.get_state(), "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state):
-        if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was trained on other images than these {self}: point --data-dir to its data set")
-        self.generator.set_state(state["generator"])
 
 
 def load(
@@ -148,17 +62,13 @@ def load(
         pixels = images.reshape(-1, 3).double() / 255
         statistics = {"mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
     common = {**statistics, "description": f"{dataset} ({source})"}
-    train = Batches(
-        images.to(device),
-        labels.to(device),
-        batch_size,
-        augment=True,
-        flip=dataset != "digits",
-        drop_last=drop_last,
-        seed=seed,
-        **common,
+    common |= {"device": device}
+    augmented = {"augment": True, "flip": dataset != "digits", "drop_last": drop_last, "seed": seed}
+    return (
+        Batches(images, labels, batch_size, **augmented, **common),
+        Batches(*test, test_batch_size, **common),
+        classes,
     )
-    return train, Batches(test[0].to(device), test[1].to(device), test_batch_size, **common), classes
 
 
 def read_cifar(dataset, data_dir):

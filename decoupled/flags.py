@@ -1,0 +1,191 @@
+"""The command line: a parser with the flags that the experiments share, types of numbers, the choice of the device, and
+how a script starts and ends.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from decoupled import InputError
+from decoupled.datasets import DATASETS
+from decoupled.memory import keep_freed_memory
+
+EXIT_BAD_INPUT = 2
+
+
+def start(main, keep_memory=True):
+    """Runs a script's ``main``: bad input ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
+
+    ``keep_memory``: see decoupled.memory.
+    """
+    if keep_memory:
+        keep_freed_memory()
+    # A run that resumes in an evaluation steps its schedules before any optimizer, which is right.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    try:
+        main()
+    except InputError as error:
+        sys.exit(fail(Path(sys.argv[0]).name, str(error)))
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped before training began", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(script, message):
+    print(f"{script}: error: {message}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts end with the flag's default, where it has one."""
+
+    def _get_help_string(self, action):
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
+        return action.help if hidden or "default" in action.help else f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help is its text as it stands and whose errors are one line. Inside the name of a flag,
+    - and _ are the same.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help)
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([*self.spelled(sys.argv[1:] if args is None else args)], namespace)
+
+    def spelled(self, words):
+        """Yields ``words`` with every flag as it was declared; words after "--" are no flags."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        words = iter(words)
+        for word in words:
+            flag, equals, value = word.partition("=")
+            yield declared.get(flag.replace("_", "-"), flag) + equals + value if word.startswith("--") else word
+            if word == "--":
+                yield from words
+
+    def dropped(self, *flags, why):
+        """Declares flags of the released scripts that have no effect here: using one is an error that says ``why``."""
+        for flag in flags:
+            hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            self.add_argument(flag, action=Dropped, const=why, nargs="?", **hidden)
+
+    def error(self, message):
+        sys.exit(fail(self.prog, f"{message} (--help lists the flags)"))
+
+
+class Dropped(argparse.Action):
+    """A flag that ends in an error: its ``const`` says what does its job here."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string}, a flag of the released script, has no effect here: {self.const}")
+
+
+def integer(least, most=2**63 - 1):
+    """An argparse type: an integer from ``least`` to ``most``."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer ≥ {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer ≤ {most}")
+        return value
+
+    return convert
+
+
+def number(*, least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite number ≥ ``least``, > ``above`` and < ``below``."""
+
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and above < value < below):
+            limits = {"≥": least, ">": above, "<": below}
+            wanted = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if math.isfinite(limit))
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {wanted or 'that is finite'}")
+        return value
+
+    return convert
+
+
+def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
+    """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; a script adds
+    its own groups.
+    """
+    parser, count = Parser(doc), integer(1)
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=count, default=epochs, help="passes over the training images")
+    group.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
+    group.add_argument("--test-batch-size", type=count, default=test_batch_size, help="images at once in evaluation ")
+    add_seed(group, seed)
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="where it is, or is downloaded to")
+    group.add_argument("--train-samples", type=count, metavar="N", help="only the first N training images")
+    add_device(parser)
+    add_log(parser)
+    return parser
+
+
+DEVICE = "auto, cpu, cuda, cuda:N or mps "
+HALF = "mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere"
+
+
+def add_seed(group, seed):
+    most = 2**63 - 1
+    group.add_argument("--seed", type=integer(0, most), default=seed, help="of initialization, order and crops ")
+
+
+def add_device(parser):
+    group = parser.add_argument_group("device and precision")
+    group.add_argument("--device", default="auto", help=DEVICE)
+    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    group.add_argument("--half", action="store_true", help=HALF)
+    group.add_argument("--compile", action="store_true", help="torch.compile each module")
+    return group
+
+
+def add_log(parser, *names):
+    """The flags of log and checkpoint; ``names`` are further names of --log-dir, the first of which comes first."""
+    group = parser.add_argument_group("log and checkpoint")
+    group.add_argument("--name", default="", help="part of the log's name")
+    where = {"dest": "log_dir", "default": ".", "metavar": "DIR"}
+    group.add_argument(*names, "--log-dir", **where, help="where log and checkpoint are written")
+    minutes = "minutes between checkpoints within an epoch, which has one at its end too "
+    group.add_argument("--save-every", type=number(above=0), default=10.0, metavar="MINUTES", help=minutes)
+    resume = "continue this checkpoint; without one, or with auto, this script's newest of that --name in --log-dir"
+    group.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
+    return group
+
+
+def pick_device(name):
+    """The torch.device called ``name``; auto takes CUDA, then MPS, then the CPU. Raises InputError for one that is not
+    there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"--device {name} is not on this machine ({count} such device{'s' * (count != 1)}): "
+            f"--device cpu always works"
+        )
+    return device

@@ -1,0 +1,85 @@
+"""How modules take their steps: precision, a loss scale for each module, and a watch on their losses."""
+
+import torch
+from torch.optim import SGD
+
+from decoupled import InputError
+
+
+def momentum_from_zeros(optimizer):
+    """Gives ``optimizer``, where it is SGD with momentum, buffers of zeros: its first step is the same, bit for bit.
+
+    PyTorch's fused SGD otherwise allocates them in that step without a value, and where fp16's loss scale finds an
+    overflow there, the step that would fill them is skipped: the next one adds whatever the memory held.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+class Steps:
+    """The steps of modules on ``device``, in mixed precision with ``half``: fp16 on CUDA, bf16 elsewhere.
+
+    ``loss_scale`` of fp16: constant; None: as large as gradients allow.
+    """
+
+    def __init__(self, device, half, loss_scale=None):
+        self.device, self.half, self.loss_scale = device, half, loss_scale
+        self.learners = {}  # id of an optimizer → (the number of the module it teaches, its loss scale)
+        self.watched = []  # (mini-batch, number of the module, loss)
+
+    def autocast(self):
+        dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.half)
+
+    def prepare(self, net, compiled):
+        net.to(self.device, memory_format=torch.channels_last)
+        for module in net if compiled else ():
+            module.compile()
+        return net
+
+    def learner(self, optimizer):
+        """(number of the module that ``optimizer`` teaches, from 1 as they are asked for; its loss scale)."""
+        if id(optimizer) not in self.learners:
+            momentum_from_zeros(optimizer)
+            self.learners[id(optimizer)] = len(self.learners) + 1, self.scaler()
+        return self.learners[id(optimizer)]
+
+    def scaler(self):
+        """A loss scale; a no-op except in fp16."""
+        initial = {} if self.loss_scale is None else {"init_scale": self.loss_scale}
+        return torch.amp.GradScaler(self.device.type, enabled=self.half and self.device.type == "cuda", **initial)
+
+    def step(self, loss, optimizer, batch=0, weight=None):
+        """zero_grad, backward and step of one module through its own loss scale. ``batch`` is the mini-batch's number,
+        ``weight`` a factor of the loss, which is watched without it.
+        """
+        n, scaler = self.learner(optimizer)
+        optimizer.zero_grad()
+        scaler.scale(loss if weight is None else loss * weight).backward()
+        scaler.step(optimizer)
+        scaler.update(self.loss_scale if scaler.is_enabled() else None)
+        self.watch(loss, n, batch)
+
+    def watch(self, loss, n, batch=0):
+        self.watched.append((batch, n, loss.detach()))
+
+    def latest(self, batch):
+        """The losses noted in mini-batch ``batch``: a list of numbers, read from the device at once."""
+        losses = [loss for number, _, loss in self.watched if number == batch]
+        return torch.stack(losses).tolist() if losses else []
+
+    def check(self, epoch, checkpoint):
+        """Raises InputError, naming module, epoch and mini-batch, for the first loss noted since the last check that is
+        not finite. Waits for the device.
+        """
+        if not self.watched:
+            return
+        finite = torch.stack([loss for _, _, loss in self.watched]).isfinite().tolist()
+        if not all(finite):
+            batch, n, loss = self.watched[finite.index(False)]
+            raise InputError(
+                f"the loss of module {n} became {loss.item()} in epoch {epoch}, batch {batch}: "
+                f"the last good checkpoint stays in {checkpoint}"
+            )
+        self.watched.clear()
