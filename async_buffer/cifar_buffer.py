@@ -1,7 +1,8 @@
 """Asynchronous Decoupled Greedy Learning of a 6-layer CNN on CIFAR-10, with a
 replay buffer before each layer: the paper's Sec. 5.6, Figs. 5 and 6.
 
-    python async_buffer/cifar_buffer.py --buffer 30 --noise 0.1 --layer_noise 3 --seed 0
+    python async_buffer/cifar_buffer.py --buffer 30 --noise 0.1 \\
+        --layer_noise 3 --seed 0
 
 A simulation in one process of layers that do not wait for each other (Algorithm
 2): each turn one layer, drawn at random, learns from its buffer or, the lowest,

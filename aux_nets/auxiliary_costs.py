@@ -2,7 +2,7 @@
 paper's Table 1 (Sec. 5.2), computed, and memory and time with them.
 
     python aux_nets/auxiliary_costs.py
-    python aux_nets/auxiliary_costs.py --output results/aux_nets    # where the notebook finds them
+    python aux_nets/auxiliary_costs.py --output results/aux_nets
 
 Three tables for the network of cifar_dgl.py: 1. what the auxiliary network of
 each module adds, in % of the module alone: forward FLOPs, parameters, peak

@@ -1,7 +1,8 @@
 """Does the input keep up? Images/s that one core decodes and augments, that
 workers deliver, and that a training step consumes.
 
-    python benchmarks/imagenet_input.py DIR --arch vgg13 --splits 10 --half -j 4 8 16
+    python benchmarks/imagenet_input.py DIR --arch vgg13 --splits 10 --half \\
+        -j 4 8 16
 
 DIR holds train/ and val/ (see imagenet/imagenet_folders.py); real ImageNet's
 larger files take longer than shrunk ones. The step is that of DGL on one batch
@@ -31,7 +32,9 @@ from greedy_vgg import STAGES, greedy_vgg
 def parse_args():
     parser = flags.Parser(__doc__)
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/, of one folder a class")
-    parser.add_argument("-a", "--arch", choices=(*STAGES, *BLOCKS), default="resnet152", help="(default: %(default)s)")
+    archs = (*STAGES, *BLOCKS)
+    network = f"network: {', '.join(archs)}"
+    parser.add_argument("-a", "--arch", choices=archs, default="resnet152", metavar="ARCH", help=network)
     parser.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
     parser.add_argument("-b", "--batch-size", type=flags.integer(2), default=256, help="images a step")
     parser.add_argument(
@@ -42,7 +45,7 @@ def parse_args():
         default=[4],
         help="numbers of workers to try (default: 4)",
     )
-    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of the crops")
     parser.add_argument(
         "--samples",
         type=flags.integer(2),

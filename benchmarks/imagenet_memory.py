@@ -16,13 +16,15 @@ Rows: one for each module of each method; "checkpointing" keeps the
 representations between K parts and recomputes the parts in its backward pass.
 VGG is cut into K runs of equally many convolutions, ResNet as --splits cuts it.
 Columns:
-  fixed          GiB of parameters, gradients, momentum and batch norm's statistics of the network, whatever the batch
-  saved          GiB that the module's forward pass keeps for its backward pass, each storage once, parameters apart
-                 (saved_tensors_hooks)
-  peak           GiB at most while the module takes its step: all tensors there are, the other modules'
-                 included (decoupled.costs.LiveStorages)
+  fixed          GiB of the network's parameters, gradients, momentum and batch
+                 norm statistics, whatever the batch
+  saved          GiB that the module's forward pass keeps for its backward pass,
+                 each storage once, parameters apart (saved_tensors_hooks)
+  peak           GiB at most while the module takes its step: all tensors there
+                 are, the other modules' included (decoupled.costs.LiveStorages)
   CUDA peak      the same by the allocator (max_memory_allocated)
-  largest        largest batch whose peak, counted, is within the budget; CUDA largest: that really ran within it
+  largest        largest batch whose peak, counted, is within the budget; CUDA
+                 largest: that really ran within it
   more           how much larger than back-propagation's, in %
 """
 
@@ -59,7 +61,8 @@ def parse_args():
         choices=(*STAGES, *BLOCKS),
         nargs="+",
         default=["resnet152", "vgg19"],
-        help="(default: resnet152 vgg19)",
+        metavar="ARCH",
+        help=f"networks, of {', '.join((*STAGES, *BLOCKS))} (default: resnet152 vgg19)",
     )
     parser.add_argument(
         "--splits",
@@ -70,7 +73,7 @@ def parse_args():
         help="numbers of modules (default: 2 4)",
     )
     parser.add_argument("--batch-size", type=flags.integer(2), default=32, help="of the columns in GiB")
-    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of the images")
     parser.add_argument(
         "--budget",
         type=float,

@@ -18,10 +18,10 @@ Columns:
   % of DGL      time an image takes, DGL's step being 100
   GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.costs)
   GFLOP/s       the product of both
-  % of ceiling  GFLOP/s beside the best large square matrix product of the same precision, measured before and after
-                each round
-  peak MiB      made by two steps from the start on, momentum included, on top of network and images
-                (decoupled.costs.peak_memory)
+  % of ceiling  GFLOP/s beside the best large square matrix product of the same
+                precision, measured before and after each round
+  peak MiB      made by two steps from the start on, momentum included, on top
+                of network and images (decoupled.costs.peak_memory)
 Rows, a table for each network: training steps on one batch, already on the
 device; "stage n" learns module n on the frozen ones below, their mean is that
 of sequential training as a whole (and its largest peak). Evaluation includes
@@ -74,7 +74,7 @@ SIDE = {
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--network", choices=("all", *BATCH), default="all", help="(default: %(default)s)")
+    parser.add_argument("--network", choices=("all", *BATCH), default="all", help="networks")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--threads", type=flags.integer(1), help="of PyTorch on the CPU (default: its own choice)")

@@ -8,7 +8,7 @@ modules, here counted from 0. In iteration t the mini-batch x_t passes all of
 them, with their weights w^t. Then each steps at once by the gradient of an
 earlier mini-batch x_s, s = t − (K−1−k):
 
-    w_k^(t+1) = w_k^t − lr · ∂f(x_s; w^s)/∂w_k,    and w_k^(t+1) = w_k^t while s < 0
+    w_k^(t+1) = w_k^t − lr · ∂f(x_s; w^s)/∂w_k    and  w_k^t while s < 0
 
 (momentum and weight decay as in SGD, at the present weights). A module hands
 its gradient by its input down, for the next iteration. Activations and weights

@@ -9,11 +9,12 @@ device: its modules take turns, so the times show what a method computes, not
 what it gains on K devices. Memory is that of the whole network.
 
 Columns:
-  ms/step       median over the rounds; each round measures every row, so that a drift of the machine hits all alike
+  ms/step       median over the rounds; each round measures every row, so that a
+                drift of the machine hits all alike
   images/s      from that
   GFLOP/image   counted in a step; a multiply-add is 2 (decoupled.costs)
-  peak MiB      made by K+1 steps from the start on, so with momentum and all that is in flight, on top of
-                network and images (peak_memory there)
+  peak MiB      made by K+1 steps from the start on, so with momentum and all
+                that is in flight, on top of network and images (peak_memory)
 """
 
 import math

@@ -64,7 +64,7 @@ def newest_log(path):
 def main():
     parser = flags.Parser("Draws training loss and test accuracy of every head of a log.")
     parser.add_argument("log", help="a log, or a folder: its newest log is drawn")
-    parser.add_argument("--output", metavar="PNG", default="curves.png", help="(default: %(default)s)")
+    parser.add_argument("--output", metavar="PNG", default="curves.png", help="where the figure goes")
     args = parser.parse_args()
     matplotlib.use("Agg")
     log = newest_log(args.log)

@@ -2,8 +2,11 @@
 is compared with in the paper's Sec. 5.1, Fig. 2.
 
     python dni/cifar_cnn_dni.py                    back-propagation
-    python dni/cifar_cnn_dni.py --dni              DNI: each block learns from synthetic gradients
-    python dni/cifar_cnn_dni.py --dni --context    cDNI: the synthesizers see the labels too
+    python dni/cifar_cnn_dni.py --dni              DNI
+    python dni/cifar_cnn_dni.py --dni --context    cDNI
+
+DNI: each block learns from synthetic gradients; cDNI: their synthesizers see
+the labels too.
 
 The CNN and synthesizers of the DNI paper (Jaderberg et al. 2017, App. C.1).
 After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and
@@ -105,7 +108,7 @@ def main():
             run.watch(loss, N)
             meter.update(loss, logits, labels)
             if run.batch % args.log_interval == 0:
-                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss.item():.5f}")
+                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {run.latest_losses()[0]:.5f}")
         with run.autocast():
             (score,) = evaluate(net, run.evaluation(test))
         run.log(N, epoch, meter, score)

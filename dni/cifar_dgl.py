@@ -56,7 +56,7 @@ def main():
     for epoch in run.epochs(net=net, optimizers=optimizers, train=train, test=test, meters=meters):
         net.train()
         for images, labels in run.progress(train):
-            representation, losses = images, []  # (B, 3, 32, 32)
+            representation = images  # (B, 3, 32, 32)
             for module, optimizer, meter in zip(net, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
@@ -64,12 +64,9 @@ def main():
                 run.step(loss, optimizer)  # zero_grad, backward, step
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-                losses.append(loss.detach())
             if run.batch % args.log_interval == 0:
-                tqdm.write(
-                    f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: "
-                    f"{' '.join(f'{loss.item():.5f}' for loss in losses)}"
-                )
+                losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
+                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
         with run.autocast():
             scores = evaluate(net, run.evaluation(test))
         for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):

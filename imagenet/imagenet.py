@@ -1,8 +1,10 @@
 """Back-propagation of torchvision's VGG and ResNet on ImageNet: the end-to-end
 rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
 
-    python imagenet/imagenet.py DIR --arch resnet152 --half --dynamic-loss-scale -j 16
-    torchrun --nproc-per-node 4 imagenet/imagenet.py DIR --arch vgg19_bn --half --dynamic-loss-scale -j 8
+    python imagenet/imagenet.py DIR --arch resnet152 --half \\
+        --dynamic-loss-scale -j 16
+    torchrun --nproc-per-node 4 imagenet/imagenet.py DIR --arch vgg19_bn \\
+        --half --dynamic-loss-scale -j 8
 
 DIR holds train/ and val/; -b is the batch of all processes together. The
 paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn 69.7 /

@@ -1,8 +1,10 @@
 """Decoupled Greedy Learning of VGG and ResNet on ImageNet: the paper's Sec.
 5.5, Table 3.
 
-    python imagenet/imagenet_dgl.py DIR --arch vgg13 --block_size 1 --half --dynamic-loss-scale -j 16
-    python imagenet/imagenet_dgl.py DIR --arch resnet152 --half --dynamic-loss-scale -j 16
+    python imagenet/imagenet_dgl.py DIR --arch vgg13 --block_size 1 --half \\
+        --dynamic-loss-scale -j 16
+    python imagenet/imagenet_dgl.py DIR --arch resnet152 --half \\
+        --dynamic-loss-scale -j 16
     torchrun --nproc-per-node 4 imagenet/imagenet_dgl.py DIR --arch vgg19 \\
         --block_size 8 --half --dynamic-loss-scale -j 8
 
@@ -11,8 +13,10 @@ the detached representation from the module below (Algorithm 1); all but the
 last learn from an MLP-SR auxiliary. -b is the batch of all processes together.
 The paper's top-1 / top-5 (%) of the last head after 50 epochs:
 
-    vgg13 --block_size 1     10 modules   64.4 / 85.8        vgg19 --block_size 4   4 modules   69.2 / 89.0
-    vgg13 --block_size 3      4 modules   67.8 / 88.0        vgg19 --block_size 8   2 modules   70.8 / 90.2
+    vgg13 --block_size 1     10 modules   64.4 / 85.8
+    vgg13 --block_size 3      4 modules   67.8 / 88.0
+    vgg19 --block_size 4      4 modules   69.2 / 89.0
+    vgg19 --block_size 8      2 modules   70.8 / 90.2
     resnet152 (--splits 2)    2 modules   74.5 / 92.0
 """
 

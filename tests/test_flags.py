@@ -111,6 +111,15 @@ def test_flags_without_an_effect_say_what_does_their_job(fails, script, words, i
 
 
 @pytest.mark.parametrize("script", DEFAULTS)
+def test_help_fits_80_columns(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, script, ["--help"])
+    _, text = capsys.readouterr().out.split("\n\n", 1)  # after the usage, which argparse cannot break everywhere
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
 def test_every_flag_takes_dashes_and_underscores(monkeypatch, capsys, script):
     with pytest.raises(SystemExit):
         parse(monkeypatch, script, ["--help"])
