@@ -80,7 +80,7 @@ def examine(model, example_input):
     if not isinstance(example_input, torch.Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise InputError("example_input must be a batch of inputs: a tensor (B, …)")
     inputs = (example_input if len(example_input) > 1 else torch.cat([example_input] * 2))[:2].clone()
-    twin, kind = copy.deepcopy(model), type(model).__name__
+    twin, kind = copy.deepcopy(model).requires_grad_(False), type(model).__name__
     with torch.no_grad(), eval_mode(twin), seeded(inputs):
         try:
             logits = twin(inputs.clone())

@@ -25,6 +25,8 @@ class Tracer(fx.Tracer):
     ``opened`` stays whole. ``modules``: {node: paths of the modules whose output it is, innermost first}.
     """
 
+    proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
+
     def __init__(self, opened):
         super().__init__()
         self.opened = opened
@@ -185,7 +187,7 @@ class Flow:
                     self.mutated.add(node)
         self.uses = self.parameters()
         self.learnt = [  # for each position, where the next parameter has had its last use
-            min((last for first, last in self.uses.values() if first >= position), default=len(self.nodes))
+            min((last for first, last in self.uses.values() if first >= position), default=len(self.nodes) + 1)
             for position in range(len(self.nodes) + 1)
         ]
         return self
@@ -232,16 +234,17 @@ def expand(model):
     """The Flow of ``model``, its modules opened as far as there are cuts inside. Raises Untraceable."""
 
     @functools.cache
-    def opens(node):
-        """Whether the module called at ``node`` may be opened: it has children, one input, and a forward to trace."""
-        module = model.get_submodule(node.target)
+    def traceable(path):
+        module = model.get_submodule(path)
         whole = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        if whole or len(node.args) != 1 or node.kwargs or next(module.children(), None) is None:
-            return False
         try:
-            return bool(trace(module))
+            return not whole and next(module.children(), None) is not None and bool(trace(module))
         except Untraceable:
             return False
+
+    def opens(node):
+        """Whether the module called at ``node`` may be opened: it has one input, children, and a forward to trace."""
+        return len(node.args) == 1 and not node.kwargs and traceable(node.target)
 
     flow, whole = Flow(model), set()
     while candidates := {node.target for node in flow.spine() if node.target not in whole and opens(node)}:
