@@ -94,12 +94,7 @@ def examine(model, example_input):
             flow = tracing.expand(twin).record(inputs)
     except Untraceable as error:
         raise InputError(f"the forward of {kind} {error}: {ADAPTER}") from error
-    top = len(flow.nodes)
-    places = [node for node in flow.nodes if flow.obstacle(node) is None]
-    learning = [
-        node for node in places if flow.learns(0, flow.position[node]) and flow.learns(flow.position[node], top)
-    ]
-    return flow, learning
+    return flow, [node for node in flow.nodes if flow.obstacle(node) is None]
 
 
 @contextmanager
@@ -189,9 +184,7 @@ def no_cut(flow, places, name):
         near = difflib.get_close_matches(name, every, n=4) or every
         return f"{flow.kind} calls no part named {name}: it can be cut after {listing(near)}"
     with seeded(flow.example):
-        reason = (
-            inside.record(flow.example).obstacle(node) or "it is inside a part kept whole, or one side learns nothing"
-        )
+        reason = inside.record(flow.example).obstacle(node) or "it is inside a part that is kept whole"
     order = [other for node in inside.nodes for other in inside.names[node] if other in every or other == name]
     near = [other for other in every if other in order[max(0, order.index(name) - 1) :][:3]]
     return f"{name} is no place to cut ({reason}): the nearest are {listing(near)}"

@@ -154,7 +154,7 @@ class Flow:
         names, times = {self.input: ["the input"], self.output: ["the output"]}, Counter()
         for node in self.nodes[1:-1]:
             paths = sorted(modules.get(node, []), key=lambda path: path.count("."))
-            if not paths and node.target is operator.getitem and node.args[0] in names:
+            if not paths and node.target is operator.getitem and isinstance(node.args[1], int):
                 paths = [f"{names[node.args[0]][0]}[{node.args[1]}]"]
             elif not paths:
                 inside = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
@@ -227,7 +227,10 @@ class Flow:
             if first <= position < last:
                 name = next(name for name, value in self.model.named_parameters() if value is parameter)
                 return f"{name} is used on both sides of it"
-        return None
+        sides = {"below": (0, position), "above": (position, len(self.nodes))}
+        return next(
+            (f"there is nothing to learn {side} it" for side, span in sides.items() if not self.learns(*span)), None
+        )
 
 
 def expand(model):

@@ -364,6 +364,12 @@ ERRORS = {
     ),
     "misspelt": (vit(), images(), {"at": ["encoder.layer"]}, "calls no part named encoder.layer: .*encoder.layers"),
     "end": (mlp(8, 8, 3), VECTORS, {"at": ["1"]}, "1 is no place to cut .*: the nearest are 0$"),
+    "nothing above": (
+        nn.Sequential(mlp(8, 8, 3), nn.Identity()),
+        VECTORS,
+        {"at": ["0.1"]},
+        r"0.1 is no place to cut \(there is nothing to learn above it\): the nearest are 0.0$",
+    ),
     "twice": (
         nn.Sequential(mlp(8, 8), nn.ReLU(), mlp(8, 3)),
         VECTORS,
