@@ -87,6 +87,24 @@ class Adapter(nn.Module):
         return self.model.classifier(self.model.norm(hidden)[:, 0])
 
 
+class Counting(nn.Module):
+    """Changes a buffer in its forward, in train mode alone, and so has to stay whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x):
+        if self.training:
+            self.steps.add_(1)
+        return self.second(self.first(x))
+
+
+def counting():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), Counting(), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+
+
 def vit():
     return torchvision.models.VisionTransformer(32, 8, 4, 2, 16, 32, dropout=0.1, num_classes=CLASSES)
 
@@ -114,6 +132,7 @@ def tokens():
 
 MODELS = {
     "functions": (Convolutional, images),
+    "counting": (counting, images),
     "vit": (vit, images),
     "swin": (swin, images),
     "convnext": (convnext, images),
