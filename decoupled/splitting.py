@@ -30,7 +30,8 @@ def cuts(model, example_input):
     decouple; ``model`` stays as it is.
     """
     flow, places = examine(model, example_input)
-    rows = [(flow.names[node][0], tuple(flow.values[node].shape[1:]), below(flow, node)) for node in places]
+    total = max(1, flow.flops[flow.output])
+    rows = [(flow.names[node][0], tuple(flow.values[node].shape[1:]), flow.flops[node] / total) for node in places]
     return pd.DataFrame(rows, columns=["cut", "shape", "flops"]).set_index("cut")
 
 
@@ -80,7 +81,11 @@ def examine(model, example_input):
     if not isinstance(example_input, torch.Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise InputError("example_input must be a batch of inputs: a tensor (B, …)")
     inputs = (example_input if len(example_input) > 1 else torch.cat([example_input] * 2))[:2].clone()
-    twin, kind = copy.deepcopy(model).requires_grad_(False), type(model).__name__
+    kind = type(model).__name__
+    try:
+        twin = copy.deepcopy(model).requires_grad_(False)
+    except RuntimeError as error:
+        raise InputError(f"{kind} holds tensors that autograd made: cut it before it runs, or build it anew") from error
     with torch.no_grad(), eval_mode(twin), seeded(inputs):
         try:
             logits = twin(inputs.clone())
@@ -105,21 +110,18 @@ def seeded(inputs):
         yield
 
 
-def below(flow, node):
-    return flow.flops[node] / max(1, flow.flops[flow.output])
-
-
 def balanced(flow, places, splits):
     """The splits − 1 of ``places`` after which decouple cuts. Raises InputError when there are too few."""
     if not isinstance(splits, int) or splits < 1:
         raise InputError(f"splits must be an integer ≥ 1, not {splits!r}")
-    best = partition(flow, places, splits)
-    if not best:
-        most = next(k for k in range(len(places) + 1, 0, -1) if partition(flow, places, k))
+    most, low = 0, flow.input
+    for high in (*places, flow.output):
+        if teachable(flow, low, high):
+            most, low = most + 1, high
+    if splits > most:
         where = listing(flow.names[node][0] for node in places)
-        raise InputError(
-            f"{flow.kind} splits into {most} modules at most, not {splits}: it can be cut after {where}; {INSIDE}"
-        )
+        raise InputError(f"{flow.kind} splits into {most} modules at most: it can be cut after {where}; {INSIDE}")
+    best = partition(flow, places, splits)
     depths = {node: flow.names[node][0].count(".") for node in places}
     for depth in sorted(set(depths.values())):
         coarse = partition(flow, [node for node in places if depths[node] <= depth], splits)
@@ -128,12 +130,18 @@ def balanced(flow, places, splits):
     return best[1]
 
 
+def teachable(flow, low, high):
+    """Whether what is above the node ``low`` up to ``high`` has a parameter, and FLOPs if the model has any."""
+    works = flow.flops[high] > flow.flops[low] or flow.flops[flow.output] == 0
+    return works and flow.learns(flow.position[low], flow.position[high])
+
+
 def partition(flow, places, splits):
     """(FLOPs of the modules, descending; the nodes after which to cut) for the least such FLOPs in lexical order; of
-    equal cuts, the latest. Each module has a parameter and FLOPs. None if there is no such partition.
+    equal cuts, the latest. Each module is teachable. None if there is no such partition.
     """
     ends = [flow.input, *places, flow.output]
-    flops = [0, *(flow.flops[node] for node in ends[1:])]
+    flops = [flow.flops[node] for node in ends]
     # best[end]: the least (FLOPs, descending; cuts, negative) of the modules up to ends[end]. Adding a module to two
     # such tuples keeps their order, so that the best of the whole is made of bests.
     best = {0: ((), ())}
@@ -143,9 +151,7 @@ def partition(flow, places, splits):
             options = [
                 (tuple(sorted((*sizes, flops[end] - flops[start]), reverse=True)), (*taken, -start))
                 for start, (sizes, taken) in best.items()
-                if start < end
-                and (flops[end] > flops[start] or flops[-1] == 0)
-                and flow.learns(flow.position[ends[start]], flow.position[ends[end]])
+                if start < end and teachable(flow, ends[start], ends[end])
             ]
             if options:
                 reached[end] = min(options)

@@ -115,6 +115,12 @@ class Recorder(fx.Interpreter):
         self.counter = counter
         self.values, self.versions, self.flops = {}, {}, {}
 
+    def call_module(self, target, args, kwargs):
+        args = [
+            list(value) if isinstance(value, list) else value for value in args
+        ]  # the graph's own cannot be changed
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, node):
         value = self.values[node] = super().run_node(node)
         self.versions[node] = value._version if isinstance(value, torch.Tensor) else None
@@ -179,7 +185,10 @@ class Flow:
             module.train(training)
             with FlopCounterMode(display=False) as counter:
                 recorder = Recorder(module, self.graph, counter)
-                self.logits = recorder.run(example.clone())
+                try:
+                    self.logits = recorder.run(example.clone())
+                except Exception as error:  # whatever a model raises
+                    raise Untraceable(f"does not run as traced ({first_line(error)})") from error
             self.values = recorder.values
             self.flops = recorder.flops if training else self.flops
             for node, version in recorder.versions.items():

@@ -372,6 +372,42 @@ def mlp(*widths):
     return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
 
+class Lists(nn.Module):
+    """Branches in a list that a module changes in place, as in HRNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branches, self.head = nn.Linear(8, 8), Branches(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.cat(self.branches([x, x]), 1))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(8, 8, 8)
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x[index] = layer(x[index])
+        return x
+
+
+def test_a_module_may_change_the_list_it_is_given():
+    model = Lists()
+    assert list(cuts(model, VECTORS).index) == ["stem", "cat()"]
+    net = decouple(model, VECTORS, at=["stem"])
+    assert torch.equal(net(VECTORS)[-1], model(VECTORS))
+
+
+def holding_a_computed_tensor():
+    model = mlp(8, 8, 3)
+    model.cache = 2 * model[0].weight
+    return model
+
+
 VECTORS = torch.randn(4, 8)
 ERRORS = {
     "nothing chosen": (mlp(8, 8, 3), VECTORS, {}, r"splits=K.*at=\[names\]"),
@@ -380,7 +416,7 @@ ERRORS = {
         mlp(8, 8, 8, 3),
         VECTORS,
         {"splits": 4},
-        "into 3 modules at most, not 4: it can be cut after 0, 1; to cut inside .*write",
+        "into 3 modules at most: it can be cut after 0, 1; to cut inside .*write",
     ),
     "misspelt": (vit(), images(), {"at": ["encoder.layer"]}, "calls no part named encoder.layer: .*encoder.layers"),
     "end": (mlp(8, 8, 3), VECTORS, {"at": ["1"]}, "1 is no place to cut .*: the nearest are 0$"),
@@ -417,6 +453,12 @@ ERRORS = {
     ),
     "two ways": (TwoWays(), VECTORS, {"splits": 2}, "TwoWays does not trace alike in train and in eval mode: write"),
     "fixed": (Fixed(*mlp(8, 8, 3)), VECTORS, {"splits": 2}, "computes something else in train mode: .*write"),
+    "computed": (
+        holding_a_computed_tensor(),
+        VECTORS,
+        {"splits": 2},
+        "Sequential holds tensors that autograd made: cut it before it runs",
+    ),
     "dictionary": (Pretrained(), tokens(), {"splits": 2}, "returns dict, not logits .*write"),
     "head": (mlp(8, 8, 3), VECTORS, {"splits": 2, "classes": 4}, "has 3 classes, not 4: build"),
     "other size": (mlp(8, 8, 3), torch.randn(4, 9), {"splits": 2}, r"fails on inputs \(2, 9\): "),
