@@ -373,15 +373,21 @@ def mlp(*widths):
 
 
 class Lists(nn.Module):
-    """Branches in a list that a module changes in place, as in HRNet."""
+    """Branches in a list that a module changes in place, as in HRNet, and a token given to a module, as in CaiT."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.branches, self.head = nn.Linear(8, 8), Branches(), nn.Linear(16, 3)
+        self.stem, self.mix, self.branches, self.head = nn.Linear(8, 8), Mix(), Branches(), nn.Linear(16, 3)
+        self.token = nn.Parameter(torch.randn(1, 8))
 
     def forward(self, x):
-        x = self.stem(x)
+        x = self.mix(self.stem(x), self.token.expand(x.shape[0], -1))
         return self.head(torch.cat(self.branches([x, x]), 1))
+
+
+class Mix(nn.Module):
+    def forward(self, x, token):
+        return x + token
 
 
 class Branches(nn.Module):
@@ -395,10 +401,10 @@ class Branches(nn.Module):
         return x
 
 
-def test_a_module_may_change_the_list_it_is_given():
+def test_modules_may_be_given_lists_and_parameters():
     model = Lists()
-    assert list(cuts(model, VECTORS).index) == ["stem", "cat()"]
-    net = decouple(model, VECTORS, at=["stem"])
+    assert list(cuts(model, VECTORS).index) == ["mix", "cat()"]
+    net = decouple(model, VECTORS, at=["mix"])
     assert torch.equal(net(VECTORS)[-1], model(VECTORS))
 
 
