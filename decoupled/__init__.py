@@ -9,3 +9,8 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line that names it and says the way out; scripts exit
     with code 2.
     """
+
+
+from decoupled.splitting import cuts, decouple  # noqa: E402, they need InputError
+
+__all__ = ["InputError", "cuts", "decouple"]

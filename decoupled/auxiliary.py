@@ -81,3 +81,47 @@ def auxiliary(name, channels, size, classes, **options):
     if name not in AUXILIARIES:
         raise InputError(f"unknown auxiliary network {name!r}: choose from {', '.join(AUXILIARIES)}")
     return AUXILIARIES[name](channels, size, classes, **options)
+
+
+def token_auxiliary(name, channels, tokens, classes, convs=3, hidden_layers=3):
+    """MLP-aux ("mlp") or MLP-SR-aux ("mlp-sr") for tokens (B, C, N), N = ``tokens``: as above, but the average is over
+    all tokens, and so the MLP has width C. With N = 1 they are an MLP on a vector.
+    """
+    reduced, layers = 1, []
+    if name == "mlp-sr":
+        reduced = -(-tokens // 4)
+        layers = [
+            m
+            for _ in range(convs)
+            for m in (nn.Conv1d(channels, channels, 1, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
+        ]
+    pool = [nn.AdaptiveAvgPool1d(reduced), *layers, nn.AdaptiveAvgPool1d(1)]
+    return nn.Sequential(*pool, nn.Flatten(), mlp(channels, classes, hidden_layers))
+
+
+class ToChannelsFirst(nn.Module):
+    """(B, …, C) → (B, C, …), a view."""
+
+    def forward(self, representation):
+        return representation.movedim(-1, 1)
+
+
+def auxiliary_for(name, shape, layout, classes, **options):
+    """The auxiliary network called ``name`` for representations (B, *shape): maps (C, h, w) or, where ``layout`` is
+    channels_last, (h, w, C); tokens (C, N) or (N, C); vectors (C,).
+
+    Raises InputError for another name, another number of dimensions, and for cnn on anything but maps.
+    """
+    moved = layout == "channels_last" and len(shape) > 1
+    channels, *size = (shape[-1], *shape[:-1]) if moved else shape
+    if len(shape) == 3 or name not in AUXILIARIES:
+        net = auxiliary(name, channels, tuple(size), classes, **options)
+    elif len(shape) < 3 and name != "cnn":
+        net = token_auxiliary(name, channels, *(size or [1]), classes, **options)
+        net = net if size else nn.Sequential(nn.Unflatten(1, (channels, 1)), net)
+    else:
+        raise InputError(
+            f"no auxiliary {name} for representations {shape}: choose mlp or mlp-sr for tokens and vectors, a callable "
+            "(shape, classes) → module for others"
+        )
+    return nn.Sequential(ToChannelsFirst(), net) if moved else net

@@ -32,5 +32,14 @@ def test_files_named_exist(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_your_own_network_runs(capsys):
+    section = re.search(r"\n## Your own network\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.S):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "layer1.0" in capsys.readouterr().out
+    assert len(names["every_head"]) == len(names["net"]) == 4
+
+
 def test_there_are_commands():
     assert any("learning_curves/cifar_dgl.py" in command for command in COMMANDS)

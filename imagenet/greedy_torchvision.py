@@ -1,0 +1,27 @@
+"""Any classifier of torchvision as DGL learns it: cut into modules of about equal FLOPs (decoupled.splitting)."""
+
+import torch
+from torchvision import models
+
+from decoupled import decouple
+
+CLASSIFIERS = tuple(models.list_models(module=models))
+
+
+def greedy_torchvision(arch, splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3):
+    """torchvision's ``arch``, initialized as torchvision does, in ``splits`` modules. (B, 3, image_size, image_size).
+
+    All but the last learn from an MLP-SR auxiliary of ``convs`` 1×1 convolutions (for tokens, on each of them) and
+    ``hidden_layers``; the last keeps the network's own head. GoogLeNet and Inception go without their auxiliary heads.
+    Raises InputError for more splits than there are cuts for and for images that the network cannot take.
+    """
+    settings = {"num_classes": classes}
+    if arch in ("googlenet", "inception_v3"):
+        settings |= {"aux_logits": False, "init_weights": True}
+    elif arch.startswith("vit"):
+        settings["image_size"] = image_size
+    elif arch.startswith("maxvit"):
+        settings["input_size"] = (image_size, image_size)
+    model = models.get_model(arch, weights=None, **settings)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    return decouple(model, images, splits=splits, convs=convs, hidden_layers=hidden_layers)
