@@ -18,11 +18,15 @@ The paper's top-1 / top-5 (%) of the last head after 50 epochs:
     vgg19 --block_size 4      4 modules   69.2 / 89.0
     vgg19 --block_size 8      2 modules   70.8 / 90.2
     resnet152 (--splits 2)    2 modules   74.5 / 92.0
+
+Any other classifier of torchvision is cut in --splits modules of about equal
+FLOPs (decoupled.decouple).
 """
 
 import imagenet_flags
 import torch
 from greedy_resnet import BLOCKS, greedy_resnet
+from greedy_torchvision import CLASSIFIERS, greedy_torchvision
 from greedy_vgg import STAGES, greedy_vgg
 from imagenet_flags import TOPK, reported, sgd
 from torch.nn import functional as F
@@ -34,10 +38,12 @@ from decoupled.metrics import Meter, WithEnsembles, added, evaluate
 
 
 def parse_args():
-    parser = imagenet_flags.parser(__doc__, (*STAGES, *BLOCKS), default="resnet152")
+    published = (*STAGES, *BLOCKS)
+    others = (name for name in CLASSIFIERS if name not in published)
+    parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152")
     group = parser.add_argument_group("modules and auxiliaries")
     group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
-    group.add_argument("--splits", type=integer(1), metavar="K", help="ResNet: modules (default: 2, the published cut)")
+    group.add_argument("--splits", type=integer(1), metavar="K", help="others: modules (default: 2, the published cut)")
     group.add_argument("--nlin", type=integer(0), default=3, metavar="N", help="1×1 convolutions of an auxiliary")
     group.add_argument("--mlp", type=integer(0), default=3, metavar="N", help="hidden layers of an auxiliary")
     ensemble = "1: evaluate the ensembles of heads"
@@ -49,7 +55,7 @@ def parse_args():
     args = imagenet_flags.parsed(parser)
     vgg = args.arch in STAGES
     if vgg and args.splits:
-        parser.error(f"--splits cuts ResNets: choose how {args.arch} is cut by --block_size")
+        parser.error(f"--splits cuts other networks: choose how {args.arch} is cut by --block_size")
     if not vgg and args.block_size:
         parser.error(f"--block_size groups VGG's convolutions: choose how {args.arch} is cut by --splits")
     args.block_size, args.splits = (args.block_size or 1, None) if vgg else (None, args.splits or 2)
@@ -61,7 +67,7 @@ def build(args, classes):
     settings = {"classes": classes, "image_size": args.image_size, "convs": args.nlin, "hidden_layers": args.mlp}
     if args.arch in STAGES:
         return greedy_vgg(args.arch, args.block_size, **settings)
-    return greedy_resnet(args.arch, args.splits, **settings)
+    return (greedy_resnet if args.arch in BLOCKS else greedy_torchvision)(args.arch, args.splits, **settings)
 
 
 def step(run, modules, optimizers, images, labels):
@@ -71,9 +77,8 @@ def step(run, modules, optimizers, images, labels):
         with run.autocast():
             representation, logits = module(representation)  # (b, C, s', s'), (b, classes)
         loss = F.cross_entropy(logits.float(), labels)
-        run.step(
-            loss, optimizer
-        )  # zero_grad, backward (with other processes: and their gradients), step: this frees the module's graph
+        # zero_grad, backward (with other processes: and their gradients), step: this frees the module's graph.
+        run.step(loss, optimizer)
         representation = representation.detach()  # no gradient crosses to the module below
         heads.append((loss.detach(), logits.detach()))
     return heads

@@ -117,6 +117,18 @@ def assert_same(left, whole):
     assert len(mine) == len(its) > 10 and all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
+def test_any_classifier_of_torchvision_learns_and_resumes(run_script, folder, tmp_path):
+    method = (DGL, folder, *FLAGS, "--arch", "squeezenet1_1", "--splits", 3, "--nlin", 1, "--mlp", 0)
+    real = load_script(DGL).greedy_torchvision
+    names = {"greedy_torchvision": lambda *args, **settings: real(*args, **settings).double()}
+    whole = run_script(*method, folder=tmp_path / "whole", **names)
+    run_script(*method, "--nepochs", 1, **names)
+    left = run_script(*method, "--resume", **names)
+    assert_same(left, whole)
+    assert {key.split(".")[0] for key in left.weights} == {"0", "1", "2"}
+    assert len(read_log(left.log)) == 2 * 3
+
+
 @pytest.mark.parametrize("method", [VGG, END])
 def test_debug_stops_each_epoch_early_and_leaves_a_log_but_no_checkpoint(train_small, monkeypatch, method):
     monkeypatch.setattr("imagenet_flags.DEBUG_BATCHES", 2)
@@ -697,7 +709,7 @@ def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
         (VGG, ("--arch", "vgg12"), "argument -a/--arch: invalid choice: 'vgg12'"),
         (END, ("--arch", "vgg12"), "argument -a/--arch: invalid choice: 'vgg12'"),
         (VGG, ("--block_size", 9), "block size 9 is impossible: the network has 8 layers, so choose from 1 to 8"),
-        (VGG, ("--splits", 2), "--splits cuts ResNets: choose how vgg11 is cut by --block_size"),
+        (VGG, ("--splits", 2), "--splits cuts other networks: choose how vgg11 is cut by --block_size"),
         (RESNET, ("--splits", 18), "17 pieces do not split into 18 parts: choose from 1 to 17 splits"),
         (RESNET, ("--splits", 0), "'0' must be an integer ≥ 1"),
         (RESNET, ("--block_size", 2), "--block_size groups VGG's convolutions: choose how resnet50 is cut by --splits"),
