@@ -31,7 +31,7 @@ def start(main, keep_memory=True):
     except InputError as error:
         sys.exit(fail(Path(sys.argv[0]).name, str(error)))
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped before training began", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 

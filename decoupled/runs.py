@@ -123,9 +123,7 @@ class Run:
                 if self.processes.rank == 0:
                     print(f"finished: {self.checkpoint.path('.log')}")
             finally:
-                for value in (value for values in self.state.values() for value in values):
-                    if hasattr(value, "close"):
-                        value.close()
+                self.each("close")
                 self.checkpoint.close()
         self.processes.close()
 
@@ -136,9 +134,12 @@ class Run:
         if self.epoch == self.args.epochs:
             self.stage, self.epoch = self.stage + 1, 0
         self.epoch, self.batch, self.seconds, self.within = self.epoch + 1, 0, 0.0, True
+        self.each("begin")
+
+    def each(self, method):
+        """Calls ``method`` of all objects of the state that have it."""
         for value in (value for values in self.state.values() for value in values):
-            if hasattr(value, "begin"):
-                value.begin()
+            getattr(value, method, lambda: None)()
 
     def end_epoch(self):
         self.check_losses()
