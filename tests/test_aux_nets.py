@@ -49,7 +49,7 @@ class Watched(runs.Run):
     """Checks that every step moves its own module's parameters and no others, whose gradients stay as they were."""
 
     def epochs(self, **state):
-        self.net, self.steps = state["net"], 0
+        self.net, self.taken = state["net"], 0
         Watched.last = self
         return super().epochs(**state)
 
@@ -63,7 +63,7 @@ class Watched(runs.Run):
         for own, parameter, grad, value in parts:
             assert torch.equal(parameter, value) != own
             assert own or (parameter.grad is None if grad is None else torch.equal(parameter.grad, grad))
-        self.steps += 1
+        self.taken += 1
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_module_learns_from_its_own_loss_alone(run_script, type_aux, block
     assert {key: value.shape for key, value in left.weights.items()} == {
         key: value.shape for key, value in expected.state_dict().items()
     }
-    assert Watched.last.steps == 2 * len(convs)  # batches × modules
+    assert Watched.last.taken == 2 * len(convs)  # batches × modules
     frame = read_log(left.log)
     assert frame["n"].tolist() == list(range(1, len(convs) + 1))
     assert (frame.attrs["arguments"]["type_aux"], frame.attrs["arguments"]["block_size"]) == (type_aux, block_size)

@@ -12,7 +12,7 @@ script = load_script("dni/delayed_recall.py")
 
 def run(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["delayed_recall.py", *map(str, flags)])
-    flags.start(script.main)
+    start(script.main)
 
 
 def read(text):
