@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from running import ROOT, load_script
 
+from decoupled.flags import start
+
 script = load_script("dni/delayed_recall.py")
 
 
