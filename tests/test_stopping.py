@@ -127,14 +127,14 @@ def test_a_second_process_is_told_who_writes_and_a_second_signal_ends_at_once(fa
     try:
         log = wait_for(folder, "n: 4, epoch 1,")
         second = start(folder, "--epochs", "1000", "--resume")
-        message = second.communicate(timeout=60)[1]
+        message = second.communicate(timeout=300)[1]
         assert second.returncode == 2 and message.count("\n") == 1
         assert f"{log} is being written by process {running.pid}" in message
         running.send_signal(signal.SIGSTOP)  # so that both are there before it looks
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGINT)
         running.send_signal(signal.SIGCONT)
-        running.wait(timeout=60)
+        running.wait(timeout=300)
         assert running.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     finally:
         running.kill()
