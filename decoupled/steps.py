@@ -34,8 +34,13 @@ class Steps:
 
     def prepare(self, net, compiled):
         net.to(self.device, memory_format=torch.channels_last)
-        for module in net if compiled else ():
-            module.compile()
+        if compiled:
+            # Modules share the code of their forward, whose compiled versions (each module's, in both modes, for the
+            # usual batch and a shorter last one) PyTorch otherwise limits to 8, going on without compiling.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 8 * len(net))
+            for module in net:
+                module.compile()
         return net
 
     def learner(self, optimizer):

@@ -109,6 +109,18 @@ def test_compiled_modules_learn_what_plain_ones_do(run_script, monkeypatch, tmp_
     assert all(torch.equal(value, compiled.weights[key]) for key, value in plain.weights.items())
 
 
+def test_each_of_many_modules_is_compiled(run_script, monkeypatch):
+    """PyTorch compiles one forward, which all modules share, 8 times at most unless told otherwise."""
+    graphs, compile_module = [], torch.nn.Module.compile
+    backend = lambda graph, example_inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.compiler.reset()
+    deep = small(channels=2, depth=10)
+    run_script(PARALLEL, *SHORT, "--epochs", 1, "--compile", layerwise_cnn=deep, evaluate=first_images)
+    assert len(graphs) >= 10
+
+
 def test_the_representation_handed_on_was_computed_before_the_step(run_script, monkeypatch):
     """Algorithm 1: module 2 sees what module 1 made with the weights it had before its step; no second forward."""
     made, seen = [], []

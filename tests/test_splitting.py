@@ -327,6 +327,7 @@ def test_evaluation_costs_and_compilation_take_the_network():
 
 
 def test_modules_compile_whole_and_follow_the_mode():
+    torch.compiler.reset()  # all modules share a forward, and the versions of it that other tests have compiled count
     inputs = images()
     net = decouple(Convolutional(drop=1.0), inputs, splits=2)
     for training in (False, True):
