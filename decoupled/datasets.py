@@ -14,6 +14,7 @@ from decoupled import InputError
 from decoupled.downloads import download
 from decoupled.image_folders import read_folders
 from decoupled.images import SIDE, Batches
+from decoupled.streams import one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -147,7 +148,7 @@ def read_own(dataset, data_dir):
         raise InputError(f"--data-dir {data_dir} is no folder: --dataset folder reads {IMAGE_FOLDERS} there")
     test = "val" if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir() else "test"
     splits, classes, kind = read_folders(data_dir, ("train", test), resize=True)
-    return *splits, len(classes), f"{kind}, {data_dir.resolve()}"
+    return *splits, len(classes), f"{kind}, {one_line(str(data_dir.resolve()))}"
 
 
 # Fashion-MNIST

@@ -1,4 +1,4 @@
-"""Image folders: their listing, the reading of one image, and whole folders of small images, decoded once and cached."""
+"""Image folders: their listing, the reading of one image, and folders of small images, decoded once and cached."""
 
 import hashlib
 import os

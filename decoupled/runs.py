@@ -268,7 +268,9 @@ class Run:
             for key, values in self.state.items():
                 for value, state in zip(values, saved["state"][key], strict=True):
                     value.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # whatever a state that is another object's leads to
             reason = str(error).strip().split("\n")[-1].strip()
             raise InputError(
                 f"{self.checkpoint.path('.pt')} is a checkpoint of another network ({reason}): "

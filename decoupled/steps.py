@@ -17,6 +17,17 @@ def momentum_from_zeros(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def check_compiler(device):
+    """Compiles a little. Raises InputError where that does not work, before there is anything to lose."""
+    try:
+        torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of a compiler that is missing or too old, or of PyTorch's own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(
+            f"--compile does not work here ({lines[0][:200]}): install a C++ compiler, or leave --compile out"
+        ) from error
+
+
 class Steps:
     """The steps of modules on ``device``, in mixed precision with ``half``: fp16 on CUDA, bf16 elsewhere.
 
@@ -33,6 +44,8 @@ class Steps:
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
     def prepare(self, net, compiled):
+        if compiled:
+            check_compiler(self.device)
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
             # Modules share the code of their forward, whose compiled versions (each module's, in both modes, for the

@@ -179,6 +179,8 @@ class ImageBatches:
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
             raise InputError(f"the run was trained on other images than these {self}: name its folder")
+        if not 0 <= state["place"] <= len(self):
+            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.share.epoch, self.place = state["epoch"], state["place"]
 
 

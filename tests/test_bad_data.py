@@ -1,4 +1,4 @@
-"""Images and data sets that cannot be trained on: each is named, whichever way it is wrong; and what may be around them."""
+"""Images and data sets that cannot be trained on: each is named, whichever way it is wrong."""
 
 import errno
 import gzip
