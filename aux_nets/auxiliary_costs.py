@@ -50,7 +50,10 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument(
-        "--output", type=flags.path, metavar="DIR", help="also writes auxiliary_costs.csv and decoupling_costs.csv there"
+        "--output",
+        type=flags.path,
+        metavar="DIR",
+        help="also writes auxiliary_costs.csv and decoupling_costs.csv there",
     )
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     args = parser.parse_args()

@@ -158,9 +158,8 @@ class Checkpoint:
         """
         path = self.newest() if path is None else Path(path)
         if path is None:
-            raise InputError(
-                f"nothing to resume in {self.folder}: no checkpoint is called {self.prefix}*.pt; start without --resume"
-            )
+            there = f"no checkpoint is called {self.prefix}*.pt"
+            raise InputError(f"nothing to resume in {self.folder}: {there}; start without --resume")
         if path.suffix != ".pt":
             raise InputError(
                 f"{path} is not called .pt: --resume takes a checkpoint, such as {path.with_suffix('.pt').name} beside "
@@ -265,9 +264,7 @@ def check(saved, path, script, now, free, stages):
 def writable_folder(name):
     """The folder called ``name``, which may not exist yet. Raises InputError when nothing can be written there."""
     folder = Path(os.path.expanduser(name))
-    existing = folder
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--log-dir {name} cannot be written to: name a folder that can")
     return folder

@@ -22,7 +22,9 @@ def parser(doc, archs, default):
     ours.
     """
     parser, positive = flags.Parser(doc), integer(1)
-    parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of one folder a class")
+    parser.add_argument(
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of one folder a class"
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "-a", "--arch", choices=archs, default=default, metavar="ARCH", help=f"network: {', '.join(archs)}"
@@ -51,7 +53,9 @@ def parser(doc, archs, default):
     group.add_argument("--train-samples", type=positive, metavar="N", help=train)
     group.add_argument("--val-samples", type=positive, metavar="N", help="only N images of val/, likewise")
     group = flags.add_device(parser)
-    group.add_argument("--static-loss-scale", type=number(least=1, below=2**32), metavar="S", help="of fp16, constant (default: 1)")
+    group.add_argument(
+        "--static-loss-scale", type=number(least=1, below=2**32), metavar="S", help="of fp16, constant (default: 1)"
+    )
     dynamic = "of fp16: as large as gradients allow, whatever the static one"
     group.add_argument("--dynamic-loss-scale", action="store_true", help=dynamic)
     group = parser.add_argument_group("several processes (torchrun)")
