@@ -76,7 +76,7 @@ def parse_args():
     parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of the images")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=flags.number(above=0),
         default=16,
         metavar="GIB",
         help="memory that the largest batch may take",

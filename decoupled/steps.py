@@ -1,5 +1,7 @@
 """How modules take their steps: precision, a loss scale for each module, and a watch on their losses."""
 
+import logging
+
 import torch
 from torch.optim import SGD
 
@@ -19,6 +21,8 @@ def momentum_from_zeros(optimizer):
 
 def check_compiler(device):
     """Compiles a little. Raises InputError where that does not work, before there is anything to lose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of what the compiler has left where it failed
     try:
         torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
     except Exception as error:  # of a compiler that is missing or too old, or of PyTorch's own
@@ -26,6 +30,8 @@ def check_compiler(device):
         raise InputError(
             f"--compile does not work here ({lines[0][:200]}): install a C++ compiler, or leave --compile out"
         ) from error
+    finally:
+        logging.disable(before)
 
 
 class Steps:
