@@ -23,6 +23,7 @@ FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
 
 
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can run out of
 
 
@@ -53,13 +54,16 @@ def start(main, keep_memory=True):
 
 def shortage(error):
     """What to say of an exception that means that the machine has too little of something; None for any other."""
-    reason = (str(error).strip().splitlines() or ["no more memory"])[0].split(". You can")[0]
-    if isinstance(error, OSError):
-        way_out = "make room, or close other programs, then --resume: the last checkpoint stays"
-        return f"{reason}: {way_out}" if error.errno in EXHAUSTED else None
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any(sign in str(error) for sign in WORKERS):
+        why = "the processes that read images were killed, or there is too little memory, /dev/shm or open files"
+        return f"{lines[-1]}: {why}: choose fewer -j or a smaller batch, or raise `ulimit -n`, then --resume"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in MEMORY):
+        reason = lines[0].split(". You can")[0]
         way_out = "choose a smaller batch or network; --resume goes on from the last checkpoint where there is one"
         return f"out of memory ({reason}): {way_out}"
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return f"{lines[0]}: make room, or close other programs, then --resume: the last checkpoint stays"
     return None
 
 

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -20,24 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from decoupled import InputError
+from decoupled.flags import shortage
 from decoupled.image_folders import list_images, read_image, same_classes
 from decoupled.images import mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
 LAYOUT = "image folders are {train,val}/<class>/<image>"
-WORKER_TROUBLE = (  # in what PyTorch says when its workers fail
-    "DataLoader worker",
-    "Too many open files",
-    "ancdata",  # file descriptors that no longer fit
-    "shared memory",
-    "shm",
-    "Resource temporarily unavailable",
-    "Cannot allocate memory",
-)
-WORKER_WAY_OUT = (
-    "the processes that read images ran out of memory, /dev/shm or open files, or were killed: choose fewer -j or a "
-    "smaller -b, or raise `ulimit -n`, then --resume"
-)
 
 
 class Images(Dataset):
@@ -151,9 +140,9 @@ class ImageBatches:
         except InputError as error:  # a worker's comes with its traceback
             message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
         except (RuntimeError, OSError) as error:  # a worker was killed, or cannot be started or hand images over
-            if not any(sign in str(error) for sign in WORKER_TROUBLE):
+            if (message := shortage(error)) is None:
                 raise
-            message = f"{str(error).strip().splitlines()[-1]}: {WORKER_WAY_OUT}"
+            sys.unraisablehook = lambda _: None  # PyTorch's loader, half-made, cannot be taken apart
         raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
 
     @property

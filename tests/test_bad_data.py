@@ -4,14 +4,20 @@ import errno
 import gzip
 import os
 import pickle
+import shutil
+import signal
 import struct
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import PARALLEL, load_script
+from running import PARALLEL, ROOT, load_script
 from torchvision import datasets as published
 
 from decoupled import InputError, datasets, downloads, image_folders
@@ -94,6 +100,66 @@ def test_names_of_any_alphabet_and_none(tmp_path, name):
         assert read(root)
     (batch, _), *_ = imagenet_folders.load(root, image_size=32, batch_size=8, workers=0)[0]
     assert batch.isfinite().all()
+
+
+# Processes that read images
+
+
+WORKERS = [
+    RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    OSError(errno.EMFILE, "Too many open files"),
+    RuntimeError("received 0 items of ancdata"),
+    RuntimeError("Caught X.\nunable to allocate shared memory(shm) for file </torch_1>: No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", WORKERS)
+def test_what_workers_have_too_little_of_is_one_line(tmp_path, monkeypatch, error):
+    root = write_classes(tmp_path / "data", ("train", "val"))
+    train, _, _ = imagenet_folders.load(root, image_size=32, batch_size=4, workers=0)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def loader(error):
+        yield torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+        raise error
+
+    train.loader = loader(error)
+    with pytest.raises(InputError, match=r"the processes that read images were killed.*then --resume") as caught:
+        list(train)
+    assert "\n" not in str(caught.value)
+    train.loader = loader(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):  # a fault of ours stays one
+        list(train)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
+def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
+    root = write_classes(tmp_path / "data", ("train", "val"), count=8)
+    words = "--arch vgg11 --block_size 8 --image-size 32 -b 4 -j 1 --epochs 9999 --device cpu --save_folder logs"
+    command = [sys.executable, ROOT / "tests/small_imagenet.py", "imagenet/imagenet_dgl.py", root, *words.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
+    try:
+        for _ in range(2400):
+            logs = [path.read_text() for path in tmp_path.glob("logs/*.log")]
+            if run.poll() is not None or (logs and "epoch 1," in logs[0]):
+                break
+            time.sleep(0.05)
+        children = [
+            int(pid) for task in Path(f"/proc/{run.pid}/task").glob("*/children") for pid in task.read_text().split()
+        ]
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        message = run.communicate(timeout=100)[1]
+    finally:
+        run.kill()
+        run.communicate()
+    assert children and run.returncode == 2 and message.count("\n") == 1 and "Traceback" not in message
+    assert "the processes that read images were killed" in message
+    assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".log", ".pt"}
 
 
 # Image folders
@@ -313,8 +379,6 @@ def test_damaged_and_missing_files_of_cifar_are_named(pickles):
 
 
 def test_an_archive_that_was_never_unpacked_is_and_a_damaged_one_is_called_damaged(pickles, monkeypatch):
-    import shutil
-
     root = pickles.parent
     shutil.make_archive(root / "cifar-10-python", "gztar", root, pickles.name)
     archive = root / "cifar-10-python.tar.gz"

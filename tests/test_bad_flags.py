@@ -1,4 +1,4 @@
-"""Every flag of every script has its range, and says so in one line; names and paths of any kind work or are refused."""
+"""Every flag of every script has its range and says so in one line; names and paths of any kind work or are refused."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SCRIPTS = sorted(
 )
 NUMBERS = re.compile(r"(integer|number)\.<locals>")
 BAD = ("", "x", "nan", "inf", "-inf", "-1", "1e999", "9" * 60, "0x10", "1,5")
-TOY = "--dataset digits --train-samples 64 --batch-size 32 --device cpu --epochs 1".split()
+TOY = ["--dataset", "digits", "--train-samples", "64", "--batch-size", "32", "--device", "cpu", "--epochs", "1"]
 
 
 class Caught(Exception):

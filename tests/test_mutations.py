@@ -18,7 +18,7 @@ from decoupled import InputError, logs, plots
 from decoupled.checkpoints import read_checkpoint
 from decoupled.logs import read_log
 
-TOY = "--dataset digits --train-samples 64 --batch-size 32 --test-batch-size 400 --device cpu --epochs 1".split()
+TOY = ("--dataset", "digits", "--train-samples", "64", "--batch-size", "32", "--device", "cpu", "--epochs", "1")
 NAMES = {"layerwise_cnn": small(channels=1, depth=2, downsample=(1,))}
 FEW = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
