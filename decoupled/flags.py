@@ -24,6 +24,7 @@ FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
 
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENAMETOOLONG)  # of a file
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can run out of
 
 
@@ -53,7 +54,9 @@ def start(main, keep_memory=True):
 
 
 def shortage(error):
-    """What to say of an exception that means that the machine has too little of something; None for any other."""
+    """What to say of an exception that means that the machine has too little of something, or a file that cannot be
+    used; None for any other.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if any(sign in str(error) for sign in WORKERS):
         why = "the processes that read images were killed, or there is too little memory, /dev/shm or open files"
@@ -64,6 +67,8 @@ def shortage(error):
         return f"out of memory ({reason}): {way_out}"
     if isinstance(error, OSError) and error.errno in EXHAUSTED:
         return f"{lines[0]}: make room, or close other programs, then --resume: the last checkpoint stays"
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): give access to it, or name another"
     return None
 
 

@@ -166,6 +166,23 @@ def test_a_network_that_cannot_be_allocated(fails, size):
     assert "out of memory (" in message and "choose a smaller batch or network" in message
 
 
+@pytest.mark.parametrize("flag", ["--data-dir", "--resume", "--log-dir"])
+def test_paths_that_are_too_long_or_closed_to_us(fails, monkeypatch, flag):
+    long = "x" * 5000
+    words = (*TOY[2:], "--dataset", "cifar10") if flag == "--data-dir" else TOY
+    value = f"{long}.pt" if flag == "--resume" else long
+    if flag == "--log-dir":
+        with pytest.raises(SystemExit) as stop:
+            monkeypatch.setattr(sys, "argv", [PARALLEL, *words, flag, value])
+            flags.start(load_script(PARALLEL).main)
+        assert stop.value.code == 2
+    else:
+        assert "(File name too long)" in fails(PARALLEL, *words, flag, value)
+    denied = PermissionError(13, "Permission denied", "/data/train")
+    assert flags.shortage(denied).startswith("/data/train cannot be used (Permission denied)")
+    assert flags.shortage(RuntimeError("mat1 and mat2")) is flags.shortage(FileNotFoundError(2, "no", "x")) is None
+
+
 def test_without_a_compiler_nothing_begins(fails, monkeypatch):
     from torch._inductor import config
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matplotlib import pyplot
 from running import PARALLEL, small
 
-from decoupled import InputError, logs, plots
+from decoupled import InputError, logs, plots, runs
 from decoupled.checkpoints import read_checkpoint
 from decoupled.logs import read_log
 
@@ -126,6 +126,28 @@ def test_a_run_that_cannot_save_at_first_leaves_nothing(run_script, monkeypatch,
     with pytest.raises(SystemExit):
         run_script(PARALLEL, *TOY, **NAMES)
     assert not [*(tmp_path / "logs").iterdir()]
+
+
+@pytest.mark.parametrize("change", ["gone", "longer", "shorter", "a folder"])
+def test_a_log_that_is_changed_while_the_run_goes_is_written_anew(run_script, tmp_path, change):
+    whole = run_script(PARALLEL, *TOY, folder=tmp_path / "whole", **NAMES)
+
+    class Changing(runs.Run):
+        def pause(self):
+            super().pause()
+            log = self.checkpoint.path(".log")
+            if self.within and self.batch == 1 and not [*log.parent.glob("*.edited.log")]:
+                if change in ("gone", "a folder"):
+                    log.unlink()
+                else:
+                    os.truncate(log, log.stat().st_size + (5 if change == "longer" else -5))
+                if change == "a folder":
+                    log.mkdir()
+
+    left = run_script(PARALLEL, *TOY, **NAMES, Run=Changing)
+    (log,) = (path for path in left.folder.glob("*.log") if ".edited" not in path.name)
+    assert re.findall("^n: .*", log.read_text(), re.MULTILINE) == whole.lines
+    assert log.read_text().startswith("Namespace(") and "written anew from here up" in log.read_text()
 
 
 # Logs
