@@ -135,7 +135,9 @@ def main():
     whole, total, failed, rounds = {}, Counter(), 0, 0
     try:
         while time.monotonic() < finish:
-            script, flags = RUNS[rounds % len(RUNS)]
+            if rounds % len(RUNS) == 0:
+                order = generator.sample(RUNS, len(RUNS))
+            script, flags = order[rounds % len(RUNS)]
             words = [str(root / "images") if word == "IMAGES" else word for word in flags.split()]
             if script not in whole:
                 (folder := root / f"whole{len(whole)}").mkdir()
@@ -152,7 +154,7 @@ def main():
             if wrong is None or not args.keep:
                 shutil.rmtree(folder)
     finally:
-        if not args.keep:
+        if not (args.keep and failed):
             shutil.rmtree(root, ignore_errors=True)
     told = ", ".join(f"{count} {name}" for name, count in sorted(total.items())) or "no signals"
     print(f"{rounds - failed} of {rounds} rounds with {told} survived to the bit (seed {args.seed})")
