@@ -39,7 +39,7 @@ RUNS = [  # script and flags: some seconds each
     ("ddg_comparison/cifar_dgl.py", f"{DIGITS} --epochs 3 --depth 14 --milestones 2"),
     ("ddg_comparison/cifar_ddg.py", f"{DIGITS} --epochs 3 --depth 14 --splits 3 --milestones 2"),
     ("ddg_comparison/cifar_backprop.py", f"{DIGITS} --epochs 3 --depth 14 --checkpointing"),
-    ("async_buffer/cifar_buffer.py", f"{DIGITS} --epochs 3 --feature_size 8 --ncnn 4 --buffer 3 --noise .3"),
+    ("async_buffer/cifar_buffer.py", f"{DIGITS} --epochs 3 --feature_size 8 --ncnn 4 --down [0] --buffer 3 --noise .3"),
     ("imagenet/imagenet_dgl.py", f"IMAGES {IMAGES} --epochs 2 --arch vgg11 --block_size 4 -j 1"),
     ("imagenet/imagenet.py", f"IMAGES {IMAGES} --epochs 2 --arch resnet18 -j 0"),
 ]
