@@ -50,10 +50,9 @@ class Steps:
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
     def prepare(self, net, compiled):
-        if compiled:
-            check_compiler(self.device)
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
+            check_compiler(self.device)
             # Modules share the code of their forward, whose compiled versions (each module's, in both modes, for the
             # usual batch and a shorter last one) PyTorch otherwise limits to 8, going on without compiling.
             limit = torch._dynamo.config.recompile_limit
