@@ -43,17 +43,17 @@ def parse_args(argv=None):
     group.add_argument("--epochdecay", type=positive, default=15, metavar="N", help=decay)
     group.add_argument("--ensemble", **switch, help="1: evaluate the ensembles of heads")
     group = parser.add_argument_group("network")
-    group.add_argument("--ncnn", type=integer(2), default=6, metavar="N", help="layers")
-    group.add_argument("--feature_size", type=positive, default=128, metavar="C", help="channels of the first layer")
+    group.add_argument("--ncnn", type=integer(2, 1000), default=6, metavar="N", help="layers")
+    group.add_argument("--feature_size", type=flags.WIDTH, default=128, metavar="C", help="channels of the first layer")
     down = "layers, from 0, after which the size is halved (default: [1,3])"
     group.add_argument("--down", type=layer_list, default=(1, 3), help=down)
     group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved")
     mlp = "hidden layers of each head; 0: one Linear after a batch norm"
-    group.add_argument("--mlp", type=count, default=3, metavar="N", help=mlp)
+    group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help=mlp)
     nlin = "3x3 convolutions of each head, at full size"
-    group.add_argument("--nlin", type=count, default=0, metavar="N", help=nlin)
+    group.add_argument("--nlin", type=flags.LAYERS, default=0, metavar="N", help=nlin)
     width = "their channels in the first head, doubled at each down-sampling (default: 256)"
-    group.add_argument("--width_aux", type=positive, metavar="C", help=width)
+    group.add_argument("--width_aux", type=flags.WIDTH, metavar="C", help=width)
     window = "window of the first head's average pooling, halved at each down-sampling (default: 16, to 2x2)"
     group.add_argument("--avg_size", type=positive, default=16, metavar="S", help=window)
     group.add_argument("--bn", **switch, help="0: no batch norm, in layers or heads")

@@ -43,14 +43,17 @@ PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxil
 def parse_args():
     parser = flags.Parser(__doc__)
     parser.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3")
-    parser.add_argument("--channels", type=flags.integer(1), default=128, help="of the first layer")
-    parser.add_argument("--depth", type=flags.integer(2), default=6, help="layers")
+    parser.add_argument("--channels", type=flags.WIDTH, default=128, help="of the first layer")
+    parser.add_argument("--depth", type=flags.integer(2, 1000), default=6, help="layers")
     parser.add_argument("--batch-size", type=flags.integer(2), default=128, help="images a step")
     parser.add_argument("--repeats", type=flags.integer(1), default=5, help="rounds of the measured steps")
     parser.add_argument("--device", default="auto", help="that measures time: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument(
-        "--output", metavar="DIR", help="also writes auxiliary_costs.csv and decoupling_costs.csv there"
+        "--output",
+        type=flags.path,
+        metavar="DIR",
+        help="also writes auxiliary_costs.csv and decoupling_costs.csv there",
     )
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     args = parser.parse_args()

@@ -35,11 +35,11 @@ def parse_args():
     )
     group.add_argument(
         "--channels",
-        type=flags.integer(1),
+        type=flags.WIDTH,
         default=128,
         help="of the first layer; layers 2 and 4 double them",
     )
-    group.add_argument("--depth", type=flags.integer(1), default=6, help="layers")
+    group.add_argument("--depth", type=flags.integer(1, 1000), default=6, help="layers")
     group = parser.add_argument_group("schedule")
     group.add_argument(
         "--lr-step",

@@ -31,7 +31,7 @@ from greedy_vgg import STAGES, greedy_vgg
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("data", metavar="DIR", help="folder with train/ and val/, of one folder a class")
+    parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of class folders")
     archs = (*STAGES, *BLOCKS)
     network = f"network: {', '.join(archs)}"
     parser.add_argument("-a", "--arch", choices=archs, default="resnet152", metavar="ARCH", help=network)

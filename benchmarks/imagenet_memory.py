@@ -76,7 +76,7 @@ def parse_args():
     parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of the images")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=flags.number(above=0),
         default=16,
         metavar="GIB",
         help="memory that the largest batch may take",
@@ -85,7 +85,7 @@ def parse_args():
         "--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere, whose sizes are the same"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: count only")
-    parser.add_argument("--output", metavar="FILE", help="write the table there too")
+    parser.add_argument("--output", type=flags.path, metavar="FILE", help="write the table there too")
     return parser.parse_args()
 
 

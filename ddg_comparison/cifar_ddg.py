@@ -46,7 +46,7 @@ from decoupled.runs import Run
 def parse_args():
     parser = flags.parser(__doc__, epochs=300, batch_size=128)
     group = parser.add_argument_group("network and recipe")
-    group.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
+    group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
     group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
     group.add_argument(
         "--milestones",

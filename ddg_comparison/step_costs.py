@@ -39,7 +39,7 @@ SECONDS = 0.1  # a row is repeated within a round for at least as long
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--depth", type=int, default=110, help="of the ResNet, 6n+2")
+    parser.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
     parser.add_argument(
         "--splits",
         type=flags.integer(2),

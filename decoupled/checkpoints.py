@@ -1,15 +1,13 @@
 """The files of one run: its log, the checkpoint beside it, and a lock while a process is at work on them."""
 
 import contextlib
+import errno
 import itertools
 import os
 import re
-import struct
 import zipfile
-import zlib
 from datetime import datetime
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,6 +16,7 @@ from decoupled import InputError
 
 FORMAT = 2
 STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
+EDITED = re.compile(r"\.edited(-\d+)?\.log$")  # the names of logs that were changed, and are kept beside the run's
 FIELDS = {  # of a checkpoint: name → type
     "format": int, "script": str, "arguments": dict, "stage": int, "epoch": int, "within": bool, "batch": int,
     "seconds": float, "log": str, "state": dict,
@@ -52,7 +51,12 @@ class Checkpoint:
                     self.path(".log").open("x").close()
                     break
         self.acquire()
-        self.append(text)
+        try:
+            self.append(text)
+        except BaseException:  # no half-made run stays behind
+            self.path(".log").unlink(missing_ok=True)
+            self.close()
+            raise
         return self.stem
 
     def acquire(self):
@@ -141,8 +145,10 @@ class Checkpoint:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
-            except OSError:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
+                if not target.exists():  # the run's first: no half-made one stays behind
+                    log.unlink(missing_ok=True)
                 raise
 
     def read(self, path=None, accept=lambda saved, path: None):
@@ -152,15 +158,15 @@ class Checkpoint:
         """
         path = self.newest() if path is None else Path(path)
         if path is None:
+            there = f"no checkpoint is called {self.prefix}*.pt"
+            raise InputError(f"nothing to resume in {self.folder}: {there}; start without --resume")
+        if path.suffix != ".pt":
             raise InputError(
-                f"nothing to resume in {self.folder}: no checkpoint is called {self.prefix}*.pt; start without --resume"
+                f"{path} is not called .pt: --resume takes a checkpoint, such as {path.with_suffix('.pt').name} beside "
+                "a log, or without a name the newest in --log-dir"
             )
         if not path.is_file():
             raise InputError(f"no checkpoint {path}: --resume without a name takes the newest in --log-dir")
-        if path.suffix == ".log":
-            raise InputError(
-                f"{path} is a log: --resume takes the checkpoint beside it, {path.with_suffix('.pt').name}"
-            )
         self.folder, self.stem = path.parent, path.name.removesuffix(".pt")
         writable_folder(self.folder)
         self.acquire()
@@ -217,15 +223,15 @@ def read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, struct.error, zlib.error) as error:
+    except Exception as error:  # whatever a damaged file leads to
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of a place that is not
+            raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
         raise InputError(f"{path} is truncated, damaged or no checkpoint: {OTHERWISE}") from error
     if damaged is not None:
         raise InputError(f"{path} is damaged, its checksum is not that of {damaged}: {OTHERWISE}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a file that something else has left leads to
         raise InputError(f"{path} is no checkpoint of these scripts: name one that a run has left") from error
     if isinstance(checkpoint, dict) and "log_bytes" in checkpoint:
         raise InputError(f"{path} is from an earlier version of these scripts: resume it with that one, or start anew")
@@ -249,28 +255,25 @@ def check(saved, path, script, now, free, stages):
     if differing:
         what = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})" for name in differing)
         raise InputError(f"{path} is of a run with {what}: resume it with the same arguments")
-    if not (1 <= saved["stage"] <= stages and saved["within"] <= saved["epoch"] <= now["epochs"]):
-        place = f"stage {saved['stage']}, epoch {saved['epoch']}"
+    reached = 1 <= saved["stage"] <= stages and saved["within"] <= saved["epoch"] <= now["epochs"]
+    if not (reached and saved["batch"] >= 0 and 0 <= saved["seconds"] < float("inf")):
+        place = f"stage {saved['stage']}, epoch {saved['epoch']}, batch {saved['batch']}"
         raise InputError(f"{path} says it was left in {place}, which this run does not have: {OTHERWISE}")
 
 
 def writable_folder(name):
     """The folder called ``name``, which may not exist yet. Raises InputError when nothing can be written there."""
-    folder = Path(name).expanduser()
-    existing = folder
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    folder = Path(os.path.expanduser(name))
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--log-dir {name} cannot be written to: name a folder that can")
     return folder
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, way_out="make room or access there, then --resume"):
     """Turns a failure to write ``path`` into an InputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): make room or access there, then --resume"
-        ) from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): {way_out}") from error

@@ -1,23 +1,30 @@
 """The data sets of the CIFAR experiments, read as uint8 tensors of 32×32 RGB images."""
 
 import gzip
+import hashlib
 import struct
 import zlib
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from decoupled import InputError
+from decoupled.downloads import download
+from decoupled.image_folders import read_folders
 from decoupled.images import SIDE, Batches
+from decoupled.streams import one_line
 
-DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits")
+DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
+CLASSES = {"cifar10": 10, "cifar100": 100}
 # Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
 # from their training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-WITHOUT_DOWNLOAD = "--dataset digits needs no download"
+FASHION_MNIST = {"train": 60_000, "t10k": 10_000}  # images
+IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
+IDX_FILES = "its four idx files (Debian's package dataset-fashion-mnist has them)"
+AGAIN = "remove it and fetch it again"
 
 
 def load(
@@ -35,13 +42,12 @@ def load(
     ``device``.
 
     ``train_samples`` keeps that many first training images. Image folders are read one image of each class in turn, so
-    that the first are of every class. Raises InputError for an unknown data set, missing or damaged files, or an
-    impossible number of samples.
+    that the first are of every class. Raises InputError for an unknown data set, missing or damaged files, data that is
+    not the set's, or an impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
-    (images, labels), test, source = READERS[dataset](dataset, Path(data_dir))
-    classes = int(labels.max()) + 1
+    (images, labels), test, classes, source = READERS[dataset](dataset, Path(data_dir).expanduser())
     samples = len(labels) if train_samples is None else train_samples
     if samples > len(labels):
         raise InputError(f"--train-samples {samples} is more than the {len(labels)} training images of {dataset}")
@@ -61,6 +67,8 @@ def load(
     else:
         pixels = images.reshape(-1, 3).double() / 255
         statistics = {"mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
+        if min(statistics["std"]) == 0:
+            raise InputError(f"the {samples} training images of {dataset} have the same value everywhere in a channel")
     common = {**statistics, "description": f"{dataset} ({source})"}
     common |= {"device": device}
     augmented = {"augment": True, "flip": dataset != "digits", "drop_last": drop_last, "seed": seed}
@@ -71,107 +79,114 @@ def load(
     )
 
 
+# CIFAR and image folders
+
+
 def read_cifar(dataset, data_dir):
     """CIFAR-10 or -100 from image folders in ``data_dir`` or ``data_dir/dataset``, else torchvision's files in
-    ``data_dir``, downloaded if absent.
+    ``data_dir`` or, of that name itself, ``data_dir``; downloaded if absent.
     """
     for folder in (data_dir / dataset, data_dir):
         if (folder / "train").is_dir() or (folder / "test").is_dir():
-            return read_folders(folder)
+            splits, classes, kind = read_folders(folder)
+            if len(classes) != CLASSES[dataset]:
+                raise InputError(
+                    f"{folder} has {len(classes)} classes, and {dataset} has {CLASSES[dataset]}: --dataset folder "
+                    "takes images of one's own"
+                )
+            return *splits, len(classes), kind
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
-    splits = download(dataset, data_dir, lambda train: kind(data_dir, train=train, download=True))
-    return *((torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits), "original"
+
+    def found():
+        names = [name for name, _ in (*kind.train_list, *kind.test_list)]
+        folders = (data_dir / kind.base_folder, data_dir)
+        return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+    def fetch(folder):
+        if (archive := data_dir / kind.filename).is_file():  # fetched before, and never unpacked
+            check_md5(archive, kind.tgz_md5)
+            (folder / kind.filename).symlink_to(archive.resolve())
+        kind(folder, download=True)
+        if (folder / kind.filename).is_symlink():
+            (folder / kind.filename).unlink()
+
+    if found() is None:
+        download(dataset, data_dir, fetch, lambda: found() is not None, IMAGE_FOLDERS)
+    return *read_pickles(kind, found()), CLASSES[dataset], "original"
 
 
-def download(dataset, data_dir, read):
-    """[read(train=True), read(train=False)] of a torchvision data set, with a clear error where it cannot be had."""
-    if not data_dir.is_dir() and str(data_dir) != "data":
-        raise InputError(
-            f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it"
-        )
-    created = not data_dir.exists()
-    before = set(data_dir.rglob("*"))
+def read_pickles(kind, folder):
+    """(images, labels) of both splits from the files of torchvision's data set ``kind`` in ``folder``."""
+    meta = (kind.meta["filename"], kind.meta["md5"])
+    for name, md5 in (*kind.train_list, *kind.test_list, meta):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: unpack {kind.filename} again")
+        check_md5(folder / name, md5)
+    here = type(kind.__name__, (kind,), {"base_folder": ""})
+    splits = [here(folder, train=train) for train in (True, False)]
+    return [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
+
+
+def check_md5(path, expected):
+    """Raises InputError for a file that is not what it was when published."""
+    if hashlib.md5(read_bytes(path), usedforsecurity=False).hexdigest() != expected:
+        raise InputError(f"{path} is damaged, its MD5 is not {expected}: {AGAIN}")
+
+
+def read_bytes(path):
     try:
-        return [read(True), read(False)]
-    except (URLError, RuntimeError, OSError, EOFError, ValueError) as error:
-        for path in sorted(set(data_dir.rglob("*")) - before, reverse=True):  # leave nothing half-downloaded
-            path.rmdir() if path.is_dir() else path.unlink()
-        if created and data_dir.is_dir():
-            data_dir.rmdir()
-        reason = str(getattr(error, "reason", error)).strip().split("\n")[0]
-        raise InputError(
-            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as "
-            f"{FOLDER_HINT[dataset]}; {WITHOUT_DOWNLOAD}"
-        ) from error
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
 
 
-FOLDER_HINT = {
-    "cifar10": "image folders {train,test}/<class>/*",
-    "cifar100": "image folders {train,test}/<class>/*",
-    "fashion-mnist": "its four idx files (Debian's package dataset-fashion-mnist has them)",
-}
+def read_own(dataset, data_dir):
+    """Anyone's images, from ``data_dir``/{train, test or val}/<class>/*, resized to 32×32."""
+    if not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} is no folder: --dataset folder reads {IMAGE_FOLDERS} there")
+    test = "val" if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir() else "test"
+    splits, classes, kind = read_folders(data_dir, ("train", test), resize=True)
+    return *splits, len(classes), f"{kind}, {one_line(str(data_dir.resolve()))}"
 
 
-def read_folders(folder):
-    """Both splits from ``folder``/{train,test}/<class>/*, class names sorted, one image of each class in turn."""
-    from torchvision.datasets import ImageFolder
-
-    splits = []
-    for split in ("train", "test"):
-        try:
-            listing = ImageFolder(folder / split)
-        except FileNotFoundError as error:
-            missing = (
-                f"{folder / split} is missing"
-                if not (folder / split).is_dir()
-                else str(error).split(" Supported")[0].rstrip(".")
-            )
-            raise InputError(f"{missing}: image folders are {{train,test}}/<class>/<image>") from error
-        splits.append(listing)
-    if splits[0].classes != splits[1].classes:
-        odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
-        raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of train and test")
-    kinds = sorted({Path(path).suffix.lstrip(".").lower() for path, _ in splits[0].samples})
-    kind = ", ".join({"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}.get(kind, kind) for kind in kinds)
-    return *(decode(listing) for listing in splits), kind
-
-
-def decode(listing):
-    """An ImageFolder's images, uint8 (N, 32, 32, 3), and labels (N,), ordered by place in the class, then class."""
-    place, turns = {}, []
-    for path, label in listing.samples:
-        place[label] = place.get(label, -1) + 1
-        turns.append((place[label], label, path))
-    turns.sort()
-    images = torch.empty(len(turns), SIDE, SIDE, 3, dtype=torch.uint8)
-    for row, (_, _, path) in enumerate(turns):
-        try:
-            image = np.array(listing.loader(path))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path} is damaged or no image ({str(error).splitlines()[0]}): replace it") from error
-        if image.shape != (SIDE, SIDE, 3):
-            raise InputError(f"{path} is {image.shape[1]}x{image.shape[0]}: this data set's images are {SIDE}x{SIDE}")
-        images[row] = torch.from_numpy(image)
-    return images, torch.tensor([label for _, label, _ in turns])
+# Fashion-MNIST
 
 
 def read_fashion_mnist(dataset, data_dir):
     """Fashion-MNIST from its idx files (plain or .gz) in ``data_dir`` or a folder of torchvision's or Debian's name in
     it, else by download.
     """
-    for folder in (data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw"):
-        if any(folder.glob("*-idx?-ubyte*")):
-            splits = [
-                (read_idx(folder, f"{s}-images-idx3-ubyte"), read_idx(folder, f"{s}-labels-idx1-ubyte"))
-                for s in ("train", "t10k")
-            ]
-            return *((grey_to_rgb(images), labels.long()) for images, labels in splits), "idx files"
-    from torchvision.datasets import FashionMNIST
 
-    splits = download(dataset, data_dir, lambda train: FashionMNIST(data_dir, train=train, download=True))
-    return *((grey_to_rgb(s.data), s.targets.long()) for s in splits), "original"
+    def found():
+        folders = (data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw")
+        return next((folder for folder in folders if any(folder.glob("*-idx?-ubyte*"))), None)
+
+    def fetch(folder):
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(folder, download=True)
+
+    source = "idx files"
+    if found() is None:
+        download(dataset, data_dir, fetch, lambda: found() is not None, IDX_FILES)
+        source = "original"
+    return *(read_idx_pair(found(), split) for split in FASHION_MNIST), 10, source
+
+
+def read_idx_pair(folder, split):
+    """(images (N, 32, 32, 3), labels (N,)) of Fashion-MNIST's ``split``, train or t10k."""
+    names = f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+    images, labels = (read_idx(folder, name) for name in names)
+    count = FASHION_MNIST[split]
+    for name, values, shape in zip(names, (images, labels), ((count, 28, 28), (count,)), strict=True):
+        if values.shape != shape:
+            sizes = " and ".join("x".join(map(str, size)) for size in (values.shape, shape))
+            raise InputError(f"{folder / name} is not Fashion-MNIST's, their sizes are {sizes}: fetch it again")
+    if labels.max() > 9:
+        raise InputError(f"{folder / names[1]} has a label of {labels.max()}, where 9 is the last: fetch it again")
+    return grey_to_rgb(images), labels.long()
 
 
 def read_idx(folder, name):
@@ -179,11 +194,14 @@ def read_idx(folder, name):
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise InputError(f"{folder / name} is missing, and so is its .gz: a folder of idx files holds four")
+    raw = read_bytes(path)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{magic[2]}I", raw[4 : 4 + 4 * magic[2]])
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
+        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
         values = np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+        if (zero, kind) != (0, 8):
+            raise ValueError("no idx file of unsigned bytes")
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise InputError(f"{path} is damaged or truncated: fetch it again") from error
     return torch.from_numpy(values.copy())
@@ -207,7 +225,13 @@ def read_digits(dataset, data_dir):
     )
     images, labels = grey_to_rgb(images), torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 4
-    return (images[~test], labels[~test]), (images[test], labels[test]), "scikit-learn"
+    return (images[~test], labels[~test]), (images[test], labels[test]), 10, "scikit-learn"
 
 
-READERS = {"cifar10": read_cifar, "cifar100": read_cifar, "fashion-mnist": read_fashion_mnist, "digits": read_digits}
+READERS = {
+    "cifar10": read_cifar,
+    "cifar100": read_cifar,
+    "fashion-mnist": read_fashion_mnist,
+    "digits": read_digits,
+    "folder": read_own,
+}

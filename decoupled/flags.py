@@ -3,7 +3,9 @@ how a script starts and ends.
 """
 
 import argparse
+import errno
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,12 +15,22 @@ import torch
 from decoupled import InputError
 from decoupled.datasets import DATASETS
 from decoupled.memory import keep_freed_memory
+from decoupled.streams import one_line, unfailing_output
 
 EXIT_BAD_INPUT = 2
+NAME_BYTES = 160  # of a file's 255: the rest is for the script, the time and a suffix
+FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
+
+
+MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENAMETOOLONG)  # of a file
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can run out of
 
 
 def start(main, keep_memory=True):
-    """Runs a script's ``main``: bad input ends in one line on stderr and exit code 2, Ctrl-C in one line and 130.
+    """Runs a script's ``main``: what cannot be used, and what the machine has too little of, ends in one line on stderr
+    and exit code 2, Ctrl-C in one line and 130. Output that cannot be written ends nothing.
 
     ``keep_memory``: see decoupled.memory.
     """
@@ -26,17 +38,42 @@ def start(main, keep_memory=True):
         keep_freed_memory()
     # A run that resumes in an evaluation steps its schedules before any optimizer, which is right.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-    try:
-        main()
-    except InputError as error:
-        sys.exit(fail(Path(sys.argv[0]).name, str(error)))
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
-        sys.exit(130)
+    script = Path(sys.argv[0]).name
+    with unfailing_output():
+        try:
+            main()
+        except InputError as error:
+            sys.exit(fail(script, str(error)))
+        except KeyboardInterrupt:
+            print(f"\n{script}: stopped", file=sys.stderr)
+            sys.exit(130)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if (message := shortage(error)) is None:
+                raise
+            sys.exit(fail(script, message))
+
+
+def shortage(error):
+    """What to say of an exception that means that the machine has too little of something, or a file that cannot be
+    used; None for any other.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any(sign in str(error) for sign in WORKERS):
+        why = "the processes that read images were killed, or there is too little memory, /dev/shm or open files"
+        return f"{lines[-1]}: {why}: choose fewer -j or a smaller batch, or raise `ulimit -n`, then --resume"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in MEMORY):
+        reason = lines[0].split(". You can")[0]
+        way_out = "choose a smaller batch or network; --resume goes on from the last checkpoint where there is one"
+        return f"out of memory ({reason}): {way_out}"
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return f"{lines[0]}: make room, or close other programs, then --resume: the last checkpoint stays"
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): give access to it, or name another"
+    return None
 
 
 def fail(script, message):
-    print(f"{script}: error: {message}", file=sys.stderr)
+    print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -103,7 +140,27 @@ def integer(least, most=2**63 - 1):
     return convert
 
 
-def number(*, least=-math.inf, above=-math.inf, below=math.inf):
+WIDTH = integer(1, 2**13)  # channels: wider ones' weights alone would not fit a machine
+LAYERS = integer(0, 1000)
+
+
+def path(text):
+    """An argparse type: a path, in which ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path names nothing")
+    return os.path.expanduser(text)
+
+
+def run_name(text):
+    """An argparse type: a part of a file's name."""
+    if "/" in text or os.sep in text or not all(map(str.isprintable, text)) or len(os.fsencode(text)) > NAME_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{one_line(text)[:80]!r} must be printable text without /, of at most {NAME_BYTES} bytes"
+        )
+    return text
+
+
+def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
     """An argparse type: a finite number ≥ ``least``, > ``above`` and < ``below``."""
 
     def convert(text):
@@ -113,7 +170,8 @@ def number(*, least=-math.inf, above=-math.inf, below=math.inf):
             value = math.nan
         if not (value >= least and above < value < below):
             limits = {"≥": least, ">": above, "<": below}
-            wanted = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if math.isfinite(limit))
+            told = math.inf if value >= FLOAT_MAX else FLOAT_MAX
+            wanted = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if abs(limit) < told)
             raise argparse.ArgumentTypeError(f"{text!r} must be a number {wanted or 'that is finite'}")
         return value
 
@@ -132,7 +190,7 @@ def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
     add_seed(group, seed)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where it is, or is downloaded to")
+    group.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where it is, or is downloaded to")
     group.add_argument("--train-samples", type=count, metavar="N", help="only the first N training images")
     add_device(parser)
     add_log(parser)
@@ -160,13 +218,13 @@ def add_device(parser):
 def add_log(parser, *names):
     """The flags of log and checkpoint; ``names`` are further names of --log-dir, the first of which comes first."""
     group = parser.add_argument_group("log and checkpoint")
-    group.add_argument("--name", default="", help="part of the log's name")
-    where = {"dest": "log_dir", "default": ".", "metavar": "DIR"}
+    group.add_argument("--name", type=run_name, default="", help="part of the log's name")
+    where = {"dest": "log_dir", "type": path, "default": ".", "metavar": "DIR"}
     group.add_argument(*names, "--log-dir", **where, help="where log and checkpoint are written")
     minutes = "minutes between checkpoints within an epoch, which has one at its end too "
     group.add_argument("--save-every", type=number(above=0), default=10.0, metavar="MINUTES", help=minutes)
     resume = "continue this checkpoint; without one, or with auto, this script's newest of that --name in --log-dir"
-    group.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
+    group.add_argument("--resume", nargs="?", type=path, const="newest", metavar="CHECKPOINT", help=resume)
     return group
 
 

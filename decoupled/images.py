@@ -109,6 +109,8 @@ class Batches:
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
             raise InputError(f"the run was trained on other images than these {self}: point --data-dir to its data set")
+        if not 0 <= state["place"] <= len(self):
+            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.generator.set_state(state["start"])
         if state["begun"]:
             self.begin()

@@ -15,12 +15,18 @@ import pandas as pd
 
 from decoupled import InputError
 
-NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+INTEGERS = ("n", "epoch", "own_epoch")
+INTEGER, NUMBER = r"(\d{1,9})", r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
 
 
 def pattern(template, columns):
-    """Compiled form of a line in which each ``{}`` is a number, and the columns those numbers fill."""
-    return re.compile(NUMBER.join(re.escape(part) for part in template.split("{}")) + r"\s*"), columns
+    """Compiled form of a line in which each ``{}`` is a number, and the columns those numbers fill. Blanks at its end
+    do not matter.
+    """
+    first, *parts = map(re.escape, template.rstrip().split("{}"))
+    numbers = (INTEGER if column in INTEGERS else NUMBER for column in columns)
+    text = "".join(number + part for number, part in zip(numbers, parts, strict=True))
+    return re.compile(first + text + r"\s*", re.ASCII), columns
 
 
 LOWER_HEAD = "# head {}, epoch {}: loss {}, train top-1 {}, test top-1 {}"
@@ -42,9 +48,9 @@ LINES = (
     ),
     pattern(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
 )
-INTEGERS = ("n", "epoch", "own_epoch")
+RESULT = ("n: ", "lr: ", "# head ")  # how lines of results begin
 LOSS = pattern("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))[0]
-SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took ([\d.]+) s")
+SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took (\d+(?:\.\d+)?) s", re.ASCII)
 
 
 def head_line(n, epoch, loss, train, test):
@@ -92,36 +98,47 @@ def read_log(path, empty=False):
     """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields
     (see the module's text).
 
-    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation's counts as n = 1
-    there. ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, and "seconds", each
-    epoch's wall time where logged. A last line that was cut off is left out. Raises InputError when the file cannot be
-    read or, unless ``empty`` says that this is no error, holds no results.
+    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation counts as n = 1.
+    ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, "seconds", each epoch's wall
+    time where logged, and "damaged", the numbers of lines that begin as results do and are none. A last line that was
+    cut off is left out. Raises InputError when the file cannot be read, holds more than one log or, unless ``empty``
+    says that this is no error, holds no results.
     """
     try:
-        text = Path(path).read_text(errors="replace")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise InputError(f"the log {path} cannot be read: {error.strerror}") from error
     lines = text.split("\n")
     if not lines[-1].endswith(" "):  # cut off mid-line: its last number may lack digits
         lines.pop()
-    rows, comments, arguments, seconds, losses = [], [], {}, [], {}
-    for line in lines:
+    rows, comments, arguments, seconds, losses, damaged = {}, [], None, [], {}, []
+    for number, line in enumerate(lines, start=1):
         if line.startswith("Namespace("):
+            if arguments is not None:
+                raise InputError(f"{path} holds two logs, the second from line {number} on: split it")
             arguments = parse_namespace(line)
-        elif found := next(((m, columns) for form, columns in LINES if (m := form.fullmatch(line))), None):
+        if found := next(((m, columns) for form, columns in LINES if (m := form.fullmatch(line))), None):
             match, columns = found
-            rows.append(dict(zip(columns, map(float, match.groups()), strict=True)))
-        elif line.startswith("#"):
+            row = {"n": 1} | dict(zip(columns, map(float, match.groups()), strict=True))
+            key = row["n"], row["epoch"]
+            if key in rows:
+                raise InputError(f"{path} has n {key[0]:g}, epoch {key[1]:g} a second time in line {number}: two logs")
+            rows[key] = row
+            continue
+        if line.startswith(RESULT):
+            damaged.append(number)
+        if line.startswith("#"):
             comments.append(line[1:].strip())
             seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
             losses |= {(float(match[1]), float(match[2])): float(match[3]) for match in [LOSS.match(line)] if match}
     if not rows and not empty:
         raise InputError(f"the log {path} holds no line of results")
-    for row in rows if losses else []:
-        row.setdefault("loss", losses.get((row.get("n", 1), row["epoch"]), float("nan")))
-    frame = pd.DataFrame(rows, columns=None if rows else ["n", "epoch"])
-    frame = frame.astype({column: int for column in INTEGERS if column in frame})
-    frame.attrs = {"arguments": arguments, "comments": comments, "seconds": seconds}
+    for key, row in rows.items() if losses else []:
+        row.setdefault("loss", losses.get(key, float("nan")))
+    frame = pd.DataFrame([*rows.values()], columns=None if rows else ["n", "epoch"])
+    frame = frame.astype({column: int for column in INTEGERS if column in frame and frame[column].notna().all()})
+    about = {"comments": comments, "seconds": seconds, "damaged": damaged}
+    frame.attrs = {"arguments": arguments or {}, **about}
     return frame
 
 
@@ -129,8 +146,8 @@ def parse_namespace(line):
     """The arguments in a line ``Namespace(k=v, …)``, as a dict; values that are no Python literals stay text."""
     try:
         call = ast.parse(line.strip(), mode="eval").body
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AttributeError):
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
         return dict(re.findall(r"(\w+)=([^,)]*)", line))
 
 

@@ -268,12 +268,12 @@ class Run:
             for key, values in self.state.items():
                 for value, state in zip(values, saved["state"][key], strict=True):
                     value.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # whatever a state that is another object's leads to
             reason = str(error).strip().split("\n")[-1].strip()
-            raise InputError(
-                f"{self.checkpoint.path('.pt')} is a checkpoint of another network ({reason}): "
-                f"name one of this network's"
-            ) from error
+            what = f"{self.checkpoint.path('.pt')} is a checkpoint of another network ({reason})"
+            raise InputError(f"{what}: name one of this network's") from error
         for meter in self.state.get("meters", ()) if self.processes.rank else ():
             meter.begin()  # process 0 has the sum over all
         self.stage, self.epoch, self.within = saved["stage"], saved["epoch"], saved["within"]

@@ -1,5 +1,7 @@
 """How modules take their steps: precision, a loss scale for each module, and a watch on their losses."""
 
+import logging
+
 import torch
 from torch.optim import SGD
 
@@ -15,6 +17,21 @@ def momentum_from_zeros(optimizer):
     for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def check_compiler(device):
+    """Compiles a little. Raises InputError where that does not work, before there is anything to lose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of what the compiler has left where it failed
+    try:
+        torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of a compiler that is missing or too old, or of PyTorch's own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(
+            f"--compile does not work here ({lines[0][:200]}): install a C++ compiler, or leave --compile out"
+        ) from error
+    finally:
+        logging.disable(before)
 
 
 class Steps:
@@ -35,6 +52,7 @@ class Steps:
     def prepare(self, net, compiled):
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
+            check_compiler(self.device)
             # Modules share the code of their forward, whose compiled versions (each module's, in both modes, for the
             # usual batch and a shorter last one) PyTorch otherwise limits to 8, going on without compiling.
             limit = torch._dynamo.config.recompile_limit

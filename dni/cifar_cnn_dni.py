@@ -42,7 +42,7 @@ def parse_args():
     )
     group.add_argument(
         "--channels",
-        type=flags.integer(1),
+        type=flags.WIDTH,
         default=128,
         help="of every block and synthesizer",
     )

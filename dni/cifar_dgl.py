@@ -26,7 +26,7 @@ from decoupled.runs import Run
 def parse_args():
     parser = flags.parser(__doc__, epochs=1500, batch_size=256, test_batch_size=256)
     group = parser.add_argument_group("network and output")
-    group.add_argument("--channels", type=flags.integer(1), default=128, help="of every block and auxiliary")
+    group.add_argument("--channels", type=flags.WIDTH, default=128, help="of every block and auxiliary")
     group.add_argument(
         "--log-interval",
         type=flags.integer(1),

@@ -57,10 +57,16 @@ def parse_args():
     parser.add_argument("--batch-size", type=whole, default=32, help="streams")
     parser.add_argument("--gflop", type=whole, default=40, help="a run's budget")
     parser.add_argument(
-        "--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of Adam (default: 3e-4 1e-3 3e-3)"
+        "--lr",
+        type=flags.number(above=0),
+        nargs="+",
+        default=[3e-4, 1e-3, 3e-3],
+        help="of Adam (default: 3e-4 1e-3 3e-3)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
-    parser.add_argument("--output", metavar="CSV", help="where to write the curves (default: standard output)")
+    parser.add_argument("--seeds", type=flags.integer(0), nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument(
+        "--output", type=flags.path, metavar="CSV", help="where to write the curves (default: standard output)"
+    )
     args = parser.parse_args()
     if not all(lr > 0 for lr in args.lr):
         parser.error(f"--lr {' '.join(map(str, args.lr))}: learning rates are above 0")

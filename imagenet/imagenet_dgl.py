@@ -44,8 +44,8 @@ def parse_args():
     group = parser.add_argument_group("modules and auxiliaries")
     group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
     group.add_argument("--splits", type=integer(1), metavar="K", help="others: modules (default: 2, the published cut)")
-    group.add_argument("--nlin", type=integer(0), default=3, metavar="N", help="1×1 convolutions of an auxiliary")
-    group.add_argument("--mlp", type=integer(0), default=3, metavar="N", help="hidden layers of an auxiliary")
+    group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions of an auxiliary")
+    group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers of an auxiliary")
     ensemble = "1: evaluate the ensembles of heads"
     group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help=ensemble)
     cut = "the network is --arch, cut by --block_size (VGG) or --splits (ResNet)"

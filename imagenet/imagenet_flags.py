@@ -22,7 +22,9 @@ def parser(doc, archs, default):
     ours.
     """
     parser, positive = flags.Parser(doc), integer(1)
-    parser.add_argument("data", metavar="DIR", help="folder with train/ and val/, of one folder a class")
+    parser.add_argument(
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of one folder a class"
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "-a", "--arch", choices=archs, default=default, metavar="ARCH", help=f"network: {', '.join(archs)}"
@@ -43,15 +45,17 @@ def parser(doc, archs, default):
     flags.add_seed(group, 1)
     group = parser.add_argument_group("data")
     workers = "processes that read images, for each that trains"
-    group.add_argument("-j", "--workers", type=integer(0), default=4, metavar="N", help=workers)
-    group.add_argument("--image-size", type=positive, metavar="S", help="side of the crops (default: 224)")
+    group.add_argument("-j", "--workers", type=integer(0, 1024), default=4, metavar="N", help=workers)
+    group.add_argument("--image-size", type=integer(1, 4096), metavar="S", help="side of the crops (default: 224)")
     small = "0: crops of 112 pixels, as in the released scripts"
     group.add_argument("--large_size_images", type=int, choices=(0, 1), help=small)
     train = "only N training images, evenly spaced, for quick looks"
     group.add_argument("--train-samples", type=positive, metavar="N", help=train)
     group.add_argument("--val-samples", type=positive, metavar="N", help="only N images of val/, likewise")
     group = flags.add_device(parser)
-    group.add_argument("--static-loss-scale", type=rate, metavar="S", help="of fp16, constant (default: 1)")
+    group.add_argument(
+        "--static-loss-scale", type=number(least=1, below=2**32), metavar="S", help="of fp16, constant (default: 1)"
+    )
     dynamic = "of fp16: as large as gradients allow, whatever the static one"
     group.add_argument("--dynamic-loss-scale", action="store_true", help=dynamic)
     group = parser.add_argument_group("several processes (torchrun)")

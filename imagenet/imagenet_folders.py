@@ -10,36 +10,23 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from decoupled import InputError
+from decoupled.flags import shortage
+from decoupled.image_folders import list_images, read_image, same_classes
 from decoupled.images import mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
 LAYOUT = "image folders are {train,val}/<class>/<image>"
-
-
-def list_images(folder, split):
-    """torchvision's ImageFolder of folder/split. Raises InputError for a folder that is missing or has no class, and
-    for a class without images.
-    """
-    path = Path(folder) / split
-    if not path.is_dir():
-        raise InputError(f"{path} is missing: {LAYOUT}")
-    try:
-        return ImageFolder(path)
-    except FileNotFoundError as error:
-        reason = str(error).split(". Supported")[0].rstrip(".")
-        raise InputError(f"{path} cannot be read as image folders ({reason}): {LAYOUT}") from error
 
 
 class Images(Dataset):
@@ -49,7 +36,7 @@ class Images(Dataset):
 
     def __init__(self, samples, transform, seed):
         self.paths = np.array(
-            [path for path, _ in samples], dtype=np.bytes_
+            [os.fsencode(path) for path, _ in samples], dtype=np.bytes_
         )  # one block of memory: workers share it, where a list would be copied
         self.labels = torch.tensor([label for _, label in samples])
         self.transform, self.seed = transform, seed
@@ -58,13 +45,8 @@ class Images(Dataset):
         return len(self.labels)
 
     def decode(self, index):
-        """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, when that is damaged."""
-        path = self.paths[index].decode()
-        try:
-            with Image.open(path) as image:
-                return v2.functional.pil_to_tensor(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path} is damaged or no image ({str(error).splitlines()[0]}): replace it") from error
+        """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, when it cannot be used."""
+        return v2.functional.pil_to_tensor(read_image(os.fsdecode(self.paths[index])))
 
     def __getitem__(self, key):
         epoch, index = key
@@ -130,7 +112,7 @@ class ImageBatches:
         self.scale = 1 / (255 * torch.tensor(STD, device=device).view(3, 1, 1))
         self.shift = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
         names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in samples)
-        self.fingerprint = zlib.crc32(names.encode())  # guards a resumed run against other images
+        self.fingerprint = zlib.crc32(os.fsencode(names))  # guards a resumed run against other images
 
     def __len__(self):
         return len(self.share)
@@ -157,6 +139,10 @@ class ImageBatches:
             return
         except InputError as error:  # a worker's comes with its traceback
             message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
+        except (RuntimeError, OSError) as error:  # a worker was killed, or cannot be started or hand images over
+            if (message := shortage(error)) is None:
+                raise
+            sys.unraisablehook = lambda _: None  # PyTorch's loader, half-made, cannot be taken apart
         raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
 
     @property
@@ -182,6 +168,8 @@ class ImageBatches:
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
             raise InputError(f"the run was trained on other images than these {self}: name its folder")
+        if not 0 <= state["place"] <= len(self):
+            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.share.epoch, self.place = state["epoch"], state["place"]
 
 
@@ -224,10 +212,8 @@ def load(
     ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it. Raises
     InputError for folders or numbers that will not do.
     """
-    train, val = list_images(folder, "train"), list_images(folder, "val")
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of train and val")
+    train, val = (list_images(Path(folder) / split, LAYOUT) for split in ("train", "val"))
+    same_classes(folder, ("train", "val"), (train, val))
     samples = spread(train.samples, train_samples, "--train-samples"), spread(val.samples, val_samples, "--val-samples")
     check_batches(len(samples[0]), batch_size, max(2, processes * least))
     if len(samples[1]) < processes:

@@ -88,8 +88,8 @@ def parse_args():
     group.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     group.add_argument("--half", action="store_true", help="mixed precision, for runs that start now")
     group.add_argument("--device", default="auto", help="likewise")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="of the images")
-    group.add_argument("--log-dir", default="runs", metavar="DIR", help="of logs and checkpoints")
+    group.add_argument("--data-dir", type=flags.path, default="data", metavar="DIR", help="of the images")
+    group.add_argument("--log-dir", type=flags.path, default="runs", metavar="DIR", help="of logs and checkpoints")
     args = parser.parse_args()
     if not (args.rows or args.list or args.harvest or args.table or args.check):
         parser.error("name rows to run, or choose --list, --harvest, --table or --check")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from decoupled import InputError
+from decoupled.checkpoints import EDITED
 from decoupled.logs import read_log
 
 RESULTS = Path(__file__).resolve().parent
@@ -146,14 +147,13 @@ def parse(script, flags):
 def read_logs(*folders):
     """The logs in ``folders`` and below, each once."""
     paths = {path.resolve(): path for folder in folders for path in sorted(Path(folder).rglob("*.log"))}
+    paths = {key: path for key, path in paths.items() if not EDITED.search(path.name)}
     return [log for path in paths.values() if (log := as_log(path)) is not None]
 
 
 def as_log(path):
     """The log at ``path``; None when it is no log of these scripts."""
     frame = read_log(path, empty=True)
-    if "n" not in frame:  # imagenet's back-propagation
-        frame.insert(0, "n", 1)
     comments = [line.partition(": ")[::2] for line in frame.attrs["comments"]]
     found = {key: value for key, value in comments if value}
     if not {"command", "commit", "device", "train"} <= set(found):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decoupled import InputError
+from decoupled import InputError, datasets
 from decoupled.datasets import load
 from decoupled.images import Batches
 
@@ -137,8 +137,10 @@ def test_digits_are_the_bundled_set():
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """CIFAR-10 as image folders: 3 classes of 4 training and 2 test images."""
+def folders(tmp_path, monkeypatch):
+    """CIFAR-10 as image folders, if it had 3 classes: 4 training and 2 test images of each."""
+    for name in ("cifar10", "cifar100"):
+        monkeypatch.setitem(datasets.CLASSES, name, 3)
     random = np.random.default_rng(0)
     root = tmp_path / "data"
     for split, count in (("train", 4), ("test", 2)):
@@ -222,7 +224,9 @@ def write_idx(path, values):
 
 
 @pytest.fixture(params=["", ".gz"])
-def idx(request, tmp_path):
+def idx(request, tmp_path, monkeypatch):
+    for split, count in (("train", 20), ("t10k", 10)):
+        monkeypatch.setitem(datasets.FASHION_MNIST, split, count)
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("t10k", 10)):
         write_idx(

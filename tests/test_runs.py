@@ -301,9 +301,10 @@ def test_cuda_without_one(fails):
 
 def test_truncated_image_ends_the_script(fails, tmp_path):
     for split in ("train", "test"):
-        (tmp_path / "data" / split / "cat").mkdir(parents=True)
-        (tmp_path / "data" / split / "cat" / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    assert "train/cat/0.jpg is damaged" in fails(PARALLEL, "--data-dir", tmp_path / "data")
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "train/cat/0.jpg is damaged" in fails(PARALLEL, "--dataset", "folder", "--data-dir", tmp_path / "data")
 
 
 def test_log_folder_that_cannot_be_written_to(fails, tmp_path):
