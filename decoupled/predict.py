@@ -27,14 +27,14 @@ from decoupled.images import Batches
 from decoupled.network import DecoupledNetwork, eval_mode
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
-BATCH = 500
+BATCH = 100  # images at once
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's .pt file, or a folder: its newest")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or one folder DIR/<class>/<image>")
-    parser.add_argument("--heads", metavar="all|N", default="last", help="which heads say what they see, from 1")
+    parser.add_argument("--heads", metavar="all|N", help="which heads say what they see, from 1 (default: the last)")
     confidence = "leave at the first head that is so sure, from 0 to 1"
     parser.add_argument("--early-exit", type=flags.number(least=0), metavar="CONFIDENCE", help=confidence)
     parser.add_argument("--data-dir", metavar="DIR", help="where the run's own test set is now")
@@ -42,8 +42,18 @@ def parse_args(argv=None):
     parser.add_argument("--script", metavar="PY", help="the script of the run, when it is not in this repository")
     parser.add_argument("--device", default="auto", help=flags.DEVICE)
     args = parser.parse_args(argv)
-    if args.early_exit is not None and args.heads != "last":
+    if args.early_exit is not None and args.heads:
         parser.error("--early-exit chooses each image's head: leave out --heads")
+    if args.early_exit is not None and args.early_exit > 1:
+        parser.error(f"--early-exit {args.early_exit:g}: a confidence is at most 1")
+    folders = [name for name in args.images if Path(name).is_dir()]
+    if folders and len(args.images) > 1:
+        parser.error(f"{folders[0]} is a folder: name it alone, or image files")
+    args.labeled = not args.images or bool(folders)
+    if args.output and not args.labeled:
+        parser.error("--output is for labeled images: name a folder DIR/<class>/<image>, or none")
+    if args.heads and args.labeled:
+        parser.error("--heads is for image files: of labeled images every head's accuracy is printed")
     return args
 
 
@@ -99,21 +109,20 @@ def heads_of(net):
 
 def predict(net, form, paths, args):
     """Prints a line for each image and head asked for."""
-    images = torch.stack([form.read(path) for path in paths])
-    alone, early = exit_flops(net, as_batch(images[:1], form, args.device))
-    last = heads_of(net) - 1
-    for path, image in zip(paths, images, strict=True):
-        batch = as_batch(image[None], form, args.device)
+    heads = chosen(args.heads, heads_of(net))
+    images = [as_batch(form.read(path)[None], form, args.device) for path in paths]
+    alone, early = exit_flops(net, images[0])
+    for path, batch in zip(paths, images, strict=True):
         if args.early_exit is None:
             with torch.inference_mode():
-                answers = dict(zip(args.heads, net(batch, args.heads), strict=True))
+                answers = dict(zip(heads, net(batch, heads), strict=True))
             flops = alone
         else:
             logits, head = early_exit(net, batch, args.early_exit)
             answers, flops = {head.item(): logits}, early
         for head, logits in answers.items():
             confidence, label = logits.float().softmax(1)[0].max(0)
-            saved = 100 * (1 - flops[head] / alone[last])
+            saved = 100 * (1 - flops[head] / alone[-1])
             print(f"{path}: {form.classes[label]}, {confidence:.3f}, head {head + 1}, {saved:.1f} % of FLOPs saved")
 
 
@@ -128,7 +137,7 @@ def as_batch(images, form, device):
 def evaluate_exits(net, batches, confidences=CONFIDENCES):
     """A pandas frame of leaving at each head alone and early, at each of ``confidences``: columns exit ("head" or
     "early"), at (the head, from 1, or the confidence), top1 (%), gflops (average per image), saved (% of the FLOPs to
-    the last head alone), and left1, left2, … (% of the images at each head).
+    the last head alone), and left1, left2, … (% of the images at each head). ``frame.attrs["images"]`` counts them.
     """
     every_logits, labels = [], []
     with eval_mode(net):
@@ -148,7 +157,9 @@ def evaluate_exits(net, batches, confidences=CONFIDENCES):
         top1 = 100 * right.gather(0, heads[None]).double().mean().item()
         row = {"exit": way, "at": at, "top1": top1, "gflops": average / 1e9, "saved": 100 * (1 - average / alone[-1])}
         rows.append(row | {f"left{n}": 100 * share for n, share in enumerate(shares.tolist(), start=1)})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["images"] = len(labels)
+    return frame
 
 
 def figure(frame, title):
@@ -169,24 +180,29 @@ def figure(frame, title):
     return drawn
 
 
-def labeled(folder, form):
-    """(images, labels) of folder/<class>/<image>, classes called as the network's. Raises InputError for others."""
+def labeled(folder, form, device):
+    """Iterates over folder/<class>/<image>, classes called as the network's: images (B, 3, s, s), labels (B,). Raises
+    InputError for others.
+    """
     odd = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in form.classes]
     if odd:
         raise InputError(f"{odd[0]} is no class of the network's: {', '.join(form.classes[:10])}, …")
     found = [(path, form.classes.index(path.parent.name)) for path in sorted(folder.glob("*/*")) if path.is_file()]
     if not found:
         raise InputError(f"{folder} holds no images: labeled images are {folder}/<class>/<image>")
-    return torch.stack([form.read(path) for path, _ in found]), torch.tensor([label for _, label in found])
+    for start in range(0, len(found), BATCH):
+        paths, labels = zip(*found[start : start + BATCH], strict=True)
+        yield as_batch(torch.stack([form.read(path) for path in paths]), form, device), torch.tensor(labels)
 
 
-def own_test_set(saved, data_dir):
-    """(images, labels, description) of the test set of the run that left ``saved``."""
+def own_test_set(saved, form, data_dir, device):
+    """The test set of the run that left ``saved``, as Batches."""
     arguments = saved["arguments"]
     if "dataset" not in arguments:
         raise InputError("this run's test images are a folder of its own: name images, or DIR/<class>/<image>")
     _, test, _ = load_images(arguments["dataset"], data_dir or arguments["data_dir"], batch_size=2, drop_last=True)
-    return test.images, test.labels, f"{test.description}, the test set"
+    about = {"mean": form.mean, "std": form.std, "description": f"{test.description}, the test set"}
+    return Batches(test.images, test.labels, BATCH, **about, device=device)
 
 
 def main():
@@ -200,33 +216,31 @@ def main():
         path = newest[-1]
     saved = loading.read(path)
     net, form = loading.rebuild(saved, path, script=args.script, device=args.device), loading.input_form(saved, path)
-    args.heads = chosen(args.heads, heads_of(net))
-    if args.images and not Path(args.images[0]).is_dir():
-        if args.output:
-            raise InputError("--output is for labeled images: name a folder DIR/<class>/<image>, or no image")
+    if args.early_exit is not None and heads_of(net) == 1:
+        raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
+    if not args.labeled:
         return predict(net, form, args.images, args)
     if args.images:
-        images, labels = labeled(Path(args.images[0]), form)
-        description = args.images[0]
+        batches, description = labeled(Path(args.images[0]), form, args.device), args.images[0]
     else:
-        images, labels, description = own_test_set(saved, args.data_dir)
-    batches = Batches(images, labels, BATCH, mean=form.mean, std=form.std, device=args.device)
-    confidences = CONFIDENCES if args.early_exit is None else [args.early_exit]
-    frame = evaluate_exits(net, batches, confidences)
-    print(f"{len(labels)} images of {description}")
+        batches = own_test_set(saved, form, args.data_dir, args.device)
+        description = batches.description
+    frame = evaluate_exits(net, batches, CONFIDENCES if args.early_exit is None else [args.early_exit])
+    title = f"{saved['script']}, {frame.attrs['images']} images of {description}"
+    print(title)
     print(frame.to_string(index=False, float_format="{:.4g}".format))
     if args.output:
         output = Path(args.output)
         with checkpoints.writing(output):
-            figure(frame, f"{saved['script']}, {len(labels)} images of {description}").savefig(output, dpi=110)
+            figure(frame, title).savefig(output, dpi=110)
             frame.round(4).to_csv(output.with_suffix(".csv"), index=False)
         print(f"figure: {output}, numbers: {output.with_suffix('.csv')}")
 
 
 def chosen(heads, count):
-    """The heads, from 0, that --heads names."""
-    if heads in ("all", "last"):
-        return list(range(count))[-1 if heads == "last" else 0 :]
+    """The heads, from 0, that --heads names; None is the last."""
+    if heads in ("all", None):
+        return list(range(0 if heads else count - 1, count))
     if not heads.isdecimal() or not 1 <= int(heads) <= count:
         raise InputError(f"--heads {heads}: choose all, or one from 1 to {count}")
     return [int(heads) - 1]
