@@ -167,13 +167,17 @@ def figure(frame, title):
     from matplotlib import pyplot
 
     drawn, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for way, marker, label in (("head", "s", "every image leaves at head n"), ("early", ".-", "early exit")):
+    for way, marker, label in (("head", "s", "all at head n"), ("early", ".-", "early exit at confidence c")):
         rows = frame[frame["exit"] == way]
         axes.plot(rows["gflops"], rows["top1"], marker, label=label)
+        named = None
         for row in rows.itertuples():
+            if named is not None and named.top1 == row.top1 and row.gflops < 1.2 * named.gflops:
+                continue  # on top of the last one
+            named = row
             where = {"xytext": (4, -11 if way == "head" else 4), "textcoords": "offset points", "fontsize": 7}
             axes.annotate(f"{row.at:g}", (row.gflops, row.top1), **where)
-    axes.set(xlabel="average GFLOP an image", ylabel="top-1 (%)", title=title)
+    axes.set(xscale="log", xlabel="average GFLOP an image", ylabel="top-1 (%)", title=title)
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -233,7 +237,7 @@ def main():
         output = Path(args.output)
         with checkpoints.writing(output):
             figure(frame, title).savefig(output, dpi=110)
-            frame.round(4).to_csv(output.with_suffix(".csv"), index=False)
+            frame.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
         print(f"figure: {output}, numbers: {output.with_suffix('.csv')}")
 
 

@@ -57,9 +57,7 @@ class Run:
         torch.manual_seed(args.seed)
 
     def data(self, **options):
-        """(train, test, number of classes) of the data set that the flags name, on the run's device: see
-        decoupled.datasets.load, also for options.
-        """
+        """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
         args = self.args
         sizes = {name: getattr(args, name) for name in ("batch_size", "test_batch_size", "train_samples", "validation")}
         return datasets.load(args.dataset, args.data_dir, **sizes, seed=args.seed, device=self.device, **options)
