@@ -11,8 +11,8 @@ leaves at the first head whose confidence is high enough; it has passed the
 heads below as well, so leaving at the last one saves less than nothing.
 
 On labeled images, DIR/<class>/<image> or without either the run's own test set:
-top-1 and average FLOPs of leaving at each head, and at each confidence. --output
-draws them, and writes the numbers beside the figure.
+top-1 and average FLOPs of leaving at each head, and at each confidence.
+--output draws them, and writes the numbers beside the figure.
 """
 
 from pathlib import Path
