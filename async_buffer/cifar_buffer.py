@@ -38,7 +38,6 @@ def parse_args(argv=None):
     group.add_argument("--nepochs", dest="epochs", help=epochs, **alias)
     batch_size = "the paper's name for --batch-size; a last short batch is dropped"
     group.add_argument("--batch_size", dest="batch_size", help=batch_size, **alias)
-    group.add_argument("--lr", type=number(above=0), default=0.1, help="learning rate at first")
     decay = "own epochs of a layer until its rate falls to a fifth"
     group.add_argument("--epochdecay", type=positive, default=15, metavar="N", help=decay)
     group.add_argument("--ensemble", **switch, help="1: evaluate the ensembles of heads")
@@ -110,13 +109,18 @@ def forward_only(run, module, sample):
         return module.eval().body(sample.representation)
 
 
+def build(args, classes):
+    """The network that the flags name."""
+    heads = {"pool": args.avg_size, "hidden_layers": args.mlp, "convs": args.nlin, "batch_norm": bool(args.bn)}
+    heads |= {"conv_channels": args.width_aux} if args.nlin else {}
+    return asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads)
+
+
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data(drop_last=True)
-    heads = {"pool": args.avg_size, "hidden_layers": args.mlp, "convs": args.nlin, "batch_norm": bool(args.bn)}
-    heads |= {"conv_channels": args.width_aux} if args.nlin else {}
-    net = run.prepare(asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads))
+    net = run.prepare(build(args, classes))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     # After the layer's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]

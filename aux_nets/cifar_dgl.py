@@ -50,11 +50,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    run = Run(args)
-    train, test, classes = run.data()
-    net = layerwise_cnn(
+def build(args, classes):
+    """The network that the flags name."""
+    return layerwise_cnn(
         channels=args.channels,
         depth=args.depth,
         downsample=(1, 3),
@@ -62,8 +60,14 @@ def main():
         classes=classes,
         block_size=args.block_size,
     )
-    net = run.prepare(net)
-    optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+
+
+def main():
+    args = parse_args()
+    run = Run(args)
+    train, test, classes = run.data()
+    net = run.prepare(build(args, classes))
+    optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [
         StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers
     ]  # by default at epochs 16, 31, 46, …

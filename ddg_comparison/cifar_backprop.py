@@ -26,7 +26,7 @@ from decoupled.runs import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=300, batch_size=128)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
     group.add_argument(
@@ -74,12 +74,17 @@ def step(run, net, optimizer, images, labels, checkpointing=False):
     return loss.detach(), logits.detach()
 
 
+def build(args, classes):
+    """The network that the flags name."""
+    return chained_resnet(args.depth, args.splits, classes)
+
+
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(chained_resnet(args.depth, args.splits, classes))
-    optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
+    net = run.prepare(build(args, classes))
+    optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
     schedule = MultiStepLR(optimizer, falls, gamma=0.1)
     meter = Meter()

@@ -44,7 +44,7 @@ from decoupled.runs import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=300, batch_size=128)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
     group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
@@ -138,17 +138,22 @@ def step(run, net, optimizers, in_flight, images, labels):
     return loss.detach(), logits
 
 
+def build(args, classes):
+    """The network that the flags name."""
+    return chained_resnet(args.depth, args.splits, classes)
+
+
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(chained_resnet(args.depth, args.splits, classes))
+    net = run.prepare(build(args, classes))
     if not all(list(module.parameters()) for module in net):
         raise InputError(
             f"--splits {args.splits} leaves a module without weights, which has nothing to learn: choose fewer"
         )
     optimizers = [
-        SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
         for module in net
     ]
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count

@@ -11,6 +11,7 @@ class InputError(Exception):
     """
 
 
-from decoupled.splitting import cuts, decouple  # noqa: E402, they need InputError
+from decoupled.loading import load  # noqa: E402, they need InputError
+from decoupled.splitting import cuts, decouple  # noqa: E402
 
-__all__ = ["InputError", "cuts", "decouple"]
+__all__ = ["InputError", "cuts", "decouple", "load"]

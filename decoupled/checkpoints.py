@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 
 from decoupled import InputError
 
-FORMAT = 2
+FORMAT = 3
 STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
 EDITED = re.compile(r"\.edited(-\d+)?\.log$")  # the names of logs that were changed, and are kept beside the run's
 FIELDS = {  # of a checkpoint: name → type
     "format": int, "script": str, "arguments": dict, "stage": int, "epoch": int, "within": bool, "batch": int,
-    "seconds": float, "log": str, "state": dict,
+    "seconds": float, "data": dict, "log": str, "state": dict,
 }  # fmt: skip
 OTHERWISE = "resume another one, or start without --resume"
 
@@ -216,9 +216,9 @@ def save(snapshot, file):
         raise output.error from None
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, otherwise=OTHERWISE):
     """The checkpoint at ``path``, after its checksums. Raises InputError for a file that is damaged or no checkpoint of
-    these scripts.
+    these scripts; ``otherwise`` says the way out.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -226,16 +226,16 @@ def read_checkpoint(path):
     except Exception as error:  # whatever a damaged file leads to
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of a place that is not
             raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-        raise InputError(f"{path} is truncated, damaged or no checkpoint: {OTHERWISE}") from error
+        raise InputError(f"{path} is truncated, damaged or no checkpoint: {otherwise}") from error
     if damaged is not None:
-        raise InputError(f"{path} is damaged, its checksum is not that of {damaged}: {OTHERWISE}")
+        raise InputError(f"{path} is damaged, its checksum is not that of {damaged}: {otherwise}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that something else has left leads to
         raise InputError(f"{path} is no checkpoint of these scripts: name one that a run has left") from error
-    if isinstance(checkpoint, dict) and "log_bytes" in checkpoint:
-        raise InputError(f"{path} is from an earlier version of these scripts: resume it with that one, or start anew")
     fields = checkpoint if isinstance(checkpoint, dict) else {}
+    if "log_bytes" in fields or fields.get("format") in range(FORMAT):
+        raise InputError(f"{path} is from an earlier version of these scripts: use it with that one, or start anew")
     if any(type(fields.get(name)) is not kind for name, kind in FIELDS.items()) or fields["format"] != FORMAT:
         raise InputError(f"{path} is no checkpoint of these scripts: name one that a run has left")
     return checkpoint

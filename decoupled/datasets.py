@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from decoupled import InputError
 from decoupled.downloads import download
 from decoupled.image_folders import read_folders
-from decoupled.images import SIDE, Batches
+from decoupled.images import SIDE, Batches, InputForm
 from decoupled.streams import one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
@@ -21,6 +21,8 @@ CLASSES = {"cifar10": 10, "cifar100": 100}
 # Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
 # from their training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+# What the readers make of an image, where it is not a color image of 32×32.
+FORMS = {"fashion-mnist": {"resize": 28, "crop": 28, "grey": True}, "digits": {"grey": True}}
 FASHION_MNIST = {"train": 60_000, "t10k": 10_000}  # images
 IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
 IDX_FILES = "its four idx files (Debian's package dataset-fashion-mnist has them)"
@@ -34,6 +36,7 @@ def load(
     batch_size,
     test_batch_size=1000,
     train_samples=None,
+    validation=0,
     drop_last=False,
     seed=0,
     device="cpu",
@@ -41,16 +44,22 @@ def load(
     """(train, test, number of classes): the training split augmented, the test split as it is; both are Batches on
     ``device``.
 
-    ``train_samples`` keeps that many first training images. Image folders are read one image of each class in turn, so
-    that the first are of every class. Raises InputError for an unknown data set, missing or damaged files, data that is
-    not the set's, or an impossible number of samples.
+    ``validation`` holds out that many training images, drawn once for all seeds, which then stand in place of the test
+    split. ``train_samples`` keeps that many first of the others. Image folders are read one image of each class in
+    turn, so that the first are of every class. Raises InputError for an unknown data set, missing or damaged files,
+    data that is not the set's, or an impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
     (images, labels), test, classes, source = READERS[dataset](dataset, Path(data_dir).expanduser())
+    if validation >= len(labels):
+        raise InputError(f"--validation {validation} leaves none of the {len(labels)} training images of {dataset}")
+    if validation:
+        images, labels, *test = hold_out(images, labels, validation)
     samples = len(labels) if train_samples is None else train_samples
     if samples > len(labels):
-        raise InputError(f"--train-samples {samples} is more than the {len(labels)} training images of {dataset}")
+        rest = " that --validation leaves" if validation else ""
+        raise InputError(f"--train-samples {samples} is more than the {len(labels)} training images of {dataset}{rest}")
     if samples < batch_size:
         raise InputError(
             f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller "
@@ -69,14 +78,25 @@ def load(
         statistics = {"mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
         if min(statistics["std"]) == 0:
             raise InputError(f"the {samples} training images of {dataset} have the same value everywhere in a channel")
-    common = {**statistics, "description": f"{dataset} ({source})"}
-    common |= {"device": device}
+    form = InputForm(classes=list(classes), **statistics, **FORMS.get(dataset, {}))
+    common = {**statistics, "form": form, "device": device}
+    description, held_out = f"{dataset} ({source})", ", held out of the training images" if validation else ""
     augmented = {"augment": True, "flip": dataset != "digits", "drop_last": drop_last, "seed": seed}
     return (
-        Batches(images, labels, batch_size, **augmented, **common),
-        Batches(*test, test_batch_size, **common),
-        classes,
+        Batches(images, labels, batch_size, **augmented, **common, description=description),
+        Batches(*test, test_batch_size, **common, description=description + held_out),
+        len(classes),
     )
+
+
+def hold_out(images, labels, count):
+    """(images, labels) that are left, then (images, labels) of ``count`` others, each in the order they had."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]] = True
+    return images[~held], labels[~held], images[held], labels[held]
+
+
+# The readers: (images, labels) of the two splits, [class names], source
 
 
 # CIFAR and image folders
@@ -94,7 +114,7 @@ def read_cifar(dataset, data_dir):
                     f"{folder} has {len(classes)} classes, and {dataset} has {CLASSES[dataset]}: --dataset folder "
                     "takes images of one's own"
                 )
-            return *splits, len(classes), kind
+            return *splits, classes, kind
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
@@ -114,11 +134,11 @@ def read_cifar(dataset, data_dir):
 
     if found() is None:
         download(dataset, data_dir, fetch, lambda: found() is not None, IMAGE_FOLDERS)
-    return *read_pickles(kind, found()), CLASSES[dataset], "original"
+    return *read_pickles(kind, found()), "original"
 
 
 def read_pickles(kind, folder):
-    """(images, labels) of both splits from the files of torchvision's data set ``kind`` in ``folder``."""
+    """(images, labels) of both splits and the class names from the files of torchvision's ``kind`` in ``folder``."""
     meta = (kind.meta["filename"], kind.meta["md5"])
     for name, md5 in (*kind.train_list, *kind.test_list, meta):
         if not (folder / name).is_file():
@@ -126,7 +146,7 @@ def read_pickles(kind, folder):
         check_md5(folder / name, md5)
     here = type(kind.__name__, (kind,), {"base_folder": ""})
     splits = [here(folder, train=train) for train in (True, False)]
-    return [(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits]
+    return *((torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits), splits[0].classes
 
 
 def check_md5(path, expected):
@@ -148,7 +168,7 @@ def read_own(dataset, data_dir):
         raise InputError(f"--data-dir {data_dir} is no folder: --dataset folder reads {IMAGE_FOLDERS} there")
     test = "val" if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir() else "test"
     splits, classes, kind = read_folders(data_dir, ("train", test), resize=True)
-    return *splits, len(classes), f"{kind}, {one_line(str(data_dir.resolve()))}"
+    return *splits, classes, f"{kind}, {one_line(str(data_dir.resolve()))}"
 
 
 # Fashion-MNIST
@@ -158,21 +178,20 @@ def read_fashion_mnist(dataset, data_dir):
     """Fashion-MNIST from its idx files (plain or .gz) in ``data_dir`` or a folder of torchvision's or Debian's name in
     it, else by download.
     """
+    from torchvision.datasets import FashionMNIST
 
     def found():
         folders = (data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw")
         return next((folder for folder in folders if any(folder.glob("*-idx?-ubyte*"))), None)
 
     def fetch(folder):
-        from torchvision.datasets import FashionMNIST
-
         FashionMNIST(folder, download=True)
 
     source = "idx files"
     if found() is None:
         download(dataset, data_dir, fetch, lambda: found() is not None, IDX_FILES)
         source = "original"
-    return *(read_idx_pair(found(), split) for split in FASHION_MNIST), 10, source
+    return *(read_idx_pair(found(), split) for split in FASHION_MNIST), FashionMNIST.classes, source
 
 
 def read_idx_pair(folder, split):
@@ -225,7 +244,7 @@ def read_digits(dataset, data_dir):
     )
     images, labels = grey_to_rgb(images), torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 4
-    return (images[~test], labels[~test]), (images[test], labels[test]), 10, "scikit-learn"
+    return (images[~test], labels[~test]), (images[test], labels[test]), "0123456789", "scikit-learn"
 
 
 READERS = {

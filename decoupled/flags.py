@@ -178,7 +178,7 @@ def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
     return convert
 
 
-def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
+def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1):
     """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; a script adds
     its own groups.
     """
@@ -187,11 +187,14 @@ def parser(doc, *, epochs, batch_size, test_batch_size=1000, seed=1):
     group.add_argument("--epochs", type=count, default=epochs, help="passes over the training images")
     group.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
     group.add_argument("--test-batch-size", type=count, default=test_batch_size, help="images at once in evaluation ")
+    group.add_argument("--lr", type=number(above=0), default=lr, help="learning rate at first")
     add_seed(group, seed)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
     group.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where it is, or is downloaded to")
     group.add_argument("--train-samples", type=count, metavar="N", help="only the first N training images")
+    validation = "hold out N training images, and evaluate on these instead of the test set"
+    group.add_argument("--validation", type=integer(0), default=0, metavar="N", help=validation)
     add_device(parser)
     add_log(parser)
     return parser

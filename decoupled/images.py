@@ -5,6 +5,8 @@ the seed's alone. What has begun can stop after any mini-batch, and goes on ther
 """
 
 import zlib
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,43 @@ SIDE = 32  # every data set here is brought to 32×32
 PADDING = 4  # of the random crop
 
 
+class InputForm(NamedTuple):
+    """What a network reads and what it tells: saved with it, so that it can be used on other images.
+
+    classes    their names, in the order of the logits
+    mean, std  of each channel in [0, 1], by which images are normalized
+    resize     the shorter side of an image is brought to this,
+    crop       the centre of this side kept,
+    size       and zeros put around it up to this
+    grey       color is taken away; the three channels are the same
+    """
+
+    classes: list
+    mean: tuple
+    std: tuple
+    resize: int = SIDE
+    crop: int = SIDE
+    size: int = SIDE
+    grey: bool = False
+
+    def read(self, path):
+        """The image at ``path``: uint8 (size, size, 3). Raises InputError for a file that is missing or no image."""
+        from PIL import Image, ImageOps
+        from torchvision.transforms.v2 import functional as transforms
+
+        from decoupled.image_folders import read_image
+
+        if not Path(path).is_file():
+            raise InputError(f"{path} is missing: name an image file")
+        image = read_image(path).convert("L" if self.grey else "RGB")
+        square = self.crop, self.crop
+        if self.resize == self.crop and image.size != square:  # as image folders of small images are read
+            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
+        pixels = transforms.pil_to_tensor(image)
+        pixels = transforms.center_crop(transforms.resize(pixels, self.resize, antialias=True), self.crop)
+        return F.pad(pixels, ((self.size - self.crop) // 2,) * 4).expand(3, -1, -1).permute(1, 2, 0)
+
+
 class Batches:
     """Mini-batches (images (B, 3, 32, 32) float32 channels-last and normalized, labels (B,) int64) of one split.
 
@@ -23,7 +62,8 @@ class Batches:
     ``flip``, mirrored with probability one half (the paper's Sec. 5: the usual CIFAR augmentation). Without it, the
     images come in order. ``images`` is uint8 (N, 32, 32, 3), ``labels`` int64 (N,); both are kept on ``device``.
 
-    Iterating begins an epoch. So does ``begin``, and ``rest`` is then what is left of it.
+    ``form`` is the InputForm of other images for the same network. Iterating begins an epoch. So does ``begin``, and
+    ``rest`` is then what is left of it.
     """
 
     def __init__(
@@ -35,6 +75,7 @@ class Batches:
         mean,
         std,
         description="images",
+        form=None,
         augment=False,
         flip=True,
         drop_last=False,
@@ -46,7 +87,7 @@ class Batches:
         images, self.labels = images.to(device), labels.to(device)
         self.images = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)) if augment else images
         self.batch_size = batch_size
-        self.description = description
+        self.description, self.form = description, form
         self.augment, self.flip, self.drop_last = augment, flip, drop_last
         self.scale = 1 / (255 * torch.tensor(std, device=images.device))
         self.shift = torch.tensor(mean, device=images.device) * 255

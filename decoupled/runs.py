@@ -57,11 +57,9 @@ class Run:
         torch.manual_seed(args.seed)
 
     def data(self, **options):
-        """(train, test, number of classes) of the data set that the flags name, on the run's device: see
-        decoupled.datasets.load, also for options.
-        """
+        """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
         args = self.args
-        sizes = {name: getattr(args, name) for name in ("batch_size", "test_batch_size", "train_samples")}
+        sizes = {name: getattr(args, name) for name in ("batch_size", "test_batch_size", "train_samples", "validation")}
         return datasets.load(args.dataset, args.data_dir, **sizes, seed=args.seed, device=self.device, **options)
 
     def prepare(self, net):
@@ -243,9 +241,10 @@ class Run:
         values = self.state | {"meters": added(self.state.get("meters", []), self.processes)}
         if self.processes.rank == 0 and self.saves:
             place = {"stage": self.stage, "epoch": self.epoch, "within": self.within, "batch": self.batch}
+            form = getattr(*self.state.get("test", [None]), "form", None)  # for use after training
             about = {"script": self.script, "arguments": vars(self.args), "seconds": self.seconds}
             state = {key: [value.state_dict() for value in values] for key, values in values.items()}
-            self.checkpoint.write({**about, **place, "state": state})
+            self.checkpoint.write({**about, **place, "data": form._asdict() if form else {}, "state": state})
         self.saved_at = time.perf_counter()
 
     def resume(self):

@@ -31,7 +31,7 @@ N = 3  # the head's number in the log, as in the authors' logs
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=2000, batch_size=256, test_batch_size=256)
+    parser = flags.parser(__doc__, epochs=2000, batch_size=256, lr=None, test_batch_size=256)
     group = parser.add_argument_group("method, network and output")
     group.add_argument(
         "--dni", action="store_true", help="synthetic gradients instead of back-propagation through the whole network"
@@ -55,6 +55,7 @@ def parse_args():
     args = parser.parse_args()
     if args.context and not args.dni:
         parser.error("--context is for synthesizers: add --dni")
+    args.lr = args.lr or (0.01 if args.sgd else 3e-5)
     return args
 
 
@@ -76,6 +77,11 @@ class Network(nn.Sequential):
         return [super().forward(images)]
 
 
+def build(args, classes):
+    """The network that the flags name."""
+    return Network(args.channels, classes, synthetic=args.dni, context=args.context)
+
+
 def main():
     args = parse_args()
     run = Run(args)
@@ -84,11 +90,11 @@ def main():
             "--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here"
         )
     train, test, classes = run.data()
-    net = run.prepare(Network(args.channels, classes, synthetic=args.dni, context=args.context))
+    net = run.prepare(build(args, classes))
     if args.sgd:
-        optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5, fused=True)
+        optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:
-        optimizer = Adam(net.parameters(), lr=3e-5, fused=True)
+        optimizer = Adam(net.parameters(), lr=args.lr, fused=True)
     meter = Meter()
 
     for epoch in run.epochs(net=net, optimizers=[optimizer], train=train, test=test, meters=meter):

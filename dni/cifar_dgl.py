@@ -24,7 +24,7 @@ from decoupled.runs import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=1500, batch_size=256, test_batch_size=256)
+    parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256)
     group = parser.add_argument_group("network and output")
     group.add_argument("--channels", type=flags.WIDTH, default=128, help="of every block and auxiliary")
     group.add_argument(
@@ -43,14 +43,19 @@ def auxiliary(channels, classes):
     return nn.Sequential(ConvSynthesizer(channels), nn.AdaptiveAvgPool2d(1), head(channels, classes))
 
 
+def build(args, classes):
+    """The network that the flags name."""
+    blocks, last = backbone(args.channels, classes)
+    heads = [auxiliary(args.channels, classes), auxiliary(args.channels, classes), last]
+    return DecoupledNetwork(map(DecoupledModule, blocks, heads))
+
+
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    blocks, last = backbone(args.channels, classes)
-    heads = [auxiliary(args.channels, classes), auxiliary(args.channels, classes), last]
-    net = run.prepare(DecoupledNetwork(map(DecoupledModule, blocks, heads)))
-    optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
+    net = run.prepare(build(args, classes))
+    optimizers = [Adam(module.parameters(), lr=args.lr, fused=True) for module in net]
     meters = [Meter() for _ in net]
 
     for epoch in run.epochs(net=net, optimizers=optimizers, train=train, test=test, meters=meters):

@@ -29,6 +29,13 @@ def parse_args():
     return imagenet_flags.parsed(imagenet_flags.parser(__doc__, ARCHS, default="resnet152"))
 
 
+class EndToEnd(nn.ModuleList):
+    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks."""
+
+    def forward(self, images, heads=None):
+        return [self[0](images)]
+
+
 def build(args, classes):
     """torchvision's network, initialized as torchvision does. Raises InputError for images that five halvings leave
     nothing of.
@@ -38,19 +45,12 @@ def build(args, classes):
             f"--image-size {args.image_size} is too small for {args.arch}, which halves it five "
             "times: choose at least 32"
         )
-    return models.get_model(args.arch, weights=None, num_classes=classes)
-
-
-class EndToEnd(nn.ModuleList):
-    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks."""
-
-    def forward(self, images, heads=None):
-        return [self[0](images)]
+    return EndToEnd([models.get_model(args.arch, weights=None, num_classes=classes)])
 
 
 def main():
     args = parse_args()
-    run, train, val, net, (network,) = imagenet_flags.begin(args, lambda *known: EndToEnd([build(*known)]))
+    run, train, val, net, (network,) = imagenet_flags.begin(args, build)
     optimizer = sgd(args, net)
     schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
     meter = Meter(TOPK)

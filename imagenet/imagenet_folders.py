@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from decoupled import InputError
 from decoupled.flags import shortage
 from decoupled.image_folders import list_images, read_image, same_classes
-from decoupled.images import mix_seed
+from decoupled.images import InputForm, mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
 LAYOUT = "image folders are {train,val}/<class>/<image>"
@@ -220,8 +220,9 @@ def load(
         raise InputError(
             f"{folder}/val has {len(samples[1])} images, fewer than the {processes} processes: start fewer"
         )
+    resize = image_size * 256 // 224
     augment = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
-    centre = v2.Compose([v2.Resize(image_size * 256 // 224, antialias=True), v2.CenterCrop(image_size)])
+    centre = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(image_size)])
     common = {
         "batch_size": batch_size,
         "seed": seed,
@@ -234,6 +235,7 @@ def load(
         ImageBatches(folder, chosen, transform, shuffle=shuffle, **common)
         for chosen, transform, shuffle in zip(samples, (augment, centre), (True, False), strict=True)
     ]
+    batches[1].form = InputForm(train.classes, MEAN, STD, resize=resize, crop=image_size, size=image_size)
     return *batches, len(train.classes)
 
 

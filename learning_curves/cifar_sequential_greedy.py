@@ -25,12 +25,17 @@ def parse_args():
     return flags.parser(__doc__, epochs=50, batch_size=128).parse_args()
 
 
+def build(args, classes):
+    """The network, which no flag changes."""
+    return layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes)
+
+
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes))
-    optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    net = run.prepare(build(args, classes))
+    optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     schedules = [
         StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers
     ]  # at each module's epochs 16, 31, 46, …

@@ -43,7 +43,7 @@ def small(script, adapt=lambda net: net):
     def lazy(args, classes):
         net = build(args, classes)
         net.eval()(torch.zeros(2, 3, args.image_size, args.image_size, dtype=torch.float64))
-        return net
+        return script.EndToEnd([net])
 
     return {"build": lazy}
 

@@ -1,0 +1,336 @@
+"""What one does with a trained network: load it from its checkpoint, predict, leave early, export."""
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import PARALLEL, ROOT, SEQUENTIAL, load_script
+
+import decoupled
+from decoupled import InputError, datasets, predict
+from decoupled.costs import costs
+from decoupled.flags import start
+from decoupled.images import Batches, InputForm
+from decoupled.logs import final, read_log
+from decoupled.metrics import WithEnsembles, evaluate
+from decoupled.network import layerwise_cnn
+
+DIGITS = "--dataset digits --train-samples 16 --batch-size 8 --epochs 1 --device cpu"
+IMAGES = "IMAGES --image-size 32 -b 6 -j 0 --nepochs 1 --lr 0.01 --device cpu"
+AUX = "aux_nets/cifar_dgl.py"
+SCRIPTS = {
+    PARALLEL: DIGITS,
+    SEQUENTIAL: DIGITS,
+    AUX: f"{DIGITS} --channels 4 --depth 5 --block_size 2 --type_aux cnn",
+    "ddg_comparison/cifar_backprop.py": f"{DIGITS} --depth 8 --checkpointing --splits 3",
+    "ddg_comparison/cifar_ddg.py": f"{DIGITS} --depth 8 --splits 3",
+    "ddg_comparison/cifar_dgl.py": f"{DIGITS} --depth 8 --splits 3",
+    "dni/cifar_cnn_dni.py": f"{DIGITS} --channels 4 --dni --context",
+    "dni/cifar_dgl.py": f"{DIGITS} --channels 4",
+    "async_buffer/cifar_buffer.py": f"{DIGITS} --feature_size 4 --mlp 1 --nlin 1 --width_aux 4 --buffer 2 --down [1,2]",
+    "imagenet/imagenet_dgl.py": f"{IMAGES} --arch squeezenet1_1 --splits 3 --nlin 1 --mlp 1",
+    "imagenet/imagenet.py": f"{IMAGES} --arch resnet18",
+}
+
+# The others' networks have no layers that are not among these.
+EXPORTED = (
+    PARALLEL,
+    "ddg_comparison/cifar_dgl.py",
+    "dni/cifar_cnn_dni.py",
+    "async_buffer/cifar_buffer.py",
+    "imagenet/imagenet_dgl.py",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ImageNet of two classes: three training images each, two for val."""
+    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+    for split, each in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = draw.integers(0, 256, (40, 44 + number, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_of_every_script_gives_its_network_which_exports(run_script, folder, script):
+    seen = []
+
+    def few(net, batches, *args, **options):
+        images, labels = (values[:4] for values in next(iter(batches)))
+        seen[:] = [net.net if isinstance(net, WithEnsembles) else net, images]
+        return evaluate(net, [(images, labels)], *args, **options)
+
+    words = [str(folder) if word == "IMAGES" else word for word in SCRIPTS[script].split()]
+    left = run_script(script, *words, evaluate=few)
+    trained, images = seen
+    state = torch.get_rng_state()
+    net = decoupled.load(left.checkpoint)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are the caller's
+    assert not any(module.training for module in net.modules())
+    with torch.no_grad():
+        assert all(torch.equal(*pair) for pair in zip(trained.eval()(images), net(images), strict=True))
+        if script in EXPORTED:
+            exported = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+            for some in (images, images[:3]):
+                assert all(torch.equal(*pair) for pair in zip(exported(some), net(some), strict=True))
+
+
+# One run that has learned something
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three small modules on the digits: (checkpoint, network, test images, labels)."""
+    folder = tmp_path_factory.mktemp("run")
+    words = (
+        "--dataset digits --train-samples 600 --batch-size 50 --epochs 4 --lr 0.02 --device cpu --channels 8 --depth 3"
+    )
+    argv, sys.argv = sys.argv, [str(ROOT / AUX), *words.split(), "--log-dir", str(folder)]
+    try:
+        start(load_script(AUX).main)
+    finally:
+        sys.argv = argv
+    (checkpoint,) = folder.glob("*.pt")
+    _, test, _ = datasets.load("digits", batch_size=50, train_samples=600, test_batch_size=359)
+    ((images, labels),) = test
+    return checkpoint, decoupled.load(checkpoint), images, labels
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """say(*words): the lines that python -m decoupled.predict prints."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])
+        capsys.readouterr()
+        start(predict.main)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_heads_accuracies_are_those_of_the_log(run, say, tmp_path):
+    checkpoint, net, images, _ = run
+    lines = say(checkpoint.parent, "--output", tmp_path / "exits.png")
+    assert lines[0] == f"{AUX}, 359 images of digits (scikit-learn), the test set"
+    with Image.open(tmp_path / "exits.png") as image:
+        assert image.size[0] > 300
+    frame = predict.pd.read_csv(tmp_path / "exits.csv")
+    heads = frame[frame["exit"] == "head"]
+    logged = final(read_log(checkpoint.with_suffix(".log")))["test_top1"]
+    assert heads["top1"].tolist() == pytest.approx(logged.tolist(), abs=1e-4) and logged.max() > 50
+    flops = costs(net, images[:2])["flops"]
+    alone = [sum(flops[k, "body"] for k in range(1, n + 1)) + flops[n, "auxiliary"] for n in (1, 2, 3)]
+    assert heads["gflops"].tolist() == pytest.approx([value / 1e9 for value in alone], abs=1e-4)
+    assert heads["saved"].tolist() == pytest.approx([100 * (1 - value / alone[-1]) for value in alone], abs=1e-3)
+
+
+@pytest.mark.parametrize("confidence", [0, 0.5, 0.8])
+def test_images_that_have_left_pass_no_further_module(run, confidence):
+    _, net, images, labels = run
+    counts, hooks = [], []
+    for module in net:
+        hooks.append(module.body.register_forward_hook(lambda _, inputs, output: counts.append(len(inputs[0]))))
+    logits, heads = predict.early_exit(net, images, confidence)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        every_logits = net(images)
+    assert torch.equal(heads, predict.exits(every_logits, confidence))
+    chosen = torch.stack(every_logits)[heads, torch.arange(len(images))]
+    torch.testing.assert_close(logits, chosen)
+    sure = [said.softmax(1).amax(1) >= confidence for said in every_logits]
+    staying = [len(images), (~sure[0]).sum().item(), (~sure[0] & ~sure[1]).sum().item()]
+    assert counts == [count for count in staying if count]
+    assert len(counts) == (3 if confidence else 1) and (confidence != 0.5 or len(set(counts)) == 3)
+    frame = predict.evaluate_exits(net, [(images, labels)], [confidence])
+    early = frame[frame["exit"] == "early"].iloc[0]
+    assert early["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    flops = costs(net, images[:2])["flops"]
+    modules = [flops[n, "module"] for n in (1, 2, 3)]
+    spent = sum(modules[n] * count for n, count in enumerate(counts)) / len(images)
+    assert early["gflops"] * 1e9 == pytest.approx(spent)
+
+
+def test_image_files(run, say, tmp_path):
+    checkpoint, net, images, _ = run
+    _, test, _ = datasets.load("digits", batch_size=50)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, pixels in zip(paths, test.images[:3], strict=True):
+        Image.fromarray(pixels.numpy()).save(path)
+    with torch.no_grad():
+        every_logits = [logits[:3] for logits in net(images)]
+    confidences = [logits.softmax(1).max(1) for logits in every_logits]
+
+    def line(number, head):
+        sure, label = (values[number] for values in confidences[head])
+        return rf"{re.escape(str(paths[number]))}: {label}, {sure:.3f}, head {head + 1}, (-?\d+\.\d) % of FLOPs saved"
+
+    def matching(lines, expected):
+        return [float(re.fullmatch(line(*place), text)[1]) for text, place in zip(lines, expected, strict=True)]
+
+    assert matching(say(checkpoint, *paths), [(0, 2), (1, 2), (2, 2)]) == [0, 0, 0]
+    assert matching(say(checkpoint, paths[0], "--heads", 2), [(0, 1)])[0] > 0
+    matching(say(checkpoint, paths[1], "--heads", "all"), [(1, 0), (1, 1), (1, 2)])
+    heads = predict.exits(every_logits, 0.7).tolist()
+    matching(say(checkpoint, *paths, "--early-exit", 0.7), list(enumerate(heads)))
+    assert matching(say(checkpoint, paths[0], "--early-exit", 1), [(0, 2)])[0] < 0  # the heads passed cost something
+    (tmp_path / "labeled" / "3").mkdir(parents=True)
+    shutil.copy(paths[0], tmp_path / "labeled" / "3" / "a.png")
+    right = 100 * (confidences[2][1][0] == 3)
+    assert re.search(rf"head +3 +{right:.0f} ", "\n".join(say(checkpoint, tmp_path / "labeled")))
+
+
+def test_an_image_becomes_what_the_network_was_trained_on(tmp_path, folder):
+    _, test, _ = datasets.load("digits", batch_size=50)
+    Image.fromarray(test.images[5].numpy()).save(tmp_path / "digit.png")
+    assert torch.equal(test.form.read(tmp_path / "digit.png"), test.images[5])
+    grey = torch.randint(1, 256, (1, 28, 28), dtype=torch.uint8)
+    Image.fromarray(grey[0].numpy()).save(tmp_path / "shirt.png")
+    form = InputForm(["shirt"], (0,) * 3, (1,) * 3, **datasets.FORMS["fashion-mnist"])
+    assert torch.equal(form.read(tmp_path / "shirt.png"), datasets.grey_to_rgb(grey)[0])
+    sys.path.insert(0, str(ROOT / "imagenet"))
+    import imagenet_folders
+
+    _, val, _ = imagenet_folders.load(folder, image_size=32, batch_size=4, workers=0)
+    assert val.form.classes == ["cat", "dog"]
+    ((images, _),) = val
+    pixels = torch.stack([val.form.read(path.decode()) for path in val.images.paths])
+    ((mine, _),) = Batches(pixels, torch.zeros(4), 4, mean=val.form.mean, std=val.form.std)
+    assert torch.equal(mine, images)
+
+
+def test_a_script_of_ones_own(run, tmp_path):
+    """A copy of a script elsewhere loads by its path; what it lacks is said."""
+    checkpoint, net, images, _ = run
+    (tmp_path / "mine").mkdir()
+    shutil.copy(ROOT / AUX, tmp_path / "mine" / "idea.py")
+    other = tmp_path / "other.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"script": "mine/idea.py"}, other)
+    with pytest.raises(InputError, match=r"mine/idea\.py, which builds the network, is missing: say where it is"):
+        decoupled.load(other)
+    with torch.no_grad():
+        mine = decoupled.load(other, script=tmp_path / "mine" / "idea.py")(images)
+        assert all(torch.equal(a, b) for a, b in zip(mine, net(images), strict=True))
+    (tmp_path / "mine" / "idea.py").write_text("")
+    with pytest.raises(InputError, match=r"idea\.py has no build\(args, classes\)"):
+        decoupled.load(other, script=tmp_path / "mine" / "idea.py")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"script": "../evil.py"}, "'../evil.py' is the name of no script"),
+        ({"data": {}}, "does not say what images its network reads"),
+        ({"data": {"classes": ["a"]}}, "does not say what images its network reads"),
+        ({"state": {"optimizers": []}}, "holds no network"),
+        ({"script": PARALLEL}, r"is of another network than .*learning_curves/cifar_dgl\.py builds now"),
+        ({"format": 2}, "is from an earlier version of these scripts"),
+        ({"data": None}, "is no checkpoint of these scripts"),
+    ],
+)
+def test_checkpoints_that_will_not_do(run, tmp_path, change, message):
+    torch.save(torch.load(run[0], weights_only=True) | change, tmp_path / "changed.pt")
+    with pytest.raises(InputError, match=message):
+        decoupled.load(tmp_path / "changed.pt")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("/nonexistent.pt", "/nonexistent.pt is no checkpoint: name the .pt file beside a run's log"),
+        ("RUN /nonexistent.png", "/nonexistent.png is missing: name an image file"),
+        ("RUN LOG", ".log is damaged or no image"),
+        ("RUN LOG --heads 4", "--heads 4: choose all, or one from 1 to 3"),
+        ("RUN LOG --heads 1 --early-exit 0.5", "leave out --heads"),
+        ("RUN LOG --early-exit 90", "--early-exit 90: a confidence is at most 1"),
+        ("RUN LOG --output x.png", "--output is for labeled images"),
+        ("RUN --heads 1", "--heads is for image files"),
+        ("RUN FOLDER LOG", "is a folder: name it alone, or image files"),
+        ("RUN FOLDER", "/val/cat is no class of the network's: 0, 1, 2"),
+        ("RUN FOLDER/cat", "holds no images: labeled images are"),
+        ("FOLDER", "there is no checkpoint in"),
+    ],
+)
+def test_what_cannot_be_predicted(run, folder, monkeypatch, capsys, words, message):
+    val = folder / "val"
+    names = {"RUN": run[0], "LOG": run[0].with_suffix(".log"), "FOLDER": val, "FOLDER/cat": val / "cat"}
+    monkeypatch.setattr(sys, "argv", ["predict.py", *(str(names.get(word, word)) for word in words.split())])
+    with pytest.raises(SystemExit) as stop:
+        start(predict.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_network_without_modules_below_has_one_head(tmp_path):
+    net = layerwise_cnn(channels=4, depth=2, downsample=(), block_size=2).eval()
+    images = torch.randn(6, 3, 32, 32)
+    frame = predict.evaluate_exits(net, [(images, torch.zeros(6, dtype=torch.int64))])
+    assert frame["exit"].tolist() == ["head"] and frame["saved"].tolist() == [0]
+
+
+# Tuning without the test set
+
+
+def test_validation_images_are_training_images_the_same_for_every_seed():
+    whole, test, _ = datasets.load("digits", batch_size=8)
+    train, held, _ = datasets.load("digits", batch_size=8, validation=200, seed=1)
+    again, same, _ = datasets.load("digits", batch_size=8, validation=200, seed=2, train_samples=100)
+    assert torch.equal(held.images, same.images) and torch.equal(held.labels, same.labels)
+    assert torch.equal(again.images, train.images[:100])
+    inner = whole.images[:, 4:36, 4:36]
+    everything = torch.cat([train.images[:, 4:36, 4:36], held.images]).flatten(1)
+    assert sorted(everything.tolist()) == sorted(inner.flatten(1).tolist())
+    assert held.fingerprint != test.fingerprint and len(held.labels.unique()) == 10
+    assert str(held) == "200 images of digits (scikit-learn), held out of the training images"
+
+
+def test_a_run_with_validation_never_evaluates_test_images(run_script):
+    evaluated = []
+
+    def few(net, batches):
+        evaluated.extend(images for images, _ in batches)
+        return evaluate(net, [(evaluated[0][:2], torch.zeros(2, dtype=torch.int64))])
+
+    left = run_script(AUX, *DIGITS.split(), "--channels", 2, "--depth", 2, "--validation", 30, evaluate=few)
+    _, held, _ = datasets.load("digits", batch_size=8, validation=30, train_samples=16)
+    assert torch.equal(torch.cat(evaluated), next(iter(held))[0])
+    text = left.log.read_text()
+    assert "# test: 30 images of digits (scikit-learn), held out of the training images\n" in text
+    assert "# train: 16 images of digits (scikit-learn)\n" in text
+
+
+def test_validation_that_leaves_too_little():
+    with pytest.raises(InputError, match="--validation 1438 leaves none of the 1438 training images"):
+        datasets.load("digits", batch_size=8, validation=1438)
+    with pytest.raises(InputError, match="1400 is more than the 1338 training images of digits that --validation"):
+        datasets.load("digits", batch_size=8, validation=100, train_samples=1400)
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "imagenet" not in script])
+def test_the_rate_is_the_flags(run_script, monkeypatch, script):
+    class Stop(Exception):
+        pass
+
+    def made(parameters, lr, **settings):
+        rates.append(lr)
+        raise Stop
+
+    rates, words = [], SCRIPTS[script].split()
+    names = {"SGD": made} | ({"Adam": made} if script.startswith("dni/") else {})
+    if script == "dni/cifar_dgl.py":
+        names.pop("SGD")
+    for extra in ((), ("--lr", 0.5)):
+        with pytest.raises(Stop):
+            run_script(script, *words, *extra, **names)
+    published = 3e-5 if script.startswith("dni/") else 0.01 if script.startswith("ddg") else 0.1
+    assert rates == [published, 0.5]
