@@ -65,9 +65,8 @@ class QuantizedSlots:
         values = representation.permute(0, 2, 3, 1).float()
         least, most = values.amin((0, 1, 2)), values.amax((0, 1, 2))
         scale = (most - least) / (2**self.bits - 1)
-        codes = (
-            ((values - least) / scale.clamp(min=torch.finfo().tiny)).round_().to(torch.uint8).flatten()
-        )  # a constant channel is all 0
+        # A constant channel is all 0
+        codes = ((values - least) / scale.clamp(min=torch.finfo().tiny)).round_().to(torch.uint8).flatten()
         if self.bits == 4:
             low, high = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
             codes = low | high << 4

@@ -105,9 +105,8 @@ class Training:
 
     def __init__(self, net, half, device):
         self.half, self.device = half, device
-        fused = (
-            device.type == "cuda"
-        )  # counting: FakeTensors have no fused step. With or without, SGD makes no temporary tensors as it is set here
+        # Counting: FakeTensors have no fused step. With or without, SGD makes no temporary tensors as it is set here
+        fused = device.type == "cuda"
         self.optimizers = [
             SGD(module.parameters(), lr=1e-4, momentum=0.9, fused=fused, foreach=False if not fused else None)
             for module in net

@@ -65,11 +65,12 @@ BATCH = {"learning_curves": 128, "dni": 256}  # the experiments'
 DEPTH = 4  # of the learning-curves network
 CHANNELS = 128  # of the dni network
 SECONDS = 0.1  # a row is repeated within a round for at least as long
+# Of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
 SIDE = {
     "cpu": 2048,
     "mps": 4096,
     "cuda": 8192,
-}  # of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
+}
 
 
 def parse_args():
@@ -282,9 +283,8 @@ def matrix_product(half, device):
     product = torch.empty(side, side, device=device, dtype=dtype)
 
     def multiply():
-        before = (
-            torch.backends.cuda.matmul.fp32_precision
-        )  # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
+        # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
+        before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
         torch.mm(left, right, out=product)
         torch.backends.cuda.matmul.fp32_precision = before
@@ -406,9 +406,8 @@ def print_parts(rows, frame, times):
 def synthesizer_runs(row):
     """How often synthesizers run in a step."""
     ran = []
-    synthesizers = [
-        module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"
-    ]  # by name: scripts are loaded by path
+    # By name: scripts are loaded by path
+    synthesizers = [module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"]
     hooks = [synthesizer.register_forward_hook(lambda *_: ran.append(1)) for synthesizer in synthesizers]
     row.step()
     for hook in hooks:

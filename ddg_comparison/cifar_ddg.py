@@ -113,9 +113,8 @@ def step(run, net, optimizers, in_flight, images, labels):
         below = representation.detach().requires_grad_(k > 0)
         weights = own.weights()
         with run.autocast():
-            representation = output = functional_call(
-                module, weights, below
-            )  # (B, C, s, s); in the last module logits, (B, classes)
+            # (B, C, s, s); in the last module logits, (B, classes)
+            representation = output = functional_call(module, weights, below)
         if own.delay == 0:
             logits = output.detach()
             output = loss = F.cross_entropy(output.float(), labels)
@@ -125,9 +124,8 @@ def step(run, net, optimizers, in_flight, images, labels):
         if len(own.batches) <= own.delay:
             continue  # the first K−1−k iterations: no gradient has come down yet
         below, _, output = own.batches.popleft()
-        scaler = run.scaler(
-            optimizer
-        )  # with fp16 each module has its own loss scale; gradients go from one to the next without
+        # With fp16 each module has its own loss scale; gradients go from one to the next without
+        scaler = run.scaler(optimizer)
         scale = scaler.scale(torch.ones(1, device=images.device))  # (1,), not a scalar: fp16 divided by it is fp32
         optimizer.zero_grad()
         output.backward((own.gradient * scale).view_as(output).to(output.dtype))

@@ -53,11 +53,12 @@ def pieces(depth, width=16):
     blocks, rest = divmod(depth - 2, 2 * STAGES)
     if blocks < 1 or rest:
         raise InputError(f"--depth {depth} is no CIFAR ResNet's: choose 6n+2, such as 8, 20, 32, 44, 56 or 110")
+    # Not in place: where a part starts with it, its input belongs to the part below
     layers = [
         conv3(3, width),
         nn.BatchNorm2d(width),
         nn.ReLU(),
-    ]  # not in place: where a part starts with it, its input belongs to the part below
+    ]
     below = width
     for stage in range(STAGES):
         for _ in range(blocks):
@@ -90,9 +91,8 @@ def decoupled_resnet(depth, splits, classes, width=16):
     heads, shape = [], (3, 32, 32)
     for body in bodies[:-1]:
         shape = output_shape(body, shape)
-        heads.append(
-            draw_batch_norm_weights(mlp_sr_auxiliary(shape[0], shape[1:], classes))
-        )  # as in the published runs
+        # As in the published runs
+        heads.append(draw_batch_norm_weights(mlp_sr_auxiliary(shape[0], shape[1:], classes)))
     return DecoupledNetwork(map(DecoupledModule, bodies, [*heads, classifier]))
 
 

@@ -183,9 +183,8 @@ def module_costs(module, below, representation, labels):
         ("auxiliary", auxiliary, learner.auxiliary),
         ("module", both, learner),
     ):
-        training = count_flops(
-            training_step(outputs, network)
-        )  # this also lets CUDA's libraries take their lasting workspaces
+        # This also lets CUDA's libraries take their lasting workspaces
+        training = count_flops(training_step(outputs, network))
         network.zero_grad()
         step = training_step(outputs, network)
         rows[part] = {
@@ -203,9 +202,8 @@ def training_step(outputs, network):
     scripts.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    fused = (
-        bool(parameters) and not parameters[0].is_meta
-    )  # as in the scripts; meta has no such kernel. Neither makes temporary tensors
+    # As in the scripts; meta has no such kernel. Neither makes temporary tensors
+    fused = bool(parameters) and not parameters[0].is_meta
     optimizer = SGD(parameters, lr=0.0, momentum=0.9, fused=fused) if parameters else None
 
     def step():

@@ -44,9 +44,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = values - mean.view(shape)
-        variance = (
-            Sum.apply(centred.square().sum(axes)) / count
-        )  # in two passes: the mean of squares less the squared mean would cancel
+        # In two passes: the mean of squares less the squared mean would cancel
+        variance = Sum.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -116,9 +116,8 @@ class Recorder(fx.Interpreter):
         self.values, self.versions, self.flops = {}, {}, {}
 
     def call_module(self, target, args, kwargs):
-        args = [
-            list(value) if isinstance(value, list) else value for value in args
-        ]  # the graph's own cannot be changed
+        # The graph's own cannot be changed
+        args = [list(value) if isinstance(value, list) else value for value in args]
         return super().call_module(target, args, kwargs)
 
     def run_node(self, node):

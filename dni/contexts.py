@@ -62,9 +62,8 @@ def backward(tensor, gradient=None):
     refuse_transforms()
     if not tensor.requires_grad:
         raise RuntimeError("dni.backward: nothing to back-propagate into, the tensor does not require a gradient")
-    gradient = (
-        torch.ones_like(tensor) if gradient is None else gradient.to(tensor.dtype)
-    )  # under autocast the two may differ in precision
+    # Under autocast the two may differ in precision
+    gradient = torch.ones_like(tensor) if gradient is None else gradient.to(tensor.dtype)
     if gradient.shape != tensor.shape:
         raise RuntimeError(
             f"dni.backward: a gradient of shape {tuple(gradient.shape)} for a tensor of shape {tuple(tensor.shape)}"

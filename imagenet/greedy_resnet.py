@@ -7,11 +7,12 @@ from torchvision.models.resnet import Bottleneck, conv1x1
 from decoupled import InputError
 from decoupled.network import split
 
+# At 56×56, 28×28, 14×14, 7×7
 BLOCKS = {
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
-}  # at 56×56, 28×28, 14×14, 7×7
+}
 
 
 def pieces(arch, width=64):

@@ -8,12 +8,13 @@ from decoupled import InputError
 from decoupled.auxiliary import mlp_sr_auxiliary
 from decoupled.network import DecoupledModule, DecoupledNetwork, conv_layer, group, output_shape
 
+# Convolutions at each size
 STAGES = {
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
-}  # convolutions at each size
+}
 SMALLEST = 32  # side of an image that five halvings leave a pixel of
 
 

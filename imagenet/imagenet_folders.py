@@ -35,9 +35,8 @@ class Images(Dataset):
     """
 
     def __init__(self, samples, transform, seed):
-        self.paths = np.array(
-            [os.fsencode(path) for path, _ in samples], dtype=np.bytes_
-        )  # one block of memory: workers share it, where a list would be copied
+        # One block of memory: workers share it, where a list would be copied
+        self.paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
         self.labels = torch.tensor([label for _, label in samples])
         self.transform, self.seed = transform, seed
 

@@ -36,9 +36,8 @@ def main():
     train, test, classes = run.data()
     net = run.prepare(build(args, classes))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    schedules = [
-        StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers
-    ]  # at each module's epochs 16, 31, 46, …
+    # At each module's epochs 16, 31, 46, …
+    schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]
     meter = Meter()
 
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": train, "test": test}
