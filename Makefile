@@ -10,6 +10,34 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
+# make gpu is for a machine with a GPU: tests, benchmarks, then runs of the paper's tables. Each piece ends within nine
+# minutes and leaves a file in gpu/; the same command goes on with those that are missing, and each time with the runs.
+# LIMIT ends a piece as Ctrl-C does. RUNS: see results/reproduce.py --list.
+RUNS ?= learning_curves-parallel learning_curves-sequential
+DATA ?= data
+LIMIT = timeout --signal=INT --kill-after=20 510
+PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half memory_fp32 memory_half step_costs_fp32 step_costs_half
+
+gpu: $(PIECES:%=gpu/%.txt)
+	.venv/bin/python results/reproduce.py $(RUNS) --half --budget 8m --data-dir $(DATA) --log-dir gpu/runs
+
+gpu/%.txt: .venv/installed
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA GPU")'
+	mkdir -p gpu
+	$(LIMIT) .venv/bin/python $(COMMAND) > $@.part 2>&1 || { tail -20 $@.part; exit 1; }
+	mv $@.part $@
+
+gpu/tests_runs.txt: COMMAND = -m pytest -rs tests/test_cuda.py -k "resumes and not deterministic or overflow"
+gpu/tests_exact.txt: COMMAND = -m pytest -rs tests/test_cuda.py -k "deterministic or waits"
+gpu/tests_rest.txt: COMMAND = -m pytest -rs tests/test_cuda.py -k "fp16 or compiled or allocators or buffer_in"
+gpu/tests_processes.txt: COMMAND = -m pytest -rs tests/test_imagenet.py -k gpus
+gpu/throughput_fp32.txt: COMMAND = benchmarks/throughput.py --device cuda
+gpu/throughput_half.txt: COMMAND = benchmarks/throughput.py --device cuda --half
+gpu/memory_fp32.txt: COMMAND = benchmarks/imagenet_memory.py --device cuda
+gpu/memory_half.txt: COMMAND = benchmarks/imagenet_memory.py --device cuda --half
+gpu/step_costs_fp32.txt: COMMAND = ddg_comparison/step_costs.py --device cuda
+gpu/step_costs_half.txt: COMMAND = ddg_comparison/step_costs.py --device cuda --half
+
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
@@ -19,4 +47,4 @@ test: .venv/installed
 clean:
 	rm -rf .venv demo
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean

@@ -26,19 +26,22 @@ class Sample(NamedTuple):
 class PlainSlots:
     """Room for ``capacity`` representations (B, C, h, w), kept channels-last in their own ``dtype``. Nothing is copied
     on a read from ``device``.
+
+    ``pinned``: in main memory that a GPU reads and writes by itself, in the order of its other work; nobody waits.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned):
         channels, height, width = shape
+        self.pinned = pinned
         self.values = torch.zeros(
             capacity, batch_size, height, width, channels, dtype=dtype, device=device, pin_memory=pinned
         )
 
     def write(self, slot, representation):
-        self.values[slot].copy_(representation.permute(0, 2, 3, 1), non_blocking=True)
+        self.values[slot].copy_(representation.permute(0, 2, 3, 1), non_blocking=self.pinned)
 
     def read(self, slot, device):
-        return self.values[slot].to(device).permute(0, 3, 1, 2)
+        return self.values[slot].to(device, non_blocking=self.pinned).permute(0, 3, 1, 2)
 
 
 class QuantizedSlots:
@@ -51,15 +54,13 @@ class QuantizedSlots:
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned, bits):
         channels, height, width = shape
-        self.bits, self.dtype = bits, dtype
+        self.bits, self.dtype, self.pinned = bits, dtype, pinned
         self.shape = (batch_size, height, width, channels)
         self.count = batch_size * height * width * channels
         per_byte = 8 // bits
-        self.values = torch.zeros(
-            capacity, -(-self.count // per_byte), dtype=torch.uint8, device=device, pin_memory=pinned
-        )
-        self.least = torch.zeros(capacity, channels, device=device)
-        self.scale = torch.zeros(capacity, channels, device=device)
+        where = {"device": device, "pin_memory": pinned}
+        self.values = torch.zeros(capacity, -(-self.count // per_byte), dtype=torch.uint8, **where)
+        self.least, self.scale = (torch.zeros(capacity, channels, **where) for _ in range(2))
 
     def write(self, slot, representation):
         values = representation.permute(0, 2, 3, 1).float()
@@ -70,12 +71,12 @@ class QuantizedSlots:
         if self.bits == 4:
             low, high = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
             codes = low | high << 4
-        self.values[slot].copy_(codes)
-        self.least[slot].copy_(least)
-        self.scale[slot].copy_(scale)
+        for kept, given in ((self.values, codes), (self.least, least), (self.scale, scale)):
+            kept[slot].copy_(given, non_blocking=self.pinned)
 
     def read(self, slot, device):
-        codes, least, scale = (tensor[slot].to(device) for tensor in (self.values, self.least, self.scale))
+        kept = self.values, self.least, self.scale
+        codes, least, scale = (tensor[slot].to(device, non_blocking=self.pinned) for tensor in kept)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), 1).flatten()[: self.count]
         return codes.view(self.shape).to(scale.dtype).mul_(scale).add_(least).to(self.dtype).permute(0, 3, 1, 2)
@@ -182,8 +183,7 @@ class ReplayBuffer:
 
     def state_dict(self):
         """Everything, as it is stored; slots not written yet are left out."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # writes to main memory do not wait for their end
+        self.wait()
         filled = min(self.writes, self.capacity)
         tensors = {
             name: tensor if filled == self.capacity else tensor[:filled].clone()
@@ -191,7 +191,13 @@ class ReplayBuffer:
         }
         return {"tensors": tensors, "writes": self.writes, "steps": self.steps, "uses": self.uses}
 
+    def wait(self):
+        """Before main memory is read or written by anyone but the GPU: ends what that still does there."""
+        if self.slots.pinned:
+            torch.cuda.synchronize(self.device)
+
     def load_state_dict(self, state):
+        self.wait()
         self.writes, self.steps, uses = state["writes"], list(state["steps"]), state["uses"]
         for name, tensor in self.tensors().items():
             tensor[: min(self.writes, self.capacity)].copy_(state["tensors"][name])

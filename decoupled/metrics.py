@@ -22,7 +22,7 @@ def ranks(logits, labels):
 class Meter:
     """Mean loss and top-k accuracy over the samples given since its epoch began.
 
-    ``update`` only queues work on the device, on two running tensors; ``loss`` and ``top(k)`` wait for it.
+    ``update`` only queues work on the device, on running scalars; ``loss`` and ``top(k)`` wait for it.
     """
 
     def __init__(self, topk=(1,)):
@@ -31,16 +31,16 @@ class Meter:
 
     def begin(self):
         """Forgets everything: a new epoch."""
-        self.count, self.losses, self.hits = 0, torch.zeros(()), torch.zeros(len(self.topk))
+        # Scalars of the CPU, which go into the first sums on a device without a copy that it would have to wait for.
+        self.count, self.losses, self.hits = 0, torch.zeros(()), [torch.zeros(()) for _ in self.topk]
 
     def update(self, loss, logits, labels):
         """Adds a mini-batch: its mean loss (scalar), logits (B, classes), labels (B,)."""
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no more
         rank = ranks(logits.detach(), labels)
-        hits = torch.stack([(rank < k).sum() for k in self.topk])
         self.count += len(labels)
-        self.losses = self.losses.to(logits.device, wide) + loss.detach().float() * len(labels)
-        self.hits = self.hits.to(logits.device, wide) + hits
+        self.losses = self.losses.to(wide) + loss.detach().float() * len(labels)
+        self.hits = [hits.to(wide) + (rank < k).sum() for k, hits in zip(self.topk, self.hits, strict=True)]
 
     @property
     def loss(self):
@@ -63,7 +63,8 @@ class Meter:
 
     def sums(self):
         """(2 + len(topk),) float64 on the CPU: samples, loss summed over them, hits for each k."""
-        return torch.cat([torch.tensor([self.count]), self.losses[None].cpu(), self.hits.cpu()]).double()
+        sums = torch.stack([self.losses, *self.hits]).cpu().double()
+        return torch.cat([torch.tensor([self.count]).double(), sums])
 
     def state_dict(self):
         """{"sums"}, for checkpoints and for adding up processes."""
@@ -72,7 +73,7 @@ class Meter:
     def load_state_dict(self, state):
         """Takes over what state_dict gave; further batches may be on another device."""
         count, losses, *hits = state["sums"]
-        self.count, self.losses, self.hits = int(count), losses, torch.stack(hits)
+        self.count, self.losses, self.hits = int(count), losses, hits
 
 
 def added(meters, processes):

@@ -22,7 +22,7 @@ from decoupled.images import mix_seed
 from decoupled.metrics import added
 from decoupled.processes import Processes, launched
 from decoupled.signals import Signals
-from decoupled.steps import Steps
+from decoupled.steps import Steps, choose_kernels
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
 ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir")  # flags that may differ on resume; images are compared
@@ -53,7 +53,7 @@ class Run:
         self.steps = Steps(self.device, args.half, loss_scale)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.weight = None  # of this process's loss in the mean over processes, whose shares of a mini-batch may differ
-        torch.backends.cudnn.benchmark = True
+        choose_kernels(self.device, getattr(args, "deterministic", False))
         torch.manual_seed(args.seed)
 
     def data(self, **options):

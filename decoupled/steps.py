@@ -1,11 +1,27 @@
 """How modules take their steps: precision, a loss scale for each module, and a watch on their losses."""
 
 import logging
+import os
 
 import torch
 from torch.optim import SGD
 
 from decoupled import InputError
+
+
+def choose_kernels(device, deterministic):
+    """Lets cuDNN time its kernels and take the fastest or, with ``deterministic``, takes those that give the same bits
+    each time; PyTorch warns of operations that it has none for. Raises InputError for the latter on anything but CUDA.
+    """
+    if deterministic and device.type != "cuda":
+        exact = ", where a run's results are exact without it" if device.type == "cpu" else ""
+        raise InputError(f"--deterministic is for CUDA: leave it out on {device.type}{exact}")
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # takes time, and nothing here reads it
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
 
 
 def momentum_from_zeros(optimizer):

@@ -36,6 +36,7 @@ HOW = {
     "device",
     "half",
     "compile",
+    "deterministic",
     "workers",
     "backend",
 }

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from gpu_commands import image_folders, on_gpu, overflow  # noqa: F401  fixtures
 from running import ROOT, Finished, load_script
 
 from decoupled.flags import start

@@ -362,11 +362,3 @@ def test_what_the_methods_cost(monkeypatch, capsys):
         assert memory["checkpointing", splits] < memory[plain] < memory["DDG", splits]
         assert flops["DDG", splits] == flops[plain] < flops["checkpointing", splits] < 1.4 * flops[plain]
     assert memory["DGL", 2] < memory[plain] and memory["DDG", 2] < memory["DDG", 3]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("method", [*METHODS, (DDG, "--splits", 4)], ids=lambda method: " ".join(map(str, method)))
-def test_on_a_gpu_in_half_precision(train_small, method):
-    left = train_small(*method[:1], *map(str, method[1:]), "--device", "cuda", "--half")
-    assert "fp16 mixed" in left.log.read_text() and all(scaler["scale"] > 0 for scaler in left.state["scalers"])
-    assert all(value.isfinite().all() for value in left.weights.values())

@@ -30,6 +30,7 @@ script = load_script(DGL)
 import imagenet_folders  # noqa: E402  importable since a script of that folder was loaded
 
 CLASSES, TRAIN, VAL = 7, 21, 17
+GPUS = torch.cuda.device_count()
 FLAGS = (
     "--image-size",
     32,
@@ -822,33 +823,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
 # On a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
-    "scale", [("--dynamic-loss-scale",), ("--static-loss-scale", 64), ()], ids=["dynamic", "static", "one"]
+    "backend",
+    [
+        pytest.param("gloo", marks=pytest.mark.skipif(GPUS < 1, reason="needs a CUDA GPU")),  # shared by the two
+        pytest.param("nccl", marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA GPUs")),
+    ],
 )
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_on_a_gpu_each_module_has_its_loss_scale(run_script, folder, tmp_path, monkeypatch, method, scale):
-    monkeypatch.undo()  # images in single precision
-    narrow = small(load_script(method[0]))
-    module = load_script(method[0])
-    for name, change in narrow.items():
-        setattr(module, name, lambda *args, change=change, **settings: change(*args, **settings).float())
-    flags = (folder, *FLAGS, *method[1:], "--device", "cuda", "--half", *scale, "-j", 2, "--log-dir", tmp_path / "gpu")
-    monkeypatch.setattr(sys, "argv", [str(ROOT / method[0]), *map(str, flags)])
-    module.main()
-    left = Finished(tmp_path / "gpu")
-    scales = [state["scale"] for state in left.state["scalers"]]
-    assert len(scales) == len(left.state["optimizers"]) and "fp16 mixed" in left.log.read_text()
-    if "--dynamic-loss-scale" not in scale:
-        assert scales == [scale[1] if scale else 1.0] * len(scales)
-    assert all(value.isfinite().all() for value in tensors(left.weights))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_two_processes_on_a_gpu_are_one(train_small, folder, tmp_path):
-    """SyncBatchNorm in the place of GlobalBatchNorm; gloo, so that both can have the one GPU."""
+def test_two_processes_on_gpus_are_one(train_small, folder, tmp_path, backend):
+    """SyncBatchNorm in the place of GlobalBatchNorm."""
     flags = [flag if flag != "cpu" else "cuda" for flag in FLAGS]
     whole = train_small(VGG, "--device", "cuda", to="whole")
-    code, _, message = torchrun(DGL, folder, *flags, *VGG[1:], "--backend", "gloo", "--save_folder", tmp_path / "logs")
+    code, _, message = torchrun(DGL, folder, *flags, *VGG[1:], "--backend", backend, "--save_folder", tmp_path / "logs")
     assert code == 0, message
     assert_close(Finished(tmp_path / "logs"), whole)
+
+
+@pytest.mark.skipif(GPUS != 1, reason="needs one CUDA GPU")
+def test_nccl_with_more_processes_than_gpus_is_refused(folder, tmp_path):
+    flags = [flag if flag != "cpu" else "cuda" for flag in FLAGS]
+    code, _, message = torchrun(DGL, folder, *flags, *VGG[1:], "--backend", "nccl", "--save_folder", tmp_path / "logs")
+    assert code != 0 and "there are more processes than GPUs (1): start fewer, or let them share with" in message

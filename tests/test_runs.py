@@ -471,11 +471,3 @@ def test_device_names():
     assert flags.pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="unknown"):
         flags.pick_device("gpu")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
-def test_on_a_gpu_half_precision_scales_each_modules_loss(run_script, script):
-    left = run_script(script, *FLAGS, "--device", "cuda", "--half", layerwise_cnn=small())
-    assert len(left.state["scalers"]) == 4 and all(scaler["scale"] > 0 for scaler in left.state["scalers"])
-    assert "fp16 mixed" in left.log.read_text()

@@ -1,0 +1,162 @@
+"""What is run on a GPU, simulated (tests/test_simulated_cuda.py) or real (tests/test_cuda.py): every script, with small
+networks and few images, and fp16 whose loss scale overflows. conftest.py has the fixtures for every test.
+"""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import small_imagenet
+import torch
+from running import PARALLEL, SEQUENTIAL, load_script, small
+
+from decoupled import datasets
+
+TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
+RESNET = (*TOY, "--depth", 14, "--splits", 3)
+BUFFER = (*TOY, "--feature_size", 4, "--layer-sequence", "sequential", "--buffer", 3)
+FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three
+VGG = (small_imagenet.DGL, *FOLDERS, "--arch", "vgg11", "--block_size", 3)
+AUX, DNI, ASYNC = "aux_nets/cifar_dgl.py", "dni/cifar_cnn_dni.py", "async_buffer/cifar_buffer.py"
+DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", "ddg", "backprop"))
+# The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
+# layer; for DDG of the first epoch, in which the lowest module takes its first step late, and of another.
+COMMANDS = {
+    (PARALLEL, *TOY): [459],
+    (SEQUENTIAL, *TOY): [133, 139, 144, 108],
+    (AUX, *TOY, "--channels", 4): [703],
+    (AUX, *TOY, "--channels", 4, "--type_aux", "cnn"): [468],
+    ("dni/cifar_dgl.py", *TOY, "--channels", 4): [242],
+    (DNI, *TOY, "--channels", 4): [62],
+    (DNI, *TOY, "--channels", 4, "--dni", "--context"): [140],
+    (DGL, *RESNET): [410],
+    (DDG, *RESNET): [254, 252],
+    (BACKPROP, *RESNET[:-2]): [190],
+    (BACKPROP, *RESNET, "--checkpointing"): [242],
+    (ASYNC, *BUFFER[:-2]): [559],
+    (ASYNC, *BUFFER): [569],
+    (ASYNC, *BUFFER, "--buffer-device", "cpu"): [574],
+    (ASYNC, *BUFFER, "--compress", 8): [649],
+    (ASYNC, *BUFFER, "--compress", 4, "--buffer-device", "cpu"): [694],
+    (*VGG, "--static-loss-scale", 64): [396],
+    (small_imagenet.DGL, *FOLDERS, "--arch", "resnet50", "--dynamic-loss-scale"): [669],
+    (small_imagenet.DGL, *FOLDERS, "--arch", "shufflenet_v2_x0_5"): [695],
+    (small_imagenet.BACKPROP, *FOLDERS, "--arch", "resnet18"): [64],
+}
+LAYERS = 6  # of the asynchronous network
+
+
+# Where the overflow is put: the module and its loss, from 0; and the steps that must be skipped, (module, its step).
+OVERFLOWS = {
+    (PARALLEL, *TOY): ((1, 1), {(1, 1)}),
+    (SEQUENTIAL, *TOY): ((1, 1), {(1, 1)}),
+    (AUX, *TOY, "--channels", 4): ((5, 0), {(5, 0)}),
+    ("dni/cifar_dgl.py", *TOY, "--channels", 4): ((1, 1), {(1, 1)}),
+    (DGL, *RESNET): ((0, 2), {(0, 2)}),
+    # A gradient that overflowed goes down, iteration by iteration. The middle module's first step is its second
+    # iteration's, and so on: all three skip the same step of theirs.
+    (DDG, *RESNET): ((2, 1), {(2, 1), (1, 1), (0, 1)}),
+    (BACKPROP, *RESNET, "--checkpointing"): ((0, 1), {(0, 1)}),
+    (ASYNC, *BUFFER): ((1, 1), {(1, 1)}),
+    (*VGG, "--dynamic-loss-scale"): ((1, 1), {(1, 1)}),
+    (small_imagenet.BACKPROP, *FOLDERS, "--arch", "resnet18", "--dynamic-loss-scale"): ((0, 1), {(0, 1)}),
+}
+
+
+def called(command):
+    script, *flags = command
+    common = FOLDERS if "imagenet" in script else TOY
+    return " ".join([script.removesuffix(".py"), *map(str, flags[len(common) :])])
+
+
+def narrow(script):
+    """The names to replace in ``script`` for networks that a CPU computes quickly."""
+    module = load_script(script)
+    if "imagenet" in script:
+        builds = small_imagenet.small(module).items()  # in double precision
+        return {name: lambda *args, build=build, **settings: build(*args, **settings).float() for name, build in builds}
+    names = {name: getattr(module, name) for name in ("decoupled_resnet", "chained_resnet") if hasattr(module, name)}
+    names = {name: partial(build, width=4) for name, build in names.items()}
+    return names | ({"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {})
+
+
+def few_images(dataset, folder):
+    """A reader of 32 images for training, one of each class and two for testing."""
+    images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(44) % 10
+    return (images[:32], labels[:32]), (images[32:], labels[32:]), 10, "random"
+
+
+@pytest.fixture(scope="session")
+def image_folders(tmp_path_factory):
+    """Image folders of 7 classes, 21 images for training."""
+    from test_imagenet import write_folders
+
+    root = tmp_path_factory.mktemp("images")
+    write_folders(root)
+    return root
+
+
+@pytest.fixture
+def on_gpu(run_script, image_folders, monkeypatch):
+    """on_gpu(command, *flags): what its script leaves with small networks and few images, on cuda."""
+    monkeypatch.setitem(datasets.READERS, "digits", few_images)
+
+    def run(command, *flags):
+        script, *own = command
+        data = [image_folders] if "imagenet" in script else []
+        return run_script(script, *data, *own, "--device", "cuda", *flags, **narrow(script))
+
+    return run
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """overflow(n, call): the ``call``-th loss of module ``n``, both from 0, is scaled until its gradients are infinite.
+    Returns, for each module, whether each of its steps has moved its weights.
+    """
+    scalers, calls, moved = [], Counter(), []
+    scale, step = torch.amp.GradScaler.scale, torch.amp.GradScaler.step
+    wrong = []
+
+    def made(self, *args, init_scale=2.0**10, **options):
+        init(self, *args, init_scale=init_scale, **options)
+        scalers.append(self)
+        moved.append([])
+
+    def scaled(self, loss):
+        n = scalers.index(self)
+        calls[n] += 1
+        return scale(self, loss) * (2.0**100 if [n, calls[n] - 1] == wrong else 1)
+
+    def stepped(self, optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [parameter.detach().clone() for parameter in parameters]
+        step(self, optimizer)
+        changed = [not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
+        moved[scalers.index(self)].append(any(changed))
+
+    init = torch.amp.GradScaler.__init__
+    for name, function in {"__init__": made, "scale": scaled, "step": stepped}.items():
+        monkeypatch.setattr(torch.amp.GradScaler, name, function)
+
+    def begin(n, call):
+        for record in (scalers, calls, moved):
+            record.clear()
+        wrong[:] = [n, call]
+        return moved
+
+    return begin
+
+
+def check_an_overflow(on_gpu, overflow, command):
+    """In one module it costs that one step, and half its loss scale."""
+    at, skipped = OVERFLOWS[command]
+    moved = overflow(*at)
+    left = on_gpu(command, "--half", "--epochs", 1)
+    assert {(n, k) for n, steps in enumerate(moved) for k, move in enumerate(steps) if not move} == skipped
+    lost = dict(skipped)
+    for n, (steps, scaler) in enumerate(zip(moved, left.state["scalers"], strict=True)):
+        assert len(steps) >= 2 and scaler["scale"] == 2.0 ** (9 if n in lost else 10)
+        assert scaler["_growth_tracker"] == len(steps) - (lost[n] + 1 if n in lost else 0)  # steps since
+    assert all(weight.isfinite().all() for weight in left.weights.values())
