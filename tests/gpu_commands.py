@@ -84,7 +84,7 @@ def few_images(dataset, folder):
     """A reader of 32 images for training, one of each class and two for testing."""
     images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(44) % 10
-    return (images[:32], labels[:32]), (images[32:], labels[32:]), 10, "random"
+    return (images[:32], labels[:32]), (images[32:], labels[32:]), [str(n) for n in range(10)], "random"
 
 
 @pytest.fixture(scope="session")
