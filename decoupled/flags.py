@@ -15,6 +15,7 @@ import torch
 from decoupled import InputError
 from decoupled.datasets import DATASETS
 from decoupled.memory import keep_freed_memory
+from decoupled.processes import TIMEOUT, first_to_say
 from decoupled.streams import one_line, unfailing_output
 
 EXIT_BAD_INPUT = 2
@@ -73,7 +74,9 @@ def shortage(error):
 
 
 def fail(script, message):
-    print(f"{script}: error: {one_line(message)}", file=sys.stderr)
+    """The exit code for bad input, after ``message``; of several processes that end for it, one prints it."""
+    if first_to_say(message):
+        print(f"{script}: error: {one_line(message)}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 
@@ -178,9 +181,14 @@ def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
     return convert
 
 
-def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1):
-    """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; a script adds
-    its own groups.
+def integers(text):
+    """An argparse type: integers ≥ 1 with commas between them, as a list."""
+    return [integer(1)(word) for word in text.split(",")]
+
+
+def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, stages=False):
+    """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; with
+    ``stages``, those of a script whose modules learn in several processes too. A script adds its own groups.
     """
     parser, count = Parser(doc), integer(1)
     group = parser.add_argument_group("training")
@@ -196,8 +204,22 @@ def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1):
     validation = "hold out N training images, and evaluate on these instead of the test set"
     group.add_argument("--validation", type=integer(0), default=0, metavar="N", help=validation)
     add_device(parser)
+    if stages:
+        add_stages(parser)
     add_log(parser)
     return parser
+
+
+def add_stages(parser):
+    group = parser.add_argument_group("several processes: torchrun --nproc-per-node K")
+    cut = "modules of each process, from the image up; by default the FLOPs of the busiest are fewest"
+    group.add_argument("--modules-per-stage", type=integers, metavar="N,N,…", help=cut)
+    queue = "mini-batches that wait between two processes before the lower one does"
+    group.add_argument("--queue", type=integer(1), default=2, metavar="N", help=queue)
+    patience = "until a process that waits for another gives up"
+    group.add_argument("--timeout", type=number(above=0), default=TIMEOUT, metavar="SECONDS", help=patience)
+    backend = "of torch.distributed (default: nccl on CUDA, else gloo)"
+    group.add_argument("--backend", choices=("nccl", "gloo"), help=backend)
 
 
 DEVICE = "auto, cpu, cuda, cuda:N or mps "

@@ -1,8 +1,12 @@
 """The processes that torchrun started together; a process started without it is the only one."""
 
 import os
+import signal
 import sys
+import time
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 from torch import distributed
@@ -10,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from decoupled import InputError
 
-TIMEOUT = timedelta(minutes=10)  # until a process that waits for another gives up
+TIMEOUT = 600.0  # seconds until a process that waits for another gives up
+GRACE = 3.0  # seconds in which a process that ends for a reason lets the others know
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -36,16 +41,46 @@ def launched():
     return rank, size, local
 
 
-class Processes:
-    """This process among those that share a run: number ``rank`` of ``size``, on ``device``.
+@cache
+def job_store(seconds=TIMEOUT):
+    """The key-value store of all processes of this job, through all its attempts."""
+    return next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
 
-    Process 0 alone prints, logs and saves. Raises InputError when there are more processes than GPUs, and when they do
-    not find each other.
+
+def attempt_store():
+    """The part of the job's store that is of this attempt: torchrun's store outlives the processes, and one that was
+    restarted must not meet what the last attempt left there.
+    """
+    return distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", job_store())
+
+
+def first_to_say(message):
+    """Whether this process is the first of its run to say ``message``, by which it ends, and so the one to print it.
+    The others are told that it ended for a reason.
+    """
+    there = job_store.cache_info().currsize or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not there or not os.environ.get("RANK"):
+        return True
+    try:
+        store = attempt_store()
+        store.set(f"ended {os.environ['RANK']}", "")
+        return store.add(f"said {message}", 1) == 1
+    except (RuntimeError, ValueError):  # the store is gone
+        return True
+
+
+class Processes:
+    """This process among those that share a run: number ``rank`` of ``size``, on ``device``. One that waits for another
+    longer than ``timeout`` seconds gives up.
+
+    Process 0 alone prints, logs and saves. Raises InputError when there are more processes than GPUs, when they do not
+    find each other and, in any method, when another process has ended or does not answer.
     """
 
-    def __init__(self, device, backend=None):
+    def __init__(self, device, backend=None, timeout=TIMEOUT):
         self.rank, self.size, local = launched()
-        self.device, self.control, self.store = device, None, None
+        self.device, self.timeout, self.control, self.store = device, timedelta(seconds=timeout), None, None
+        self.remembered = None
         if self.size > 1:
             self.join(local, backend)
 
@@ -68,23 +103,25 @@ class Processes:
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
         try:
-            # torchrun's store outlives the processes: a restarted attempt must not meet what the last one left there.
-            self.store, _, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
-            attempt = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", self.store)
-            where = {"store": attempt, "rank": self.rank, "world_size": self.size}
-            distributed.init_process_group(backend, timeout=TIMEOUT, **where)
+            self.store = attempt_store()
+            if job_store().check(["checkpoint"]):  # asked before process 0 can have one in this attempt
+                self.remembered = job_store().get("checkpoint").decode()
+            where = {"store": self.store, "rank": self.rank, "world_size": self.size}
+            distributed.init_process_group(backend, timeout=self.timeout, **where)
         except (distributed.DistError, RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"process {self.rank} has not found the others at {address} ({reason})") from error
-        self.control = distributed.new_group(backend="gloo", timeout=TIMEOUT)  # for what the CPU decides: no GPU waits
+        # For what the CPU decides: no GPU waits.
+        self.control = distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def sum(self, tensor):
         """The sum of a tensor over all processes, on the CPU; alone, the tensor itself."""
         if self.size == 1:
             return tensor
         total = tensor.cpu().clone()
-        distributed.all_reduce(total, group=self.control)
+        with self.waiting():
+            distributed.all_reduce(total, group=self.control)
         return total
 
     def agree(self, value):
@@ -92,7 +129,8 @@ class Processes:
         if self.size == 1:
             return value
         greatest = torch.tensor([value])
-        distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.control)
+        with self.waiting():
+            distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.control)
         return int(greatest)
 
     def from_first(self, make):
@@ -105,10 +143,85 @@ class Processes:
                 outcome[0] = make()
             except InputError as error:
                 outcome[1] = str(error)
-        distributed.broadcast_object_list(outcome, src=0, group=self.control, device="cpu")
+        with self.waiting(None if self.rank == 0 else 0):
+            distributed.broadcast_object_list(outcome, src=0, group=self.control, device="cpu")
         if outcome[1] is not None:
             raise InputError(outcome[1])
         return outcome[0]
+
+    def to_first(self, value):
+        """The ``value`` of every process, in order, in process 0; an empty list in the others."""
+        if self.rank == 0:
+            return [value, *(self.receive(other) for other in range(1, self.size))]
+        with self.waiting(0):
+            distributed.send_object_list([value], 0, group=self.control)
+        return []
+
+    def receive(self, other):
+        """What process ``other`` sends by ``to_first``."""
+        values = [None]
+        with self.waiting(other):
+            distributed.recv_object_list(values, other, group=self.control)
+        return values[0]
+
+    def link(self, low, high):
+        """A group of the processes ``low`` and ``high``. All processes call this."""
+        return distributed.new_group([low, high], timeout=self.timeout)
+
+    def wait(self):
+        """Returns when all processes are here."""
+        if self.size > 1:
+            with self.waiting():
+                distributed.barrier(group=self.control)
+
+    # Signals, restarts and failures, by way of the store: nobody waits for anybody
+
+    def tell_first(self, number):
+        """Tells process 0 the ``number`` of the signal that this one has received, 0 for none. Returns there what any
+        process has told, 0 in the others.
+        """
+        if number and self.rank:
+            self.store.set("signal", str(number))
+        if number or self.rank:
+            return 0 if self.rank else number
+        return int(self.store.get("signal")) if self.store.check(["signal"]) else 0
+
+    def remember(self, checkpoint):
+        """Notes the path of this job's ``checkpoint``, which is ``remembered`` in the processes that torchrun starts
+        when one has failed.
+        """
+        if self.size > 1 and self.rank == 0:
+            job_store().set("checkpoint", str(checkpoint))
+
+    @contextmanager
+    def waiting(self, other=None):
+        """In this block the process waits for process ``other``, None: for all. It ends with an InputError where that
+        one has ended or hangs, and without a word where that one said why.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this process says what it knows
+            late = "imed out" in str(error) or "imeout" in str(error)
+            self.store.set(f"ended {self.rank}", "")
+            if self.told(other):
+                sys.exit(2)
+            name = "another process" if other is None else f"process {other}"
+            if late:
+                outcome = f"has not answered for {self.timeout.total_seconds():g} s: raise --timeout if it was slow"
+            else:
+                outcome = "has ended: see its own words"
+            raise InputError(f"{name} {outcome}; --resume goes on from the last checkpoint") from error
+
+    def told(self, other):
+        """Whether process ``other``, or any where it is None, ends for a reason: because it waited in vain itself, for
+        one. The one that was killed or hangs says nothing.
+        """
+        others = [other] if other is not None else [rank for rank in range(self.size) if rank != self.rank]
+        end = time.monotonic() + GRACE
+        while not (told := any(self.store.check([f"ended {rank}"]) for rank in others)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return told
 
     def replicas(self, net, local_batch_norm=False):
         """What a step calls instead of the modules of ``net``: each in its own DistributedDataParallel; alone,
@@ -134,3 +247,4 @@ class Processes:
     def close(self):
         if self.size > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
+            job_store.cache_clear()

@@ -12,21 +12,23 @@ import time
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from decoupled import InputError, datasets, logs, provenance
 from decoupled.checkpoints import Checkpoint, check
 from decoupled.flags import pick_device
 from decoupled.images import mix_seed
-from decoupled.metrics import added
 from decoupled.processes import Processes, launched
 from decoupled.signals import Signals
+from decoupled.stages import Stage
+from decoupled.state import State
 from decoupled.steps import Steps, choose_kernels
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
-ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir")  # flags that may differ on resume; images are compared
-SAVE = 1  # what processes agree on after a batch: go on, save, or the number of a signal (from 2)
+# Flags that may differ on resume; images are compared.
+ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir", "modules_per_stage", "queue", "timeout", "backend")
+PLACE = ("stage", "epoch", "within", "batch", "seconds")  # of a Run, where it is
+SAVE = 1  # what is to be done after a mini-batch: go on (0), save, or the number of a signal (from 2)
 
 
 class Run:
@@ -46,7 +48,10 @@ class Run:
         self.checkpoint = Checkpoint(args.log_dir, self.script.removesuffix(".py").replace("/", "-"), args.name)
         if not several and (size := launched()[1]) > 1:
             raise InputError(f"{self.script} runs on one process, not on {size}: start it without torchrun")
-        self.processes = Processes(pick_device(args.device), getattr(args, "backend", None))
+        how = {name: getattr(args, name) for name in ("backend", "timeout") if hasattr(args, name)}
+        self.processes = Processes(pick_device(args.device), **how)
+        self.line = None  # this process's Stage where modules are shared out
+        self.replica, self.replicas = self.processes.rank, self.processes.size  # that share each mini-batch
         self.device = self.processes.device
         self.stages, self.header = None, []
         self.stage, self.epoch, self.batch, self.within, self.seconds = 1, 0, 0, False, 0.0
@@ -65,6 +70,16 @@ class Run:
     def prepare(self, net):
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile."""
         return self.steps.prepare(net, self.args.compile)
+
+    def share(self, net, shape=(3, 32, 32)):
+        """This process's modules of ``net``, prepared: a decoupled.stages.Stage. ``shape``: of an image."""
+        images = torch.zeros(2, *shape, device=self.device).to(memory_format=torch.channels_last)
+        how = {"lengths": self.args.modules_per_stage, "queue": self.args.queue, "autocast": self.autocast}
+        stage = Stage(self.steps.prepare(net, False), images, self.processes, wish=self.wish, **how)
+        self.prepare(stage.modules)
+        if self.processes.size > 1:
+            self.line, self.steps.first, self.replica, self.replicas = stage, stage.first, 0, 1
+        return stage
 
     def autocast(self):
         """The context for forward passes: mixed precision with --half, no effect otherwise."""
@@ -104,13 +119,11 @@ class Run:
         after each, and within, where the run stops or --save-every minutes have passed; --resume restores it.
         """
         self.stages = stages
-        self.state = {key: list(value) if isinstance(value, (list, tuple)) else [value] for key, value in state.items()}
-        optimizers = [value for values in self.state.values() for value in values if isinstance(value, Optimizer)]
-        self.state["scalers"] = [self.scaler(optimizer) for optimizer in optimizers]
+        self.state = State(state, self.scaler, self.processes, self.line)
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
-                self.resume() if self.args.resume else self.begin()
+                self.resume() if self.args.resume or self.processes.remembered else self.begin()
                 while self.within or not self.finished():
                     if not self.within:
                         self.begin_epoch()
@@ -121,7 +134,7 @@ class Run:
                 if self.processes.rank == 0:
                     print(f"finished: {self.checkpoint.path('.log')}")
             finally:
-                self.each("close")
+                self.state.each("close")
                 self.checkpoint.close()
         self.processes.close()
 
@@ -132,12 +145,7 @@ class Run:
         if self.epoch == self.args.epochs:
             self.stage, self.epoch = self.stage + 1, 0
         self.epoch, self.batch, self.seconds, self.within = self.epoch + 1, 0, 0.0, True
-        self.each("begin")
-
-    def each(self, method):
-        """Calls ``method`` of all objects of the state that have it."""
-        for value in (value for values in self.state.values() for value in values):
-            getattr(value, method, lambda: None)()
+        self.state.each("begin")
 
     def end_epoch(self):
         self.check_losses()
@@ -159,9 +167,9 @@ class Run:
         stage = (self.stage,) if self.stages else ()
         for batch in tqdm(left, self.where(), total, initial=self.batch, leave=False, disable=silent):
             self.batch += 1
-            if self.processes.size > 1:
+            if self.replicas > 1:
                 self.weight = batches.weight
-            torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.processes.rank))
+            torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.replica))
             yield batch
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
@@ -170,7 +178,7 @@ class Run:
 
     def evaluation(self, batches):
         """Iterates over all of ``batches``; a run that stops meanwhile evaluates again when it resumes."""
-        common = len(batches) if self.processes.size == 1 else batches.common  # of which every process has a share
+        common = len(batches) if self.replicas == 1 else batches.common  # of which every process has a share
         for number, batch in enumerate(batches, start=1):
             yield batch
             if number <= common:
@@ -178,12 +186,18 @@ class Run:
 
     # Stopping
 
+    def wish(self):
+        """What is to be done after a mini-batch: nothing (0), save, or the number of a signal."""
+        received = self.processes.tell_first(self.signals.received) if self.line else self.signals.received
+        due = time.perf_counter() - self.saved_at > 60 * self.args.save_every
+        return received or due * SAVE
+
     def pause(self):
         """Between two mini-batches: saves when it is time to, and after a signal to any process leaves with exit code
-        128 + its number.
+        128 + its number. Replicas agree; where modules are shared out, process 0 has marked the mini-batch, and the
+        others stop or save behind it.
         """
-        due = time.perf_counter() - self.saved_at > 60 * self.args.save_every
-        asked = self.processes.agree(self.signals.received or due * SAVE)
+        asked = self.line.take_mark() if self.line else self.processes.agree(self.wish())
         if not asked:
             return
         if self.within:
@@ -194,6 +208,7 @@ class Run:
                 saved = f"saved in {self.checkpoint.path('.pt')}: --resume continues there"
                 outcome = saved if self.saves else "nothing is saved with --debug 1"
                 print(f"{self.script}: stopped after {self.where()}, {outcome}", file=sys.stderr)
+            self.processes.wait()  # torchrun ends those that are left when one has ended like this
             self.processes.close()
             sys.exit(128 + asked)
 
@@ -223,11 +238,13 @@ class Run:
         header = [repr(self.args), *self.environment(), *about, *self.header, *map(repr, self.state["net"])]
         self.checkpoint.stem = self.processes.from_first(lambda: self.checkpoint.create("\n".join(header) + "\n"))
         self.save()
+        self.processes.remember(self.checkpoint.path(".pt"))
 
     def environment(self):
         """The lines that say how and where this run goes."""
         lines = provenance.environment(self.device, self.args.half)
-        return [*lines, f"# processes: {self.processes}"] if self.processes.size > 1 else lines
+        cut = f", modules {self.line}" if self.line else ""
+        return [*lines, f"# processes: {self.processes}{cut}"] if self.processes.size > 1 else lines
 
     @property
     def saves(self):
@@ -238,42 +255,28 @@ class Run:
         """Writes the checkpoint. All processes call this after the same mini-batch."""
         if self.within:
             self.seconds = time.perf_counter() - self.started
-        values = self.state | {"meters": added(self.state.get("meters", []), self.processes)}
+        state = self.state.gather()
         if self.processes.rank == 0 and self.saves:
-            place = {"stage": self.stage, "epoch": self.epoch, "within": self.within, "batch": self.batch}
-            form = getattr(*self.state.get("test", [None]), "form", None)  # for use after training
-            about = {"script": self.script, "arguments": vars(self.args), "seconds": self.seconds}
-            state = {key: [value.state_dict() for value in values] for key, values in values.items()}
-            self.checkpoint.write({**about, **place, "data": form._asdict() if form else {}, "state": state})
+            place = {name: getattr(self, name) for name in PLACE}
+            form = getattr(self.state["test"][0], "form", None) if "test" in self.state else None  # for later use
+            about = {"script": self.script, "arguments": vars(self.args), "data": form._asdict() if form else {}}
+            self.checkpoint.write({**about, **place, "state": state})
         self.saved_at = time.perf_counter()
 
     def resume(self):
         """Restores the checkpoint that --resume names, and brings the log back to the lines it knows of."""
         asked = None if self.args.resume in ("newest", "auto") else self.args.resume
-        if self.args.resume == "auto" and self.processes.from_first(self.checkpoint.newest) is None:
+        asked = self.processes.remembered or asked  # this job's own, where torchrun starts it anew
+        if asked is None and self.args.resume == "auto" and self.processes.from_first(self.checkpoint.newest) is None:
             return self.begin()
         expected = (self.script, vars(self.args), self.elsewhere, self.stages or 1)
         found = self.processes.from_first(lambda: self.checkpoint.read(asked, lambda *saved: check(*saved, *expected)))
         saved, self.checkpoint.folder, self.checkpoint.stem = found
-        self.restore(saved)
+        self.state.restore(saved["state"], self.checkpoint.path(".pt"))
+        for name in PLACE:
+            setattr(self, name, saved[name])
+        self.processes.remember(self.checkpoint.path(".pt"))
         if self.processes.rank == 0 and (self.within or not self.finished()):
             self.checkpoint.reopen(saved["log"])
             self.write("\n".join([f"# resumed after {self.where()}", *self.environment()]) + "\n")
             print(f"resuming {self.checkpoint.path('.pt')} after {self.where()}")
-
-    def restore(self, saved):
-        """Brings everything back to where the checkpoint ``saved`` left it."""
-        try:
-            for key, values in self.state.items():
-                for value, state in zip(values, saved["state"][key], strict=True):
-                    value.load_state_dict(state)
-        except (InputError, MemoryError):
-            raise
-        except Exception as error:  # whatever a state that is another object's leads to
-            reason = str(error).strip().split("\n")[-1].strip()
-            what = f"{self.checkpoint.path('.pt')} is a checkpoint of another network ({reason})"
-            raise InputError(f"{what}: name one of this network's") from error
-        for meter in self.state.get("meters", ()) if self.processes.rank else ():
-            meter.begin()  # process 0 has the sum over all
-        self.stage, self.epoch, self.within = saved["stage"], saved["epoch"], saved["within"]
-        self.batch, self.seconds = saved["batch"], saved["seconds"]

@@ -58,6 +58,7 @@ class Steps:
 
     def __init__(self, device, half, loss_scale=None):
         self.device, self.half, self.loss_scale = device, half, loss_scale
+        self.first = 0  # modules below those that learn in this process
         self.learners = {}  # id of an optimizer → (the number of the module it teaches, its loss scale)
         self.watched = []  # (mini-batch, number of the module, loss)
 
@@ -81,7 +82,7 @@ class Steps:
         """(number of the module that ``optimizer`` teaches, from 1 as they are asked for; its loss scale)."""
         if id(optimizer) not in self.learners:
             momentum_from_zeros(optimizer)
-            self.learners[id(optimizer)] = len(self.learners) + 1, self.scaler()
+            self.learners[id(optimizer)] = self.first + len(self.learners) + 1, self.scaler()
         return self.learners[id(optimizer)]
 
     def scaler(self):

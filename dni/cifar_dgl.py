@@ -2,6 +2,7 @@
 DNI is compared with in Sec. 5.1, Fig. 2.
 
     python dni/cifar_dgl.py
+    torchrun --nproc-per-node 3 dni/cifar_dgl.py
 
 The three blocks of cifar_cnn_dni.py, each its own module. The auxiliaries of
 the first two are the network that synthesizes gradients in DNI, with a linear
@@ -24,7 +25,7 @@ from decoupled.runs import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256)
+    parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256, stages=True)
     group = parser.add_argument_group("network and output")
     group.add_argument("--channels", type=flags.WIDTH, default=128, help="of every block and auxiliary")
     group.add_argument(
@@ -52,29 +53,29 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run = Run(args)
+    run = Run(args, several=True)
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes))
-    optimizers = [Adam(module.parameters(), lr=args.lr, fused=True) for module in net]
-    meters = [Meter() for _ in net]
+    stage = run.share(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    optimizers = [Adam(module.parameters(), lr=args.lr, fused=True) for module in stage.modules]
+    meters = [Meter() for _ in stage.modules]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, train=train, test=test, meters=meters):
-        net.train()
-        for images, labels in run.progress(train):
-            representation = images  # (B, 3, 32, 32)
-            for module, optimizer, meter in zip(net, optimizers, meters, strict=True):
+    for epoch in run.epochs(net=stage, optimizers=optimizers, train=train, test=test, meters=meters):
+        stage.train()
+        for representation, labels in run.progress(stage.receive(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(stage.modules, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
                 run.step(loss, optimizer)  # zero_grad, backward, step
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
+            stage.send(representation, labels)  # to the module above, where another process has it
             if run.batch % args.log_interval == 0:
                 losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
                 tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
         with run.autocast():
-            scores = evaluate(net, run.evaluation(test))
-        for n, (meter, score) in enumerate(zip(meters, scores, strict=True), start=1):
+            scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
+        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             line = logs.head_line if n == len(net) else logs.lower_head_line  # the published log has the last head only
             run.log(n, epoch, meter, score, line)
 

@@ -1,0 +1,86 @@
+"""Runs scripts as torchrun does, by its agent, in processes that are forked from this one: each import happens once.
+Not a test: tests/test_stages.py starts it.
+
+    python tests/staged_run.py JSON
+
+JSON: a list of runs, one after the other, each a dict: "processes", "restarts" (torchrun's --max-restarts), "words"
+(the script and its flags), "faults": {rank: [call, what]}, in that process's call number ``call`` of Stage.send, which
+each mini-batch ends with: a signal's name, sent to the process by itself in its first attempt; "error", an InputError;
+"slow", from there on each takes 50 ms longer.
+"""
+
+import collections
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sklearn.datasets
+import torch
+import torch._dynamo  # optimizers import it, which takes a second
+from running import ROOT, load_script, small
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from decoupled import InputError, processes, runs, stages  # noqa: F401
+from decoupled.flags import start
+
+PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
+
+
+def fault(call, what):
+    """Stage.send that fails in its call number ``call``."""
+    real, calls = stages.Stage.send, collections.Counter()
+
+    def send(self, representation, labels):
+        calls["send"] += 1
+        if what == "slow" and calls["send"] >= call:
+            time.sleep(0.05)
+        elif calls["send"] == call and what == "error":
+            raise InputError("this cannot be used: use something else")
+        elif calls["send"] == call and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if what == "SIGSTOP" and os.fork() == 0:
+                stopped = os.getppid()
+                time.sleep(PATIENCE)
+                os.kill(stopped, signal.SIGKILL)
+                os._exit(0)
+            os.kill(os.getpid(), getattr(signal, what))
+        real(self, representation, labels)
+
+    return send
+
+
+def worker(words, faults):
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    if rank in faults:
+        stages.Stage.send = fault(*faults[rank])
+    script, *flags = words
+    sys.argv = [str(ROOT / script), *flags]
+    module = load_script(script)
+    if hasattr(module, "layerwise_cnn"):
+        module.layerwise_cnn = small()
+    start(module.main)
+
+
+def main():
+    digits = sklearn.datasets.load_digits()
+    sklearn.datasets.load_digits = lambda: digits
+    processes.GRACE = 2.0
+    for run in json.loads(sys.argv[1]):
+        how = {"max_restarts": run.get("restarts", 0), "monitor_interval": 0.05, "start_method": "fork"}
+        where = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        config = LaunchConfig(1, 1, run["processes"], **how, **where)
+        try:
+            elastic_launch(config, worker)(run["words"], run.get("faults", {}))
+            print("outcome: finished", flush=True)
+        except ChildFailedError as error:
+            codes = sorted({failure.exitcode for failure in error.failures.values()})
+            print(f"outcome: {codes}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
