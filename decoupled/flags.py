@@ -217,7 +217,7 @@ def add_stages(parser):
     queue = "mini-batches that wait between two processes before the lower one does"
     group.add_argument("--queue", type=integer(1), default=2, metavar="N", help=queue)
     patience = "until a process that waits for another gives up"
-    group.add_argument("--timeout", type=number(above=0), default=TIMEOUT, metavar="SECONDS", help=patience)
+    group.add_argument("--timeout", type=number(above=0, below=1e7), default=TIMEOUT, metavar="SECONDS", help=patience)
     backend = "of torch.distributed (default: nccl on CUDA, else gloo)"
     group.add_argument("--backend", choices=("nccl", "gloo"), help=backend)
 
