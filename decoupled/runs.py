@@ -43,8 +43,7 @@ class Run:
 
     def __init__(self, args, *, several=False, loss_scale=None, elsewhere=()):
         self.args, self.elsewhere = args, (*ELSEWHERE, *elsewhere)
-        script = Path(sys.argv[0]).resolve()
-        self.script = f"{script.parent.name}/{script.name}"
+        self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         self.checkpoint = Checkpoint(args.log_dir, self.script.removesuffix(".py").replace("/", "-"), args.name)
         if not several and (size := launched()[1]) > 1:
             raise InputError(f"{self.script} runs on one process, not on {size}: start it without torchrun")
@@ -63,9 +62,8 @@ class Run:
 
     def data(self, **options):
         """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
-        args = self.args
-        sizes = {name: getattr(args, name) for name in ("batch_size", "test_batch_size", "train_samples", "validation")}
-        return datasets.load(args.dataset, args.data_dir, **sizes, seed=args.seed, device=self.device, **options)
+        names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
+        return datasets.load(**{name: getattr(self.args, name) for name in names}, device=self.device, **options)
 
     def prepare(self, net):
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile."""

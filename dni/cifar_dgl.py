@@ -76,7 +76,8 @@ def main():
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
-            line = logs.head_line if n == len(stage.net) else logs.lower_head_line  # the published log has the last head only
+            # The published log has the last head only.
+            line = logs.head_line if n == len(stage.net) else logs.lower_head_line
             run.log(n, epoch, meter, score, line)
 
 
