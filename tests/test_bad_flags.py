@@ -183,14 +183,16 @@ def test_paths_that_are_too_long_or_closed_to_us(fails, monkeypatch, flag):
     assert flags.shortage(RuntimeError("mat1 and mat2")) is flags.shortage(FileNotFoundError(2, "no", "x")) is None
 
 
-def test_without_a_compiler_nothing_begins(fails, monkeypatch):
-    from torch._inductor import config
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(config.cpp, "cxx", ("/no/compiler",))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    message = fails(PARALLEL, *TOY, "--compile", layerwise_cnn=small(channels=1, depth=1, downsample=()))
-    assert "--compile does not work here (" in message and "install a C++ compiler, or leave --compile out" in message
+def test_without_a_compiler_nothing_begins(tmp_path):
+    """In a process of its own: the compiler remembers for its process that there is none."""
+    command = [sys.executable, str(ROOT / PARALLEL), *map(str, TOY), "--compile", "--log-dir", str(tmp_path / "logs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": "/no/compiler"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "--compile does not work here (" in done.stderr
+    assert "install a C++ compiler, or leave --compile out" in done.stderr
+    assert not (tmp_path / "logs").exists()
 
 
 # Output that cannot be written

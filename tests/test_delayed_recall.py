@@ -46,7 +46,7 @@ def test_a_learning_rate_of_0_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--lr", 0)
     assert stop.value.code == 2
-    assert "learning rates are above 0" in capsys.readouterr().err
+    assert "must be a number > 0" in capsys.readouterr().err
 
 
 def test_with_its_context_the_synthetic_gradient_beats_truncation_in_the_committed_curves():
