@@ -67,10 +67,7 @@ def parse_args():
     parser.add_argument(
         "--output", type=flags.path, metavar="CSV", help="where to write the curves (default: standard output)"
     )
-    args = parser.parse_args()
-    if not all(lr > 0 for lr in args.lr):
-        parser.error(f"--lr {' '.join(map(str, args.lr))}: learning rates are above 0")
-    return args
+    return parser.parse_args()
 
 
 def learn(method, lr, seed, args):
