@@ -49,7 +49,7 @@ class Watched(runs.Run):
     """Checks that every step moves its own module's parameters and no others, whose gradients stay as they were."""
 
     def epochs(self, **state):
-        self.net, self.taken = state["net"], 0
+        self.net, self.taken = state["net"].net, 0
         Watched.last = self
         return super().epochs(**state)
 
