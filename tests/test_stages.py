@@ -190,3 +190,52 @@ def test_modules_and_processes_must_fit():
     for lengths, processes in (([4], 2), ([1, 1, 1], 3), ([2, 2], 1)):
         with pytest.raises(InputError, match="give each process its number"):
             check_lengths(lengths, 4, processes)
+
+
+OWN = """
+import torch
+from torch import nn
+from decoupled import decouple
+
+def block(below, width):
+    return nn.Sequential(nn.Conv2d(below, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
+
+def layerwise_cnn(classes, **_):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return decouple(nn.Sequential(block(3, 4), block(4, 8), block(8, 8), head), images, splits=3)
+"""
+
+
+def test_a_network_that_decouple_has_cut_learns_in_several_processes_as_in_one(tmp_path):
+    script = (ROOT / "learning_curves/cifar_dgl.py").read_text()
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own/own_dgl.py"
+    path.write_text(script.replace("from decoupled.network import layerwise_cnn\n", OWN))
+    flags = [
+        "--dataset",
+        "digits",
+        "--train-samples",
+        "40",
+        "--batch-size",
+        "16",
+        "--test-batch-size",
+        "200",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    results = []
+    for words in ([], torchrun):
+        folder = tmp_path / f"logs{len(words)}"
+        command = [sys.executable, *words, str(path), *flags, "--log-dir", str(folder)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(Finished(folder))
+    alone, together = results
+    assert alone.lines == together.lines and len(alone.lines) == 3
+    assert alone.weights.keys() == together.weights.keys()
+    assert all(torch.equal(value, together.weights[key]) for key, value in alone.weights.items())
