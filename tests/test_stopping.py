@@ -193,7 +193,7 @@ def test_resume_auto_begins_where_there_is_nothing(run_script):
 def test_a_cifar_script_says_that_it_runs_on_one_process(fails, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert "runs on one process, not on 2: start it without torchrun" in fails(PARALLEL, *TOY.split())
+    assert "runs on one process, not on 2: start it without torchrun" in fails(SEQUENTIAL, *TOY.split())
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "contradict each other" in fails(PARALLEL, *TOY.split())
     monkeypatch.delenv("WORLD_SIZE")
