@@ -102,6 +102,10 @@ def test_shell_blocks_run(demo, monkeypatch, capsys):
         elif words[0] == "python":
             monkeypatch.setattr(sys, "argv", words[1:])
             load_script(words[1]).parse_args()
+        elif words[0] == "torchrun":
+            first = next(place for place, word in enumerate(words) if word.endswith(".py"))
+            monkeypatch.setattr(sys, "argv", words[first:])
+            load_script(words[first]).parse_args()
         elif words[0] == "make":
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
