@@ -114,10 +114,10 @@ def test_each_of_many_modules_is_compiled(run_script, monkeypatch):
     graphs, compile_module = [], torch.nn.Module.compile
     backend = lambda graph, example_inputs: graphs.append(graph) or graph.forward  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch.compiler.reset()
     deep = small(channels=2, depth=10)
-    run_script(PARALLEL, *SHORT, "--epochs", 1, "--compile", layerwise_cnn=deep, evaluate=first_images)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run_script(PARALLEL, *SHORT, "--epochs", 1, "--compile", layerwise_cnn=deep, evaluate=first_images)
     assert len(graphs) >= 10
 
 
