@@ -3,19 +3,21 @@
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from decoupled import InputError
+from decoupled.streams import silent_libraries
 
 TIMEOUT = 600.0  # seconds until a process that waits for another gives up
 GRACE = 3.0  # seconds in which a process that ends for a reason lets the others know
+LOOK = 0.5  # seconds between looks whether torchrun lives
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -41,10 +43,33 @@ def launched():
     return rank, size, local
 
 
-@cache
+_job = {}  # "store": of all processes of this job, once this one has found it
+
+
 def job_store(seconds=TIMEOUT):
-    """The key-value store of all processes of this job, through all its attempts."""
-    return next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    """The key-value store of all processes of this job, through all its attempts; the first call waits for the others
+    for at most so many ``seconds``.
+    """
+    if "store" not in _job:
+        _job["store"] = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    return _job["store"]
+
+
+def end_with_torchrun():
+    """Ends this process with exit code 2 soon after torchrun, which started it, died without ending it: nobody would
+    start it anew, and a run that goes on unseen keeps a new one from its files.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        if os.environ["RANK"] == "0":
+            name = os.path.basename(sys.argv[0])
+            print(f"{name}: error: torchrun has died; --resume goes on from the last checkpoint", file=sys.stderr)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def attempt_store():
@@ -58,7 +83,7 @@ def first_to_say(message):
     """Whether this process is the first of its run to say ``message``, by which it ends, and so the one to print it.
     The others are told that it ended for a reason.
     """
-    there = job_store.cache_info().currsize or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    there = _job or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not there or not os.environ.get("RANK"):
         return True
     try:
@@ -102,10 +127,14 @@ class Processes:
             torch.cuda.set_device(self.device)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it lives as long as the process
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_torchrun()
         try:
+            with silent_libraries():
+                job = job_store(self.timeout.total_seconds())
             self.store = attempt_store()
-            if job_store().check(["checkpoint"]):  # asked before process 0 can have one in this attempt
-                self.remembered = job_store().get("checkpoint").decode()
+            if job.check(["checkpoint"]):  # asked before process 0 can have one in this attempt
+                self.remembered = job.get("checkpoint").decode()
             where = {"store": self.store, "rank": self.rank, "world_size": self.size}
             distributed.init_process_group(backend, timeout=self.timeout, **where)
         except (distributed.DistError, RuntimeError, ValueError) as error:
@@ -176,22 +205,34 @@ class Processes:
 
     # Signals, restarts and failures, by way of the store: nobody waits for anybody
 
+    @contextmanager
+    def noting(self):
+        """In this block the store is used, which goes where torchrun does. Raises InputError then."""
+        try:
+            with silent_libraries():
+                yield
+        except RuntimeError as error:
+            time.sleep(GRACE)  # in which end_with_torchrun ends this process
+            raise InputError("the store of torchrun has gone; --resume goes on from the last checkpoint") from error
+
     def tell_first(self, number):
         """Tells process 0 the ``number`` of the signal that this one has received, 0 for none. Returns there what any
         process has told, 0 in the others.
         """
-        if number and self.rank:
-            self.store.set("signal", str(number))
-        if number or self.rank:
-            return 0 if self.rank else number
-        return int(self.store.get("signal")) if self.store.check(["signal"]) else 0
+        with self.noting():
+            if number and self.rank:
+                self.store.set("signal", str(number))
+            if number or self.rank:
+                return 0 if self.rank else number
+            return int(self.store.get("signal")) if self.store.check(["signal"]) else 0
 
     def remember(self, checkpoint):
         """Notes the path of this job's ``checkpoint``, which is ``remembered`` in the processes that torchrun starts
         when one has failed.
         """
         if self.size > 1 and self.rank == 0:
-            job_store().set("checkpoint", str(checkpoint))
+            with self.noting():
+                job_store().set("checkpoint", str(checkpoint))
 
     @contextmanager
     def waiting(self, other=None):
@@ -203,8 +244,10 @@ class Processes:
         except RuntimeError as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this process says what it knows
             late = "imed out" in str(error) or "imeout" in str(error)
-            self.store.set(f"ended {self.rank}", "")
-            if self.told(other):
+            with self.noting():
+                self.store.set(f"ended {self.rank}", "")
+                told = self.told(other)
+            if told:
                 sys.exit(2)
             name = "another process" if other is None else f"process {other}"
             if late:
@@ -247,4 +290,4 @@ class Processes:
     def close(self):
         if self.size > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
-            job_store.cache_clear()
+            _job.clear()

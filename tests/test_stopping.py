@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,8 +107,8 @@ def test_killed_within_an_epoch_a_run_goes_on_from_its_last_minutes(run_script, 
     assert_same(left, whole)
 
 
-def start(folder, *flags):
-    command = [sys.executable, str(ROOT / PARALLEL), *TOY.split(), "--log-dir", str(folder), *flags]
+def start(folder, *flags, python=()):
+    command = [sys.executable, *python, str(ROOT / PARALLEL), *TOY.split(), "--log-dir", str(folder), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
@@ -198,3 +199,28 @@ def test_a_cifar_script_says_that_it_runs_on_one_process(fails, monkeypatch):
     assert "contradict each other" in fails(PARALLEL, *TOY.split())
     monkeypatch.delenv("WORLD_SIZE")
     assert "WORLD_SIZE is not set" in fails(PARALLEL, *TOY.split())
+
+
+def test_processes_that_do_not_find_each_other_say_so_within_the_timeout(fails, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    assert f"process 0 has not found the others at 127.0.0.1:{port}" in fails(PARALLEL, *TOY.split(), "--timeout", 1)
+
+
+def test_when_torchrun_dies_its_processes_end_and_say_so_once(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    agent = start(tmp_path, "--epochs", "1000", python=torchrun)
+    try:
+        log = wait_for(tmp_path, "n: 4, epoch 1,")
+        agent.kill()
+        message = agent.communicate(timeout=120)[1]  # stderr ends when the last process that has it does
+    finally:
+        agent.kill()
+    said = [line for line in message.splitlines() if line.startswith("cifar_dgl.py")]
+    assert said == ["cifar_dgl.py: error: torchrun has died; --resume goes on from the last checkpoint"]
+    assert "Traceback" not in message
+    Checkpoint(tmp_path, log.stem.rsplit("-", 2)[0]).read(None, lambda *saved: None)  # takes the run's lock
