@@ -22,7 +22,6 @@ EXIT_BAD_INPUT = 2
 NAME_BYTES = 160  # of a file's 255: the rest is for the script, the time and a suffix
 FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
 
-
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENAMETOOLONG)  # of a file
@@ -205,21 +204,25 @@ def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, sta
     group.add_argument("--validation", type=integer(0), default=0, metavar="N", help=validation)
     add_device(parser)
     if stages:
-        add_stages(parser)
+        add_stages(add_processes(parser, "several processes: torchrun --nproc-per-node K"))
     add_log(parser)
     return parser
 
 
-def add_stages(parser):
-    group = parser.add_argument_group("several processes: torchrun --nproc-per-node K")
-    cut = "modules of each process, from the image up; by default the FLOPs of the busiest are fewest"
+def add_stages(group):
+    cut = "modules of each stage, from the image up; by default the FLOPs of the busiest are fewest"
     group.add_argument("--modules-per-stage", type=integers, metavar="N,N,…", help=cut)
     queue = "mini-batches that wait between two processes before the lower one does"
     group.add_argument("--queue", type=integer(1), default=2, metavar="N", help=queue)
+
+
+def add_processes(parser, title):
+    group = parser.add_argument_group(title)
     patience = "until a process that waits for another gives up"
     group.add_argument("--timeout", type=number(above=0, below=1e7), default=TIMEOUT, metavar="SECONDS", help=patience)
     backend = "of torch.distributed (default: nccl on CUDA, else gloo)"
     group.add_argument("--backend", choices=("nccl", "gloo"), help=backend)
+    return group
 
 
 DEVICE = "auto, cpu, cuda, cuda:N or mps "

@@ -140,6 +140,11 @@ class Batches:
         """uint8 (B, 32, 32, 3) → float32 (B, 3, 32, 32) in channels-last memory, zero mean and unit variance."""
         return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
+    @property
+    def outline(self):
+        """What an Outline is made from."""
+        return len(self.labels), self.batch_size, len(self)
+
     def __str__(self):
         return f"{len(self.labels)} images of {self.description}"
 
@@ -155,6 +160,43 @@ class Batches:
         self.generator.set_state(state["start"])
         if state["begun"]:
             self.begin()
+        self.place = state["place"]
+
+
+class Outline:
+    """What a process above the lowest stage knows of Batches: ``count`` samples in ``length`` mini-batches of
+    ``batch_size``, of each of which it learns from share ``replica`` of ``replicas``. It has a place in them, as they
+    have, and ``weight`` is that of the latest share's mean loss in the mean over replicas.
+    """
+
+    def __init__(self, count, batch_size, length, replica=0, replicas=1):
+        whole = [min(batch_size, count - first) for first in range(0, count, batch_size)][:length]
+        self.whole, self.replicas = whole, replicas
+        self.shares = [size // replicas + (replica < size % replicas) for size in whole]
+        self.common = sum(size >= replicas for size in whole)  # mini-batches that every replica has a share of
+        self.place, self.weight = length, 1.0
+
+    def __len__(self):
+        return len(self.whole)
+
+    def begin(self):
+        """Begins a new epoch."""
+        self.place = 0
+
+    @property
+    def left(self):
+        """The sizes of the shares that are still to come in this epoch."""
+        return [size for size in self.shares[self.place :] if size]
+
+    def advance(self):
+        """Counts a mini-batch that has come."""
+        self.weight = self.shares[self.place] * self.replicas / self.whole[self.place]
+        self.place += 1
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
         self.place = state["place"]
 
 

@@ -76,11 +76,11 @@ class Meter:
         self.count, self.losses, self.hits = int(count), losses, hits
 
 
-def added(meters, processes):
-    """The Meters of what all ``processes`` (decoupled.processes.Processes) have measured, by one reduction."""
-    if processes.size == 1:
+def added(meters, mesh):
+    """The Meters of what all replicas of ``mesh`` (decoupled.mesh.Mesh) have measured, by one reduction."""
+    if mesh.replicas == 1 or not meters:
         return meters
-    totals = processes.sum(torch.stack([meter.sums() for meter in meters]))
+    totals = mesh.sum(torch.stack([meter.sums() for meter in meters]))
     everywhere = [Meter(meter.topk) for meter in meters]
     for meter, sums in zip(everywhere, totals, strict=True):
         meter.load_state_dict({"sums": sums})
@@ -112,11 +112,23 @@ def ensembles(every_output):
 
     The outputs are probabilities in the ImageNet experiment and logits in the asynchronous one (Sec. 5.5, 5.6).
     """
-    weighted, total = [], 0
-    for index, output in enumerate(every_output):
-        total = total + 2**index * output
-        weighted.append(total / (2 ** (index + 1) - 1))
-    return weighted
+    return means(weighted_sums(every_output))
+
+
+def weighted_sums(every_output, first=0, below=0):
+    """The sums of 2^i × output i of heads 0..n, for each n of which there is an output: from ``first`` on; ``below`` is
+    the sum of the heads before it.
+    """
+    sums = []
+    for index, output in enumerate(every_output, start=first):
+        below = below + 2**index * output
+        sums.append(below)
+    return sums
+
+
+def means(sums, first=0):
+    """Ensembles of weighted sums, from head ``first`` on."""
+    return [total / (2 ** (index + 1) - 1) for index, total in enumerate(sums, start=first)]
 
 
 class WithEnsembles(nn.Module):

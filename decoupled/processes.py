@@ -10,7 +10,6 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from decoupled import InputError
 from decoupled.streams import silent_libraries
@@ -144,24 +143,6 @@ class Processes:
         # For what the CPU decides: no GPU waits.
         self.control = distributed.new_group(backend="gloo", timeout=self.timeout)
 
-    def sum(self, tensor):
-        """The sum of a tensor over all processes, on the CPU; alone, the tensor itself."""
-        if self.size == 1:
-            return tensor
-        total = tensor.cpu().clone()
-        with self.waiting():
-            distributed.all_reduce(total, group=self.control)
-        return total
-
-    def agree(self, value):
-        """The greatest ``value``, an integer, of all processes."""
-        if self.size == 1:
-            return value
-        greatest = torch.tensor([value])
-        with self.waiting():
-            distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.control)
-        return int(greatest)
-
     def from_first(self, make):
         """What ``make()`` gives in process 0, in all of them. An InputError there is raised in all."""
         if self.size == 1:
@@ -178,12 +159,13 @@ class Processes:
             raise InputError(outcome[1])
         return outcome[0]
 
-    def to_first(self, value):
-        """The ``value`` of every process, in order, in process 0; an empty list in the others."""
+    def to_first(self, value, senders):
+        """The ``value`` of each of ``senders``, process 0 and others, in process 0; an empty list in the others."""
         if self.rank == 0:
-            return [value, *(self.receive(other) for other in range(1, self.size))]
-        with self.waiting(0):
-            distributed.send_object_list([value], 0, group=self.control)
+            return [value, *(self.receive(other) for other in senders[1:])]
+        if self.rank in senders:
+            with self.waiting(0):
+                distributed.send_object_list([value], 0, group=self.control)
         return []
 
     def receive(self, other):
@@ -193,9 +175,9 @@ class Processes:
             distributed.recv_object_list(values, other, group=self.control)
         return values[0]
 
-    def link(self, low, high):
-        """A group of the processes ``low`` and ``high``. All processes call this."""
-        return distributed.new_group([low, high], timeout=self.timeout)
+    def group(self, members, backend=None):
+        """A group of the processes ``members``. All processes call this."""
+        return distributed.new_group([*members], timeout=self.timeout, backend=backend)
 
     def wait(self):
         """Returns when all processes are here."""
@@ -265,24 +247,6 @@ class Processes:
         while not (told := any(self.store.check([f"ended {rank}"]) for rank in others)) and time.monotonic() < end:
             time.sleep(0.05)
         return told
-
-    def replicas(self, net, local_batch_norm=False):
-        """What a step calls instead of the modules of ``net``: each in its own DistributedDataParallel; alone,
-        themselves.
-
-        Parameters and batch norm start the same in all processes and stay the same, so none are broadcast; with
-        ``local_batch_norm`` running statistics differ, and process 0's count.
-        """
-        if self.size == 1:
-            return list(net)
-        options = {"device_ids": [self.device.index]} if self.device.type == "cuda" else {}
-        options |= {"broadcast_buffers": local_batch_norm, "gradient_as_bucket_view": True}
-        return [DistributedDataParallel(module, **options) for module in net]
-
-    def same_buffers(self, net):
-        """Gives all processes the buffers that ``net`` has in process 0."""
-        for buffer in net.buffers() if self.size > 1 else ():
-            distributed.broadcast(buffer, 0)
 
     def __str__(self):
         return f"{self.size}, {distributed.get_backend()}"

@@ -18,6 +18,7 @@ from decoupled import InputError, datasets, logs, provenance
 from decoupled.checkpoints import Checkpoint, check
 from decoupled.flags import pick_device
 from decoupled.images import mix_seed
+from decoupled.mesh import Mesh
 from decoupled.processes import Processes, launched
 from decoupled.signals import Signals
 from decoupled.stages import Stage
@@ -26,7 +27,7 @@ from decoupled.steps import Steps, choose_kernels
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
 # Flags that may differ on resume; images are compared.
-ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir", "modules_per_stage", "queue", "timeout", "backend")
+FREE = ("resume", "save_every", "log_dir", "data_dir", "modules_per_stage", "stages", "queue", "timeout", "backend")
 PLACE = ("stage", "epoch", "within", "batch", "seconds")  # of a Run, where it is
 SAVE = 1  # what is to be done after a mini-batch: go on (0), save, or the number of a signal (from 2)
 
@@ -35,35 +36,37 @@ class Run:
     """A run of the script that is being executed, with its parsed ``args``. Nothing is written before ``epochs``.
 
     several     whether the script can share its work among the processes of torchrun
+    stages      into how many the modules are shared out; None: as many as there are processes
     loss_scale  of fp16: constant; None: as large as gradients allow
     elsewhere   further flags that may differ on resume
 
     Raises InputError for a device that is not there, a folder that cannot be written to, processes that will not do.
     """
 
-    def __init__(self, args, *, several=False, loss_scale=None, elsewhere=()):
-        self.args, self.elsewhere = args, (*ELSEWHERE, *elsewhere)
+    def __init__(self, args, *, several=False, stages=None, loss_scale=None, elsewhere=()):
+        self.args, self.elsewhere = args, (*FREE, *elsewhere)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         self.checkpoint = Checkpoint(args.log_dir, self.script.removesuffix(".py").replace("/", "-"), args.name)
         if not several and (size := launched()[1]) > 1:
             raise InputError(f"{self.script} runs on one process, not on {size}: start it without torchrun")
         how = {name: getattr(args, name) for name in ("backend", "timeout") if hasattr(args, name)}
         self.processes = Processes(pick_device(args.device), **how)
+        self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.line = None  # this process's Stage where modules are shared out
-        self.replica, self.replicas = self.processes.rank, self.processes.size  # that share each mini-batch
         self.device = self.processes.device
         self.stages, self.header = None, []
         self.stage, self.epoch, self.batch, self.within, self.seconds = 1, 0, 0, False, 0.0
         self.steps = Steps(self.device, args.half, loss_scale)
         self.signals = Signals(quiet=self.processes.rank > 0)
-        self.weight = None  # of this process's loss in the mean over processes, whose shares of a mini-batch may differ
+        self.weight = None  # of this process's loss in the mean over replicas, whose shares of a mini-batch may differ
         choose_kernels(self.device, getattr(args, "deterministic", False))
         torch.manual_seed(args.seed)
 
     def data(self, **options):
         """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
         names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
-        return datasets.load(**{name: getattr(self.args, name) for name in names}, device=self.device, **options)
+        options |= {name: getattr(self.args, name) for name in names} | {"device": self.device}
+        return self.mesh.images(lambda: datasets.load(**options))
 
     def prepare(self, net):
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile."""
@@ -71,12 +74,10 @@ class Run:
 
     def share(self, net, shape=(3, 32, 32)):
         """This process's modules of ``net``, prepared: a decoupled.stages.Stage. ``shape``: of an image."""
-        images = torch.zeros(2, *shape, device=self.device).to(memory_format=torch.channels_last)
-        how = {"lengths": self.args.modules_per_stage, "queue": self.args.queue, "autocast": self.autocast}
-        stage = Stage(self.steps.prepare(net, False), images, self.processes, wish=self.wish, **how)
+        how = {"lengths": getattr(self.args, "modules_per_stage", None), "queue": getattr(self.args, "queue", 1)}
+        stage = Stage(self.steps.prepare(net, False), shape, self.mesh, autocast=self.autocast, wish=self.wish, **how)
         self.prepare(stage.modules)
-        if self.processes.size > 1:
-            self.line, self.steps.first, self.replica, self.replicas = stage, stage.first, 0, 1
+        self.line, self.steps.first = stage if self.mesh.stages > 1 else None, stage.first
         return stage
 
     def autocast(self):
@@ -117,7 +118,7 @@ class Run:
         after each, and within, where the run stops or --save-every minutes have passed; --resume restores it.
         """
         self.stages = stages
-        self.state = State(state, self.scaler, self.processes, self.line)
+        self.state = State(state, self.scaler, self.mesh, self.line)
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
@@ -165,9 +166,8 @@ class Run:
         stage = (self.stage,) if self.stages else ()
         for batch in tqdm(left, self.where(), total, initial=self.batch, leave=False, disable=silent):
             self.batch += 1
-            if self.replicas > 1:
-                self.weight = batches.weight
-            torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.replica))
+            self.weight = batches.weight if self.mesh.replicas > 1 else None
+            torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.mesh.replica))
             yield batch
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
@@ -176,7 +176,7 @@ class Run:
 
     def evaluation(self, batches):
         """Iterates over all of ``batches``; a run that stops meanwhile evaluates again when it resumes."""
-        common = len(batches) if self.replicas == 1 else batches.common  # of which every process has a share
+        common = len(batches) if self.mesh.replicas == 1 else batches.common  # of which every replica has a share
         for number, batch in enumerate(batches, start=1):
             yield batch
             if number <= common:
@@ -192,10 +192,10 @@ class Run:
 
     def pause(self):
         """Between two mini-batches: saves when it is time to, and after a signal to any process leaves with exit code
-        128 + its number. Replicas agree; where modules are shared out, process 0 has marked the mini-batch, and the
-        others stop or save behind it.
+        128 + its number. Replicas agree; where modules are shared out, those of the lowest stage have marked the
+        mini-batch, and the others stop or save behind it.
         """
-        asked = self.line.take_mark() if self.line else self.processes.agree(self.wish())
+        asked = self.line.take_mark() if self.line else self.mesh.agree(self.wish())
         if not asked:
             return
         if self.within:
@@ -240,9 +240,9 @@ class Run:
 
     def environment(self):
         """The lines that say how and where this run goes."""
-        lines = provenance.environment(self.device, self.args.half)
         cut = f", modules {self.line}" if self.line else ""
-        return [*lines, f"# processes: {self.processes}{cut}"] if self.processes.size > 1 else lines
+        processes = [f"# processes: {self.processes}{cut}"] if self.processes.size > 1 else []
+        return provenance.environment(self.device, self.args.half) + processes
 
     @property
     def saves(self):

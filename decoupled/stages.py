@@ -1,135 +1,63 @@
-"""Modules that learn at the same time, each in its process: the processes of one torchrun, lowest first, hold
+"""Modules that learn at the same time, each in its process: the stages of a decoupled.mesh.Mesh, lowest first, hold
 consecutive modules. Representations and labels flow forward only, and nothing flows back, as in Algorithm 1 nothing has
 to: no module waits for one above, except where more mini-batches than the queue holds wait there.
 
-One process is the case of one: it holds all modules, and receives the images.
+One stage is the case of one: it holds all modules, and receives the images.
 """
 
 import time
 from collections import deque
 from contextlib import nullcontext
-from functools import cache
 
 import torch
 from torch import distributed, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from decoupled import InputError
-from decoupled.metrics import Meter
-from decoupled.network import eval_mode
-
-
-class Layout:
-    """What ``representation`` (B, …) looks like but for B: shape, type and order in memory, which the process above
-    keeps, so that it computes what one process would.
-    """
-
-    def __init__(self, representation):
-        strides = representation.stride()
-        self.order = sorted(range(representation.dim()), key=lambda dimension: -strides[dimension])
-        self.back = sorted(range(representation.dim()), key=self.order.__getitem__)
-        self.shape = [representation.shape[dimension] for dimension in self.order[1:]]
-        self.dtype = representation.dtype
-
-    def pack(self, representation):
-        """``representation`` as a contiguous tensor, without a copy."""
-        packed = representation.permute(self.order).contiguous()
-        if [*packed.shape[1:]] != self.shape or packed.dtype != self.dtype:
-            raise RuntimeError(f"a representation is {packed.dtype} {tuple(packed.shape)}, not as in evaluation")
-        return packed
-
-    def room(self, samples, device):
-        """An uninitialized tensor for as many packed samples."""
-        return torch.empty(samples, *self.shape, dtype=self.dtype, device=device)
-
-    def unpack(self, packed):
-        return packed.permute(self.back)
-
-
-def survey(net, images, autocast):
-    """Training FLOPs of each module of ``net`` on ``images``, and the Layout below each. ``net`` stays as it is."""
-    flops, layouts, representation = [], [], images
-    with eval_mode(net):
-        for module in net:
-            layouts.append(Layout(representation))
-            with FlopCounterMode(display=False) as counter:
-                with autocast():
-                    representation, logits = module(representation)
-                logits.float().sum().backward()
-            flops.append(counter.get_total_flops())
-            representation = representation.detach()
-    net.zero_grad()
-    return flops, layouts
-
-
-def cut(costs, parts):
-    """The lengths of ``parts`` consecutive runs of ``costs``, the greatest of whose sums is least."""
-
-    @cache
-    def best(start, parts):
-        if parts == 1:
-            return sum(costs[start:]), (len(costs) - start,)
-        options = []
-        for end in range(start + 1, len(costs) - parts + 2):
-            greatest, lengths = best(end, parts - 1)
-            options.append((max(sum(costs[start:end]), greatest), (end - start, *lengths)))
-        return min(options)
-
-    return best(0, parts)[1]
-
-
-def check_lengths(lengths, modules, processes):
-    """Raises InputError unless so many ``modules`` can be in ``processes``, ``lengths`` (or None) in each."""
-    if processes > modules:
-        raise InputError(f"{processes} processes are more than the {modules} modules: start {modules} or fewer")
-    if lengths and (len(lengths), sum(lengths)) != (processes, modules):
-        flag = f"--modules-per-stage {','.join(map(str, lengths))}"
-        raise InputError(
-            f"{flag} is {len(lengths)} numbers for {sum(lengths)} modules, and there are {processes} processes and "
-            f"{modules} modules: give each process its number, or leave the flag out"
-        )
+from decoupled.metrics import Meter, WithEnsembles, added, means, weighted_sums
+from decoupled.partition import check_lengths, cut, survey
 
 
 class Stage:
     """This process's ``modules`` of ``net``, which all processes have built alike: ``first`` is the number of the
     lowest, from 0. The others' parameters are given up. ``heads`` are what evaluates: they send on, as training does.
 
-    images    an example (B, 3, h, w) on the processes' device, for shapes and costs
-    lengths   modules of each process, or None: as their FLOPs say
+    shape     of an image, (3, h, w)
+    lengths   modules of each stage, or None: as their FLOPs say
     queue     mini-batches that are on their way to the next process, or wait there, before ``send`` waits
     wish      called before each mini-batch: what the run is to do after it, an integer, 0 for nothing. What it gives
-              in process 0 becomes the ``mark`` of that mini-batch, in every process
+              in the lowest stage, the greatest of its replicas', becomes the ``mark`` of that mini-batch in every stage
     """
 
-    def __init__(self, net, images, processes, *, lengths=None, queue=2, autocast=nullcontext, wish=int):
-        check_lengths(lengths, len(net), processes.size)
-        self.net, self.processes, self.queue, self.wish = net, processes, queue, wish
+    def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, wish=int):
+        check_lengths(lengths, len(net), mesh.stages)
+        self.net, self.mesh, self.processes, self.queue, self.wish = net, mesh, mesh.processes, queue, wish
         self.first, self.modules, self.heads, self.lengths = 0, net, net, lengths or [len(net)]
-        self.rank, self.last = processes.rank, processes.rank == processes.size - 1
-        self.mark, self.waited, self.sending = 0, 0.0, deque()
-        if processes.size > 1:
-            self.part(images, lengths, autocast)
+        self.lowest, self.last = mesh.stage == 0, mesh.stage == mesh.stages - 1
+        self.mark, self.total, self.waited, self.sending = 0, 0, 0.0, deque()
+        if mesh.stages > 1:
+            self.part(shape, lengths, autocast)
 
-    def part(self, images, lengths, autocast):
+    def part(self, shape, lengths, autocast):
         """Keeps this process's modules, and meets those of the processes below and above."""
-        flops, layouts = survey(self.net, images, autocast)
-        self.lengths = lengths or cut(flops, self.processes.size)
-        self.first = sum(self.lengths[: self.rank])
-        above = self.first + self.lengths[self.rank]
+        like = next(self.net.parameters())
+        images = torch.zeros(2, *shape, dtype=like.dtype, device=like.device).to(memory_format=torch.channels_last)
+        flops, layouts, self.told = survey(self.net, images, autocast)
+        self.lengths = lengths or cut(flops, self.mesh.stages)
+        self.first = sum(self.lengths[: self.mesh.stage])
+        above = self.first + self.lengths[self.mesh.stage]
         self.modules = self.net[self.first : above]
         self.heads = Heads(self)
         for number, module in enumerate(self.net):
             if not self.first <= number < above:
                 module.to("meta")
         self.below, self.above = layouts[self.first], None if self.last else layouts[above]
-        links = [self.processes.link(low, low + 1) for low in range(self.processes.size - 1)]
-        self.down, self.up = (None, *links)[self.rank], (*links, None)[self.rank]
-        self.device = images.device
+        self.down, self.up = self.mesh.links()
+        self.device = like.device
         gloo = distributed.get_backend() == "gloo"
         self.wire = torch.device("cpu") if gloo else self.device  # where tensors are sent from and arrive
 
     def __str__(self):
-        return ",".join(map(str, self.lengths))
+        replicas = f", {self.mesh.replicas} replicas of each" if self.mesh.replicas > 1 else ""
+        return ",".join(map(str, self.lengths)) + replicas
 
     def __repr__(self):
         return repr(self.net)
@@ -144,46 +72,50 @@ class Stage:
 
     # Mini-batches
 
-    def receive(self, batches):
+    def receive(self, batches, totals=False):
         """What ``batches`` (decoupled.images.Batches) become on their way to this process's lowest module, in the form
-        of Batches: (representation (B, …), labels (B,)) for each.
+        of Batches: (representation (B, …), labels (B,)) for each. ``totals``: for ``ensembles``.
         """
-        return batches if self.processes.size == 1 else Arrivals(self, batches)
+        return batches if self.mesh.stages == 1 else Arrivals(self, batches, totals)
 
-    def arrivals(self, batches):
-        """Iterates over what is left of the epoch of ``batches`` that has begun."""
-        if self.rank == 0:
-            for images, labels in batches.rest():
-                self.mark, self.labels = self.wish(), labels
-                yield images, labels
-            return
-        left = len(batches) - batches.place
-        posted = deque(self.post(batches.batch_size) for _ in range(min(self.queue, left)))
-        for number in range(left):
-            works, (header, labels, representation) = posted.popleft()
-            self.wait(works, self.rank - 1)
-            if number + self.queue < left:
-                posted.append(self.post(batches.batch_size))
-            self.mark, count = header.tolist()
+    def images(self, arrivals):
+        """Iterates over what is left of the epoch, in the lowest stage."""
+        for number, (images, labels) in enumerate(arrivals.batches.rest(), start=arrivals.batches.place):
+            common = number < arrivals.common  # where replicas have no share, they have no say
+            self.mark, self.labels = self.mesh.agree(self.wish()) if common else 0, labels
+            yield images, labels
+
+    def representations(self, arrivals):
+        """Iterates over what is left of the epoch, above the lowest stage."""
+        sizes = arrivals.batches.left
+        posted = deque(self.post(size, arrivals.totals) for size in sizes[: self.queue])
+        for number in range(len(sizes)):
+            works, (mark, labels, representation, *totals) = posted.popleft()
+            self.wait(works, self.mesh.below)
+            if number + self.queue < len(sizes):
+                posted.append(self.post(sizes[number + self.queue], arrivals.totals))
+            arrivals.batches.advance()
+            self.mark, self.labels = int(mark), labels.to(self.device)
+            self.total = totals[0].to(self.device) if totals else 0
             self.wish()
-            self.labels = labels[:count].to(self.device)
-            yield self.below.unpack(representation[:count].to(self.device)), self.labels
+            yield self.below.unpack(representation.to(self.device)), self.labels
 
-    def post(self, samples):
-        """Begins to receive a mini-batch of at most so many samples, each into memory of its own."""
-        header, labels = torch.empty(2, dtype=torch.int64), torch.empty(samples, dtype=torch.int64, device=self.wire)
-        tensors = header, labels, self.below.room(samples, self.wire)
-        return self.each(distributed.irecv, tensors, self.rank - 1, self.down), tensors
+    def post(self, samples, totals):
+        """Begins to receive a mini-batch of so many samples, each into memory of its own."""
+        labels = torch.empty(samples, dtype=torch.int64, device=self.wire)
+        tensors = [torch.empty((), dtype=torch.int64), labels, self.below.room(samples, self.wire)]
+        if totals:
+            tensors.append(self.told.room(samples, self.wire))
+        return self.each(distributed.irecv, tensors, self.mesh.below, self.down), tensors
 
     def each(self, begin, tensors, other, link):
-        """Begins to send ``tensors`` to process ``other``, or to receive them: how many samples there are goes from CPU
-        to CPU, so that no GPU is waited for.
+        """Begins to send ``tensors`` to process ``other``, or to receive them. The mark goes from CPU to CPU: no GPU is
+        waited for.
         """
-        groups = self.processes.control, link, link
         with self.processes.waiting(other):
             return [
-                begin(tensor, other, group=group, tag=tag)
-                for tag, (tensor, group) in enumerate(zip(tensors, groups, strict=True), start=1)
+                begin(tensor, other, group=link if tag > 1 else self.processes.control, tag=tag)
+                for tag, tensor in enumerate(tensors, start=1)
             ]
 
     def wait(self, works, other):
@@ -193,27 +125,37 @@ class Stage:
                 work.wait()
         self.waited += time.perf_counter() - since
 
-    def send(self, representation, labels):
+    def send(self, representation, labels, *totals):
         """Hands a mini-batch on, detached and as it was received, to the process above; on top, or alone, a no-op.
         Waits only where the queue is full.
         """
         if self.last:
             return
         while len(self.sending) >= self.queue:
-            self.wait(self.sending.popleft()[0], self.rank + 1)
-        header = torch.tensor([self.mark, len(labels)])
-        tensors = header, labels.to(self.wire), self.above.pack(representation).to(self.wire)
-        self.sending.append((self.each(distributed.isend, tensors, self.rank + 1, self.up), tensors))
+            self.wait(self.sending.popleft()[0], self.mesh.above)
+        tensors = torch.tensor(self.mark), labels, self.above.pack(representation), *totals
+        tensors = [tensors[0], *(tensor.to(self.wire) for tensor in tensors[1:])]
+        self.sending.append((self.each(distributed.isend, tensors, self.mesh.above, self.up), tensors))
+
+    @property
+    def ensembles(self):
+        """``heads`` with the ensembles up to each, of probabilities (decoupled.metrics.WithEnsembles): the sum over the
+        heads below comes with the representation.
+        """
+        return WithEnsembles(self.net, probabilities=True) if self.mesh.stages == 1 else Heads(self, ensembles=True)
 
     # What process 0 gathers
 
     def gather(self, *every_meters):
-        """For each list of this process's Meters, that of all modules in process 0, and an empty one in the others."""
-        if self.processes.size == 1:
+        """For each list of this process's Meters, that of all modules, over all replicas, in process 0; with several
+        stages an empty one in the others.
+        """
+        every_meters = [added(meters, self.mesh) for meters in every_meters]
+        if self.mesh.stages == 1:
             return every_meters
         states = [[(meter.topk, meter.state_dict()) for meter in meters] for meters in every_meters]
         gathered = [[] for _ in every_meters]
-        for everyones in self.processes.to_first(states):
+        for everyones in self.mesh.to_first(states):
             for meters, states in zip(gathered, everyones, strict=True):
                 for topk, state in states:
                     meters.append(Meter(topk))
@@ -237,27 +179,30 @@ class Stage:
 
 class Heads(nn.Module):
     """The heads of ``stage`` for decoupled.metrics.evaluate: representation (B, …) → [logits (B, classes), …] of its
-    modules; the last representation is sent on.
+    modules, and the ``ensembles`` up to each; the last representation is sent on.
     """
 
-    def __init__(self, stage):
+    def __init__(self, stage, ensembles=False):
         super().__init__()
-        self.stage, self.net = stage, stage.modules
+        self.stage, self.net, self.ensembles = stage, stage.modules, ensembles
 
     def forward(self, representation, heads=None):
-        every_logits = []
+        stage, every_logits, totals = self.stage, [], []
         for module in self.net:
             representation = module.body(representation)
             every_logits.append(module.auxiliary(representation))
-        self.stage.send(representation, self.stage.labels)
-        return every_logits
+        if self.ensembles:
+            every_logits = [logits.float() for logits in every_logits]
+            totals = weighted_sums([logits.softmax(1) for logits in every_logits], stage.first, stage.total)
+        stage.send(representation, stage.labels, *totals[-1:])
+        return [*every_logits, *means(totals, stage.first)]
 
 
 class Arrivals:
     """``batches`` as they come to ``stage``: iterating begins an epoch; ``rest`` is what is left of it."""
 
-    def __init__(self, stage, batches):
-        self.stage, self.batches = stage, batches
+    def __init__(self, stage, batches, totals):
+        self.stage, self.batches, self.totals = stage, batches, totals
 
     def __len__(self):
         return len(self.batches)
@@ -267,4 +212,13 @@ class Arrivals:
         return self.rest()
 
     def rest(self):
-        return self.stage.arrivals(self.batches)
+        return self.stage.images(self) if self.stage.lowest else self.stage.representations(self)
+
+    @property
+    def weight(self):
+        """See decoupled.images.Outline; so ``common``."""
+        return self.batches.weight
+
+    @property
+    def common(self):
+        return len(self) if self.stage.mesh.replicas == 1 else self.batches.common

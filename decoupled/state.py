@@ -12,12 +12,12 @@ class State:
     """The ``objects`` of a run, {name: object with state_dict, or a list of them}, with a loss scale, ``scaler(it)``,
     for each optimizer among them.
 
-    Lists have one object for each module; "net" is the network; "meters" count on every replica. With ``stage``, a
-    decoupled.stages.Stage of several, this process has its part of the lists and the network.
+    Lists have one object for each module; "net" is the network; "meters" count on every replica of ``mesh``. With
+    ``stage``, a decoupled.stages.Stage of several, this process has its part of the lists and the network.
     """
 
-    def __init__(self, objects, scaler, processes, stage=None):
-        self.processes, self.stage = processes, stage
+    def __init__(self, objects, scaler, mesh, stage=None):
+        self.mesh, self.stage = mesh, stage
         self.listed = {"scalers", *(key for key, value in objects.items() if isinstance(value, (list, tuple)))}
         self.objects = {key: list(value) if key in self.listed else [value] for key, value in objects.items()}
         optimizers = [value for value in self if isinstance(value, Optimizer)]
@@ -39,11 +39,9 @@ class State:
 
     def gather(self):
         """{name: [state_dict, …]} of the whole run in process 0. All processes call this after the same mini-batch."""
-        objects = dict(self.objects)
-        if self.stage is None:
-            objects["meters"] = added(self.objects.get("meters", []), self.processes)
+        objects = self.objects | {"meters": added(self.objects.get("meters", []), self.mesh)}
         state = {key: [value.state_dict() for value in values] for key, values in objects.items()}
-        return state if self.stage is None else self.join(self.processes.to_first(state))
+        return state if self.stage is None else self.join(self.mesh.to_first(state))
 
     def join(self, parts):
         """One state of those of all stages: lists one after the other, the network's parts together, and of what each
@@ -79,5 +77,5 @@ class State:
             reason = str(error).strip().split("\n")[-1].strip()
             what = f"{path} is a checkpoint of another network ({reason})"
             raise InputError(f"{what}: name one of this network's") from error
-        for meter in self.objects.get("meters", ()) if self.stage is None and self.processes.rank else ():
-            meter.begin()  # process 0 has the sum over all
+        for meter in self.objects.get("meters", ()) if self.mesh.replica else ():
+            meter.begin()  # replica 0 has the sum over all

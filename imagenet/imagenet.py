@@ -50,7 +50,8 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run, train, val, net, (network,) = imagenet_flags.begin(args, build)
+    run, train, val, stage, (network,) = imagenet_flags.begin(args, build)
+    net = stage.net
     optimizer = sgd(args, net)
     schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
     meter = Meter(TOPK)
@@ -63,9 +64,9 @@ def main():
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward (with other processes: and their gradients), step
             meter.update(loss, logits, labels)
-        run.processes.same_buffers(net)
+        run.mesh.same_buffers(net)
         with run.autocast():
-            score, trained = added([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.processes)
+            score, trained = added([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.mesh)
         rate = schedule.get_last_lr()[0]
         line = logs.imagenet_backprop_line(rate, epoch, (trained.top1, trained.top5), (score.top1, score.top5))
         run.report(line, logs.loss_line(1, epoch, trained.loss))

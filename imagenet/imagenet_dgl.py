@@ -6,11 +6,13 @@
     python imagenet/imagenet_dgl.py DIR --arch resnet152 --half \\
         --dynamic-loss-scale -j 16
     torchrun --nproc-per-node 4 imagenet/imagenet_dgl.py DIR --arch vgg19 \\
-        --block_size 8 --half --dynamic-loss-scale -j 8
+        --block_size 8 --half --dynamic-loss-scale -j 8 --stages 2
 
 DIR holds train/ and val/. Every module takes its step on each mini-batch, on
 the detached representation from the module below (Algorithm 1); all but the
-last learn from an MLP-SR auxiliary. -b is the batch of all processes together.
+last learn from an MLP-SR auxiliary. Processes share each mini-batch of -b
+images; with --stages K they hold different modules, which learn at the same
+time, and those with the same modules share the mini-batch.
 The paper's top-1 / top-5 (%) of the last head after 50 epochs:
 
     vgg13 --block_size 1     10 modules   64.4 / 85.8
@@ -23,8 +25,10 @@ Any other classifier of torchvision is cut in --splits modules of about equal
 FLOPs (decoupled.decouple).
 """
 
+from itertools import zip_longest
+from math import nan
+
 import imagenet_flags
-import torch
 from greedy_resnet import BLOCKS, greedy_resnet
 from greedy_torchvision import CLASSIFIERS, greedy_torchvision
 from greedy_vgg import STAGES, greedy_vgg
@@ -34,13 +38,13 @@ from torch.optim.lr_scheduler import StepLR
 
 from decoupled import flags, logs
 from decoupled.flags import integer
-from decoupled.metrics import Meter, WithEnsembles, added, evaluate
+from decoupled.metrics import Meter, evaluate
 
 
 def parse_args():
     published = (*STAGES, *BLOCKS)
     others = (name for name in CLASSIFIERS if name not in published)
-    parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152")
+    parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152", stages=True)
     group = parser.add_argument_group("modules and auxiliaries")
     group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
     group.add_argument("--splits", type=integer(1), metavar="K", help="others: modules (default: 2, the published cut)")
@@ -70,40 +74,46 @@ def build(args, classes):
     return (greedy_resnet if args.arch in BLOCKS else greedy_torchvision)(args.arch, args.splits, **settings)
 
 
-def step(run, modules, optimizers, images, labels):
-    """Algorithm 1 on one mini-batch: images (b, 3, s, s), labels (b,) → each head's (loss, logits (b, classes))."""
-    representation, heads = images, []
+def step(run, modules, optimizers, representation, labels):
+    """Algorithm 1 on one mini-batch: images, or the representation below, (b, C, s, s) and labels (b,) → the
+    representation on top, detached, and each head's (loss, logits (b, classes)).
+    """
+    heads = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         with run.autocast():
             representation, logits = module(representation)  # (b, C, s', s'), (b, classes)
         loss = F.cross_entropy(logits.float(), labels)
-        # zero_grad, backward (with other processes: and their gradients), step: this frees the module's graph.
+        # zero_grad, backward (with other replicas: and their gradients), step: this frees the module's graph.
         run.step(loss, optimizer)
         representation = representation.detach()  # no gradient crosses to the module below
         heads.append((loss.detach(), logits.detach()))
-    return heads
+    return representation, heads
 
 
 def main():
     args = parse_args()
-    run, train, val, net, modules = imagenet_flags.begin(args, build)
-    optimizers = [sgd(args, module) for module in net]
+    run, train, val, stage, modules = imagenet_flags.begin(args, build)
+    optimizers = [sgd(args, module) for module in stage.modules]
     schedules = [StepLR(optimizer, args.epochdecay, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter(TOPK) for _ in net]
+    meters = [Meter(TOPK) for _ in stage.modules]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=val, meters=meters):
-        net.train()
-        for images, labels in reported(run, run.progress(train), len(train)):
-            for meter, (loss, logits) in zip(meters, step(run, modules, optimizers, images, labels), strict=True):
+    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": val, "meters": meters}
+    for epoch in run.epochs(net=stage, **state):
+        stage.train()
+        for representation, labels in reported(run, run.progress(stage.receive(train)), len(train)):
+            representation, heads = step(run, modules, optimizers, representation, labels)
+            for meter, (loss, logits) in zip(meters, heads, strict=True):
                 meter.update(loss, logits, labels)
-        run.processes.same_buffers(net)
-        heads = WithEnsembles(net, probabilities=True) if args.ensemble else net
+            stage.send(representation, labels)  # to the stage above, where there is one
+        run.mesh.same_buffers(stage.modules)
+        heads = stage.ensembles if args.ensemble else stage.heads
         with run.autocast():
-            scores = added(evaluate(heads, run.evaluation(val), topk=TOPK), run.processes)
-        together = [(score.top1, score.top5) for score in scores[len(net) :]] or [(torch.nan, torch.nan)] * len(net)
-        trained = added(meters, run.processes)
-        for n, (meter, score, ensemble) in enumerate(zip(trained, scores, together, strict=False), start=1):
-            line = logs.imagenet_line(n, epoch, (meter.top1, meter.top5), (score.top1, score.top5), ensemble)
+            scores = evaluate(heads, run.evaluation(stage.receive(val, totals=args.ensemble)), topk=TOPK)
+        count = len(stage.modules)
+        every = stage.gather(meters, scores[:count], scores[count:])  # in process 0, of all stages and replicas
+        for n, (meter, score, ensemble) in enumerate(zip_longest(*every), start=1):
+            together = (ensemble.top1, ensemble.top5) if ensemble else (nan, nan)
+            line = logs.imagenet_line(n, epoch, (meter.top1, meter.top5), (score.top1, score.top5), together)
             run.report(line, logs.loss_line(n, epoch, meter.loss))
         for schedule in schedules:
             schedule.step()

@@ -17,9 +17,9 @@ DEBUG_BATCHES = 50  # an epoch with --debug 1
 APEX = "https://github.com/NVIDIA/apex"
 
 
-def parser(doc, archs, default):
+def parser(doc, archs, default, stages=False):
     """The parser of an ImageNet script whose docstring is ``doc``, with the released scripts' flags that both have, and
-    ours.
+    ours; with ``stages``, those of a script whose modules learn in several processes too.
     """
     parser, positive = flags.Parser(doc), integer(1)
     parser.add_argument(
@@ -58,11 +58,13 @@ def parser(doc, archs, default):
     )
     dynamic = "of fp16: as large as gradients allow, whatever the static one"
     group.add_argument("--dynamic-loss-scale", action="store_true", help=dynamic)
-    group = parser.add_argument_group("several processes (torchrun)")
-    local = "normalize each process's share by itself: faster, and another method for each N"
+    group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node N")
+    local = "normalize each replica's share by itself: faster, and another method for each number of them"
     group.add_argument("--local-batch-norm", action="store_true", help=local)
-    backend = "of torch.distributed (default: nccl on CUDA, else gloo)"
-    group.add_argument("--backend", choices=("nccl", "gloo"), help=backend)
+    if stages:
+        share = "share the modules out to K stages of N/K processes, which share each mini-batch"
+        group.add_argument("--stages", type=positive, default=1, metavar="K", help=share)
+        flags.add_stages(group)
     group = flags.add_log(parser, "--save_folder")
     group.add_argument(
         "-p", "--print-freq", type=positive, default=10, metavar="N", help="batches between printed lines"
@@ -83,9 +85,13 @@ def parsed(parser):
     del args.large_size_images
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
-    if launched()[1] == 1 and (args.local_batch_norm or args.backend):
-        flag = "--local-batch-norm" if args.local_batch_norm else "--backend"
-        parser.error(f"{flag} is for several processes: start the script with torchrun --nproc-per-node N")
+    stages = getattr(args, "stages", 1)
+    given = {"--local-batch-norm": args.local_batch_norm, "--backend": args.backend, "--stages": stages > 1}
+    for flag in given if launched()[1] == 1 else ():
+        if given[flag]:
+            parser.error(f"{flag} is for several processes: start the script with torchrun --nproc-per-node N")
+    if stages == 1 and getattr(args, "modules_per_stage", None):
+        parser.error("--modules-per-stage is for several stages: add --stages K")
     args.static_loss_scale = None if args.dynamic_loss_scale else args.static_loss_scale or 1.0
     return args
 
@@ -109,24 +115,24 @@ def sgd(args, module):
 
 
 def begin(args, build):
-    """(run, train, val, net, modules): a Run of an ImageNet script, its images, the network ``build(args, classes)`` on
-    the run's device, and what a step calls instead of its modules.
+    """(run, train, val, stage, modules): a Run of an ImageNet script, its images, this process's decoupled.stages.Stage
+    of the network ``build(args, classes)``, and what a step calls instead of the stage's modules.
     """
-    elsewhere = ("data", "workers", "print_freq", "backend")
-    run = Run(args, several=True, loss_scale=args.static_loss_scale, elsewhere=elsewhere)
-    processes = run.processes
-    sizes = {
-        name: getattr(args, name) for name in ("train_samples", "val_samples", "image_size", "batch_size", "workers")
-    }
-    share = {"rank": processes.rank, "processes": processes.size, "least": 1 + args.local_batch_norm}
-    train, val, classes = imagenet_folders.load(args.data, **sizes, **share, seed=args.seed, device=run.device)
-    train.share.limit = DEBUG_BATCHES if args.debug else None
+    elsewhere, stages = ("data", "workers", "print_freq"), getattr(args, "stages", 1)
+    run = Run(args, several=True, stages=stages, loss_scale=args.static_loss_scale, elsewhere=elsewhere)
+    mesh = run.mesh
+    names = ("train_samples", "val_samples", "image_size", "batch_size", "workers", "seed")
+    share = {"rank": mesh.replica, "processes": mesh.replicas, "least": 1 + args.local_batch_norm}
+    limit = DEBUG_BATCHES if args.debug else None
+    options = {name: getattr(args, name) for name in names} | share | {"limit": limit, "device": run.device}
+    train, val, classes = mesh.images(lambda: imagenet_folders.load(args.data, **options))
     net = build(args, classes)
-    if processes.size > 1:
-        run.describe(f"batch norm: {'of each process' if args.local_batch_norm else 'over all processes'}")
-        net = net if args.local_batch_norm else globalize(net, run.device)
-    net = run.prepare(net)
-    return run, train, val, net, processes.replicas(net, args.local_batch_norm)
+    if mesh.replicas > 1:
+        among = "all processes" if mesh.stages == 1 else "the replicas of each module"
+        run.describe(f"batch norm: {'of each process' if args.local_batch_norm else f'over {among}'}")
+        net = net if args.local_batch_norm else globalize(net, run.device, mesh.group)
+    stage = run.share(net, (3, args.image_size, args.image_size))
+    return run, train, val, stage, mesh.parallel(stage.modules, args.local_batch_norm)
 
 
 def reported(run, batches, total):
@@ -138,9 +144,9 @@ def reported(run, batches, total):
     for batch in batches:
         waited += time.perf_counter() - asked
         yield batch
-        images += len(batch[1]) * run.processes.size
+        images += len(batch[1]) * run.mesh.replicas
         if run.batch % run.args.print_freq == 0:
-            losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share
+            losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share and modules
             seconds = time.perf_counter() - since
             speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for them"
             if run.processes.rank == 0:

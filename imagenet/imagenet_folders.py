@@ -145,6 +145,11 @@ class ImageBatches:
         raise InputError(message)  # here, so that nothing holds on to the workers, for which Python would wait
 
     @property
+    def outline(self):
+        """What a decoupled.images.Outline is made from."""
+        return self.share.count, self.share.batch_size, len(self)
+
+    @property
     def common(self):
         """How many mini-batches every process has a share of."""
         full, rest = divmod(self.share.count, self.share.batch_size)
@@ -204,12 +209,13 @@ def load(
     rank=0,
     processes=1,
     least=1,
+    limit=None,
 ):
     """(train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of folder/val,
     cropped in the centre.
 
-    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it. Raises
-    InputError for folders or numbers that will not do.
+    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it; an
+    epoch has at most ``limit`` mini-batches. Raises InputError for folders or numbers that will not do.
     """
     train, val = (list_images(Path(folder) / split, LAYOUT) for split in ("train", "val"))
     same_classes(folder, ("train", "val"), (train, val))
@@ -234,6 +240,7 @@ def load(
         ImageBatches(folder, chosen, transform, shuffle=shuffle, **common)
         for chosen, transform, shuffle in zip(samples, (augment, centre), (True, False), strict=True)
     ]
+    batches[0].share.limit = limit
     batches[1].form = InputForm(train.classes, MEAN, STD, resize=resize, crop=image_size, size=image_size)
     return *batches, len(train.classes)
 

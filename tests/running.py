@@ -1,7 +1,10 @@
 """What the tests of scripts share: loading a script, a small network for it, and what a run leaves."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +64,13 @@ def published_series(log):
     found = [match for match in map(pattern.search, log.read_text().splitlines()) if match]
     assert all(len([float(number) for number in match.groups()]) == 5 for match in found)
     return {(int(match[1]), int(match[2])) for match in found}
+
+
+def launch(*runs):
+    """(outcomes, stderr) of runs under torchrun's agent: see staged_run.py."""
+    command = [sys.executable, str(ROOT / "tests/staged_run.py"), json.dumps(runs)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    outcomes = [line.removeprefix("outcome: ") for line in done.stdout.splitlines() if line.startswith("outcome: ")]
+    assert len(outcomes) == len(runs), done.stderr
+    return outcomes, done.stderr

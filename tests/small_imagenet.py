@@ -54,13 +54,18 @@ def in_double(folders):
     folders.ImageBatches.normalize = lambda self, images: real(self, images).double()
 
 
+def make_small(script):
+    """Gives ``script``, a module that load_script has loaded, small networks and images in double precision."""
+    for name, value in small(script).items():
+        setattr(script, name, value)
+    import imagenet_folders
+
+    in_double(imagenet_folders)
+
+
 if __name__ == "__main__":
     script, *words = sys.argv[1:]
     sys.argv = [str(ROOT / script), *words]
     module = load_script(script)
-    for name, value in small(module).items():
-        setattr(module, name, value)
-    import imagenet_folders
-
-    in_double(imagenet_folders)
+    make_small(module)
     start(module.main)

@@ -1,5 +1,5 @@
 """Runs scripts as torchrun does, by its agent, in processes that are forked from this one: each import happens once.
-Not a test: tests/test_stages.py starts it.
+Not a test: running.launch starts it.
 
     python tests/staged_run.py JSON
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sklearn.datasets
+import small_imagenet
 import torch
 import torch._dynamo  # optimizers import it, which takes a second
 from running import ROOT, load_script, small
@@ -35,7 +36,7 @@ def fault(call, what):
     """Stage.send that fails in its call number ``call``."""
     real, calls = stages.Stage.send, collections.Counter()
 
-    def send(self, representation, labels):
+    def send(self, *mini_batch):
         calls["send"] += 1
         if what == "slow" and calls["send"] >= call:
             time.sleep(0.05)
@@ -48,7 +49,7 @@ def fault(call, what):
                 os.kill(stopped, signal.SIGKILL)
                 os._exit(0)
             os.kill(os.getpid(), getattr(signal, what))
-        real(self, representation, labels)
+        real(self, *mini_batch)
 
     return send
 
@@ -63,6 +64,8 @@ def worker(words, faults):
     module = load_script(script)
     if hasattr(module, "layerwise_cnn"):
         module.layerwise_cnn = small()
+    if script.startswith("imagenet/"):
+        small_imagenet.make_small(module)
     start(module.main)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from running import ROOT, Finished, load_script, published_series
+from running import ROOT, Finished, launch, load_script, published_series
 from small_imagenet import BACKPROP, DGL, small
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -617,6 +617,29 @@ def test_two_processes_go_on_where_one_stopped(train_small, folder, tmp_path):
     assert_close(Finished(tmp_path / "logs"), whole)
 
 
+def test_stages_and_their_replicas_are_one(train_small, folder, tmp_path):
+    """With one replica of each stage to the bit. With two within what double precision leaves, where all stop after the
+    same mini-batch, for a signal to one of the upper stage, and one process goes on. Ensembles are of all heads.
+    """
+
+    def run(processes, to, *flags, **more):
+        words = (DGL, folder, *FLAGS, *VGG[1:], "--save_folder", tmp_path / to, *flags)
+        return {"processes": processes, "words": [str(word) for word in words], **more}
+
+    outcomes, stderr = launch(
+        run(3, "stages", "--stages", 3, "--queue", 1),
+        run(4, "mesh", "--stages", 2, "--modules-per-stage", "1,2", faults={"3": [4, "SIGTERM"]}),
+    )
+    assert outcomes == ["finished", "[143]"] and stderr.count("stopped after epoch ") == 1, stderr
+    whole = train_small(VGG, to="whole")
+    assert_same(Finished(tmp_path / "stages"), whole)
+    text = Finished(tmp_path / "mesh").log.read_text()
+    assert "# processes: 4, gloo, modules 1,2, 2 replicas of each\n" in text
+    assert "# batch norm: over the replicas of each module\n" in text
+    left = train_small(VGG, "--resume", to="mesh")
+    assert_close(left, whole)
+
+
 @pytest.fixture
 def alone():
     """A process group of this process alone."""
@@ -722,6 +745,8 @@ def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
         (VGG, ("--image-size", 16), "--image-size 16 is too small for vgg11"),
         (VGG, ("--dynamic-loss-scale",), "a loss scale is for mixed precision: add --half"),
         (VGG, ("--static-loss-scale", 128), "a loss scale is for mixed precision: add --half"),
+        (VGG, ("--stages", 2), "--stages is for several processes: start the script with torchrun"),
+        (VGG, ("--modules-per-stage", "1,2"), "--modules-per-stage is for several stages: add --stages K"),
         (VGG, ("--local-batch-norm",), "--local-batch-norm is for several processes: start the script with torchrun"),
         (VGG, ("-b", 22), "21 training images are fewer than one batch of 22: choose a smaller -b"),
         (

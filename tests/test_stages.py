@@ -2,19 +2,21 @@
 when one of them is killed, hangs, is told to stop or cannot go on.
 """
 
-import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from running import PARALLEL, ROOT, Finished, small
+from running import PARALLEL, ROOT, Finished, launch, small
 from test_stopping import assert_same
 
 from decoupled import InputError
+from decoupled.images import Outline
+from decoupled.mesh import Mesh
 from decoupled.network import layerwise_cnn
-from decoupled.stages import Layout, check_lengths, cut, survey
+from decoupled.partition import Layout, check_lengths, cut, survey
 
 # 3 batches an epoch, the last of 8; 4 of test images, the last of 59: a process sends 7 mini-batches an epoch.
 TOY = "--dataset digits --train-samples 40 --batch-size 16 --test-batch-size 100 --device cpu --epochs 2"
@@ -22,16 +24,6 @@ TOY = "--dataset digits --train-samples 40 --batch-size 16 --test-batch-size 100
 
 def toy(script, *flags):
     return [script, *TOY.split(), *map(str, flags)]
-
-
-def launch(*runs):
-    """(outcomes, stderr) of runs under torchrun's agent: see staged_run.py."""
-    command = [sys.executable, str(ROOT / "tests/staged_run.py"), json.dumps(runs)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    outcomes = [line.removeprefix("outcome: ") for line in done.stdout.splitlines() if line.startswith("outcome: ")]
-    assert len(outcomes) == len(runs), done.stderr
-    return outcomes, done.stderr
 
 
 def said(stderr):
@@ -133,8 +125,8 @@ def test_what_one_process_cannot_use_ends_all_and_is_said_once(tmp_path):
     assert outcomes == ["[2]"] * 4, stderr
     first, *lines = said(stderr)
     assert first == "cifar_dgl.py: error: this cannot be used: use something else"
-    assert "5 processes are more than the 4 modules: start 4 or fewer" in lines[0]
-    assert "--modules-per-stage 1,2 is 2 numbers for 3 modules, and there are 2 processes and 4 modules" in lines[1]
+    assert "5 stages are more than the 4 modules: start 4 processes or fewer" in lines[0]
+    assert "--modules-per-stage 1,2 is 2 numbers for 3 modules, and there are 2 stages and 4 modules" in lines[1]
     assert "'none' must be an integer" in lines[2] and len(lines) == 3
 
 
@@ -160,7 +152,7 @@ def test_the_survey_counts_as_costs_does_and_leaves_the_network_alone():
     net = layerwise_cnn(channels=4, depth=3)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     images = torch.rand(2, 3, 32, 32)
-    flops, layouts = survey(net, images, nullcontext)
+    flops, layouts, _ = survey(net, images, nullcontext)
     expected = costs(net, images).xs("module", level="part")["training_flops"]
     assert flops == [2 * count for count in expected]
     assert [layout.dtype for layout in layouts] == [torch.float32] * 3
@@ -188,8 +180,36 @@ def test_modules_and_processes_must_fit():
     check_lengths(None, 4, 3)
     check_lengths([1, 2, 1], 4, 3)
     for lengths, processes in (([4], 2), ([1, 1, 1], 3), ([2, 2], 1)):
-        with pytest.raises(InputError, match="give each process its number"):
+        with pytest.raises(InputError, match="give each stage its number"):
             check_lengths(lengths, 4, processes)
+
+
+def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():
+    def place(rank, size, stages):
+        mesh = Mesh(SimpleNamespace(rank=rank, size=size, control=None, group=lambda *_: None), stages)
+        return mesh.stage, mesh.replica, mesh.replicas, mesh.below, mesh.above
+
+    assert [place(rank, 4, 2)[:3] for rank in range(4)] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    assert place(1, 4, 2)[4] == 3 and place(3, 4, 2)[3] == 1
+    assert place(1, 3, 3)[:3] == (1, 0, 1) and place(2, 3, 1)[:3] == (0, 2, 3)
+    with pytest.raises(InputError, match="3 processes do not divide into --stages 2: start 2, or a multiple of it"):
+        place(0, 3, 2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_an_outline_has_the_sizes_of_the_shares_that_come(replicas, limit):
+    """17 samples in mini-batches of 8: 8, 8, 1, each shared among the replicas as torch.tensor_split does."""
+    wholes = [range(8), range(8), range(1)][:limit]
+    for replica in range(replicas):
+        outline = Outline(17, 8, len(wholes), replica, replicas)
+        outline.begin()
+        shares = [len(torch.tensor(whole).tensor_split(replicas)[replica]) for whole in wholes]
+        assert len(outline) == len(wholes) and outline.left == [share for share in shares if share]
+        assert outline.common == (2 if replicas > 1 and limit is None else len(wholes))
+        for whole, share in zip(wholes, outline.left, strict=False):
+            outline.advance()
+            assert outline.weight == share * replicas / len(whole)
 
 
 OWN = """
