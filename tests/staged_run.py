@@ -6,7 +6,7 @@ Not a test: running.launch starts it.
 JSON: a list of runs, one after the other, each a dict: "processes", "restarts" (torchrun's --max-restarts), "words"
 (the script and its flags), "faults": {rank: [call, what]}, in that process's call number ``call`` of Stage.send, which
 each mini-batch ends with: a signal's name, sent to the process by itself in its first attempt; "error", an InputError;
-"slow", from there on each takes 50 ms longer.
+"slow", from there on each takes 50 ms longer. "held": a path; process r leaves at path.r what it held (watch).
 """
 
 import collections
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,7 +27,7 @@ from running import ROOT, load_script, small
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from decoupled import InputError, processes, runs, stages  # noqa: F401
+from decoupled import InputError, images, partition, processes, runs, stages  # noqa: F401
 from decoupled.flags import start
 
 PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
@@ -54,8 +55,37 @@ def fault(call, what):
     return send
 
 
-def worker(words, faults):
+def watch():
+    """The most tensors of Layout.room (representations that arrive) and of Layout.pack (that leave) alive at once, and
+    how many images there are in Batches: a dict that counts from now on.
+    """
+    most, alive = collections.Counter(room=0, pack=0, images=0), collections.Counter()
+
+    def counted(name, real):
+        def make(self, *args):
+            tensor = real(self, *args)
+            alive[name] += 1
+            most[name] = max(most[name], alive[name])
+            weakref.finalize(tensor, alive.subtract, {name: 1})
+            return tensor
+
+        return make
+
+    for name in ("room", "pack"):
+        setattr(partition.Layout, name, counted(name, getattr(partition.Layout, name)))
+    real = images.Batches.__init__
+
+    def load(self, pixels, *rest, **options):
+        most["images"] += len(pixels)
+        real(self, pixels, *rest, **options)
+
+    images.Batches.__init__ = load
+    return most
+
+
+def worker(words, faults, held):
     torch.set_num_threads(1)
+    most = watch() if held else None
     rank = os.environ["RANK"]
     if rank in faults:
         stages.Stage.send = fault(*faults[rank])
@@ -67,6 +97,8 @@ def worker(words, faults):
     if script.startswith("imagenet/"):
         small_imagenet.make_small(module)
     start(module.main)
+    if held:
+        Path(f"{held}.{rank}").write_text(json.dumps(most))
 
 
 def main():
@@ -78,7 +110,7 @@ def main():
         where = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
         config = LaunchConfig(1, 1, run["processes"], **how, **where)
         try:
-            elastic_launch(config, worker)(run["words"], run.get("faults", {}))
+            elastic_launch(config, worker)(run["words"], run.get("faults", {}), run.get("held"))
             print("outcome: finished", flush=True)
         except ChildFailedError as error:
             codes = sorted({failure.exitcode for failure in error.failures.values()})

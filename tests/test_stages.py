@@ -2,6 +2,7 @@
 when one of them is killed, hangs, is told to stop or cannot go on.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -59,11 +60,14 @@ SAME = [  # processes, script, flags
 
 
 def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp_path):
-    """Weights, batch norm, momentum, meters, schedules, images' place, every line."""
+    """Weights, batch norm, momentum, meters, schedules, images' place, every line. And where the highest is slow, the
+    others hold few mini-batches; images the lowest alone.
+    """
     runs = []
     for number, (processes, script, flags) in enumerate(SAME):
         words = toy(script, *flags.split(), "--log-dir", tmp_path / str(number))
         runs.append({"processes": processes, "words": words})
+    runs[3] |= {"faults": {"2": [1, "slow"]}, "held": str(tmp_path / "held")}
     outcomes, stderr = launch(*runs)
     assert outcomes == ["finished"] * len(SAME) and not said(stderr), stderr
     for number, (processes, script, flags) in enumerate(SAME):
@@ -73,6 +77,11 @@ def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp
         assert_same(left, expected)
         assert f"# processes: {processes}, gloo, modules " in left.log.read_text()
         assert len([*left.folder.iterdir()]) == 2  # one log, one checkpoint
+    lowest, middle, highest = (json.loads((tmp_path / f"held.{rank}").read_text()) for rank in range(3))
+    assert lowest["images"] > 40 and middle["images"] == highest["images"] == 0
+    assert lowest["room"] == highest["pack"] == 0
+    assert 0 < lowest["pack"] <= 2 and 0 < middle["pack"] <= 2  # of 7 in an epoch
+    assert 0 < middle["room"] <= 4 and 0 < highest["room"] <= 4  # 2 to arrive, that at work, the one before
 
 
 def test_one_that_is_killed_is_started_again_and_the_run_goes_on_from_its_checkpoint(run_script, tmp_path, whole):
