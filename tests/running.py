@@ -67,10 +67,10 @@ def published_series(log):
 
 
 def launch(*runs):
-    """(outcomes, stderr) of runs under torchrun's agent: see staged_run.py."""
+    """(outcome, stderr) of each of the runs under torchrun's agent: see staged_run.py."""
     command = [sys.executable, str(ROOT / "tests/staged_run.py"), json.dumps(runs)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    outcomes = [line.removeprefix("outcome: ") for line in done.stdout.splitlines() if line.startswith("outcome: ")]
-    assert len(outcomes) == len(runs), done.stderr
-    return outcomes, done.stderr
+    *words, _ = re.split(r"^outcome: (.*)\n", done.stderr, flags=re.MULTILINE)
+    assert len(words) == 2 * len(runs), done.stderr
+    return [*zip(words[1::2], words[::2], strict=True)]

@@ -4,9 +4,10 @@ Not a test: running.launch starts it.
     python tests/staged_run.py JSON
 
 JSON: a list of runs, one after the other, each a dict: "processes", "restarts" (torchrun's --max-restarts), "words"
-(the script and its flags), "faults": {rank: [call, what]}, in that process's call number ``call`` of Stage.send, which
-each mini-batch ends with: a signal's name, sent to the process by itself in its first attempt; "error", an InputError;
-"slow", from there on each takes 50 ms longer. "held": a path; process r leaves at path.r what it held (watch).
+(the script and its flags), "faults": {rank: [call, what, attempt]}, in that process's call number ``call`` of
+Stage.send, which each mini-batch ends with: a signal's name, sent to the process by itself in that attempt of torchrun,
+by default its first; "error", an InputError; "slow", from there on each takes 50 ms longer. "held": a path; process r
+leaves at path.r what it held (see watch).
 """
 
 import collections
@@ -33,8 +34,8 @@ from decoupled.flags import start
 PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
 
 
-def fault(call, what):
-    """Stage.send that fails in its call number ``call``."""
+def fault(call, what, attempt=0):
+    """Stage.send that fails in its call number ``call`` of an ``attempt``."""
     real, calls = stages.Stage.send, collections.Counter()
 
     def send(self, *mini_batch):
@@ -43,7 +44,7 @@ def fault(call, what):
             time.sleep(0.05)
         elif calls["send"] == call and what == "error":
             raise InputError("this cannot be used: use something else")
-        elif calls["send"] == call and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        elif calls["send"] == call and os.environ["TORCHELASTIC_RESTART_COUNT"] == str(attempt):
             if what == "SIGSTOP" and os.fork() == 0:
                 stopped = os.getppid()
                 time.sleep(PATIENCE)
@@ -92,7 +93,7 @@ def worker(words, faults, held):
     script, *flags = words
     sys.argv = [str(ROOT / script), *flags]
     module = load_script(script)
-    if hasattr(module, "layerwise_cnn"):
+    if hasattr(module, "layerwise_cnn") and not Path(script).is_absolute():
         module.layerwise_cnn = small()
     if script.startswith("imagenet/"):
         small_imagenet.make_small(module)
@@ -111,10 +112,10 @@ def main():
         config = LaunchConfig(1, 1, run["processes"], **how, **where)
         try:
             elastic_launch(config, worker)(run["words"], run.get("faults", {}), run.get("held"))
-            print("outcome: finished", flush=True)
+            outcome = "finished"
         except ChildFailedError as error:
-            codes = sorted({failure.exitcode for failure in error.failures.values()})
-            print(f"outcome: {codes}", flush=True)
+            outcome = sorted({failure.exitcode for failure in error.failures.values()})
+        print(f"outcome: {outcome}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -626,11 +626,11 @@ def test_stages_and_their_replicas_are_one(train_small, folder, tmp_path):
         words = (DGL, folder, *FLAGS, *VGG[1:], "--save_folder", tmp_path / to, *flags)
         return {"processes": processes, "words": [str(word) for word in words], **more}
 
-    outcomes, stderr = launch(
+    (stages, _), (mesh, message) = launch(
         run(3, "stages", "--stages", 3, "--queue", 1),
         run(4, "mesh", "--stages", 2, "--modules-per-stage", "1,2", faults={"3": [4, "SIGTERM"]}),
     )
-    assert outcomes == ["finished", "[143]"] and stderr.count("stopped after epoch ") == 1, stderr
+    assert stages == "finished" and mesh == "[143]" and message.count("stopped after epoch ") == 1, message
     whole = train_small(VGG, to="whole")
     assert_same(Finished(tmp_path / "stages"), whole)
     text = Finished(tmp_path / "mesh").log.read_text()

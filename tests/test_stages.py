@@ -3,9 +3,7 @@ when one of them is killed, hangs, is told to stop or cannot go on.
 """
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,21 +31,24 @@ def said(stderr):
 
 
 def names(script):
-    return {"layerwise_cnn": small()} if "layerwise_cnn" in (ROOT / script).read_text() else {}
+    """What to replace in a script of ours, so that its network is small."""
+    ours = not Path(script).is_absolute() and "layerwise_cnn" in (ROOT / script).read_text()
+    return {"layerwise_cnn": small()} if ours else {}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What one process leaves of learning_curves, by the flags it has more: {flags: Finished}. Made by need."""
-    left = {}
+OWN = """
+import torch
+from torch import nn
+from decoupled import decouple
 
-    def run(run_script, *flags):
-        if flags not in left:
-            folder = tmp_path_factory.mktemp("whole")
-            left[flags] = run_script(*toy(PARALLEL, *flags), folder=folder, **names(PARALLEL))
-        return left[flags]
+def block(below, width):
+    return nn.Sequential(nn.Conv2d(below, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
 
-    return run
+def layerwise_cnn(classes, **_):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return decouple(nn.Sequential(block(3, 4), block(4, 8), block(8, 8), head), images, splits=3)
+"""
 
 
 SAME = [  # processes, script, flags
@@ -60,17 +61,22 @@ SAME = [  # processes, script, flags
 
 
 def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp_path):
-    """Weights, batch norm, momentum, meters, schedules, images' place, every line. And where the highest is slow, the
-    others hold few mini-batches; images the lowest alone.
+    """Weights, batch norm, momentum, meters, schedules, images' place, every line; also of a network that decouple()
+    has cut. And where the highest is slow, the others hold few mini-batches; images the lowest alone.
     """
+    script = (ROOT / PARALLEL).read_text()
+    (tmp_path / "own").mkdir()
+    own = tmp_path / "own/own_dgl.py"
+    own.write_text(script.replace("from decoupled.network import layerwise_cnn\n", OWN))
+    same = [*SAME, (2, str(own), "")]
     runs = []
-    for number, (processes, script, flags) in enumerate(SAME):
+    for number, (processes, script, flags) in enumerate(same):
         words = toy(script, *flags.split(), "--log-dir", tmp_path / str(number))
         runs.append({"processes": processes, "words": words})
     runs[3] |= {"faults": {"2": [1, "slow"]}, "held": str(tmp_path / "held")}
-    outcomes, stderr = launch(*runs)
-    assert outcomes == ["finished"] * len(SAME) and not said(stderr), stderr
-    for number, (processes, script, flags) in enumerate(SAME):
+    for number, (outcome, stderr) in enumerate(launch(*runs)):
+        assert outcome == "finished" and not said(stderr), stderr
+        processes, script, flags = same[number]
         alone = [word for word in flags.split() if word not in ("--modules-per-stage", "4,1")]
         expected = run_script(*toy(script, *alone), folder=tmp_path / f"alone {number}", **names(script))
         left = Finished(tmp_path / str(number))
@@ -84,59 +90,51 @@ def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp
     assert 0 < middle["room"] <= 4 and 0 < highest["room"] <= 4  # 2 to arrive, that at work, the one before
 
 
-def test_one_that_is_killed_is_started_again_and_the_run_goes_on_from_its_checkpoint(run_script, tmp_path, whole):
-    """The first amid an epoch, the middle one before there is an epoch's checkpoint, the last amid evaluation."""
-    runs = []
-    for rank, call in ((0, 9), (1, 1), (2, 12)):
-        words = toy(PARALLEL, "--log-dir", tmp_path / str(rank))
-        runs.append({"processes": 3, "restarts": 1, "words": words, "faults": {str(rank): [call, "SIGKILL"]}})
-    outcomes, stderr = launch(*runs)
-    assert outcomes == ["finished"] * 3, stderr
-    for rank, line in zip(range(3), said(stderr), strict=True):
+def test_signals_deaths_and_errors(run_script, tmp_path):
+    """Whatever happens to one process, the others end well, one says why, and what goes on ends as if nothing had."""
+    whole = run_script(*toy(PARALLEL), folder=tmp_path / "whole", **names(PARALLEL))
+    again, stopped, other, late = (
+        ["--log-dir", str(tmp_path / name)] for name in ("again", "stopped", "other", "late")
+    )
+    kills = {"1": [1, "SIGKILL", 0], "0": [9, "SIGKILL", 1], "2": [5, "SIGKILL", 2]}
+    runs = [
+        {"processes": 3, "restarts": 3, "words": toy(PARALLEL, *again), "faults": kills},
+        {"processes": 3, "words": toy(PARALLEL, *stopped, "--queue", 1), "faults": {"2": [1, "SIGTERM"]}},
+        {"processes": 2, "words": toy(PARALLEL, *stopped, "--resume"), "faults": {"0": [3, "SIGINT"]}},
+        {"processes": 4, "words": toy(PARALLEL, *stopped, "--resume", "--queue", 1), "faults": {"1": [5, "SIGTERM"]}},
+        {"processes": 3, "words": toy(PARALLEL, *late, "--timeout", 4), "faults": {"2": [4, "SIGSTOP"]}},
+        {"processes": 3, "words": toy(PARALLEL, *other), "faults": {"1": [2, "error"]}},
+        {"processes": 5, "words": toy(PARALLEL, *other)},
+        {"processes": 2, "words": toy(PARALLEL, *other, "--batch-size", "none")},
+    ]
+    outcomes, messages = zip(*launch(*runs), strict=True)
+    killed, *stops, hung, broken, many, wrong = map(said, messages)
+
+    # Killed before there is an epoch's checkpoint, amid an epoch, amid evaluation: started again from the checkpoint
+    assert outcomes[0] == "finished", messages[0]
+    for rank, line in zip((1, 0, 2), killed, strict=True):
         assert f"process {rank} has ended" in line
-        left = Finished(tmp_path / str(rank))
-        assert left.log.read_text().count("# resumed after ") == 1
-        assert_same(left, whole(run_script))
+    left = Finished(tmp_path / "again")
+    assert left.log.read_text().count("# resumed after ") == 2  # that of a run killed before it saved is forgotten
+    assert_same(left, whole)
 
-
-def test_a_signal_to_any_process_stops_all_after_one_mini_batch_and_another_number_goes_on(run_script, tmp_path, whole):
-    where = ("--log-dir", tmp_path)
-    outcomes, stderr = launch(
-        {"processes": 3, "words": toy(PARALLEL, *where, "--queue", 1), "faults": {"2": [1, "SIGTERM"]}},
-        {"processes": 2, "words": toy(PARALLEL, *where, "--resume"), "faults": {"0": [3, "SIGINT"]}},
-        {"processes": 4, "words": toy(PARALLEL, *where, "--resume", "--queue", 1), "faults": {"1": [5, "SIGTERM"]}},
-    )
-    assert outcomes == ["[143]", "[130]", "[143]"], stderr
-    assert len(said(stderr)) == 3 and all("stopped after epoch" in line for line in said(stderr))
-    left = run_script(*toy(PARALLEL, "--resume"), folder=tmp_path, **names(PARALLEL))
+    # A signal to any stops all after one mini-batch, and another number of processes goes on
+    assert outcomes[1:4] == ("[143]", "[130]", "[143]"), messages[1:4]
+    for stop in stops:
+        assert len(stop) == 1 and "stopped after epoch" in stop[0]
+    left = run_script(*toy(PARALLEL, "--resume"), folder=tmp_path / "stopped", **names(PARALLEL))
     assert left.log.read_text().count("# resumed after ") == 3
-    assert_same(left, whole(run_script))
+    assert_same(left, whole)
 
+    # One that hangs is named, not its neighbor, which waits for it while another waits for that one
+    assert outcomes[4] != "finished" and len(hung) == 1, messages[4]
+    assert "process 2 has not answered for 4 s" in hung[0] and "--timeout" in hung[0]
 
-def test_one_that_hangs_is_named_within_the_timeout(tmp_path):
-    """Not its neighbor, which waits for it while another waits for that one."""
-    words = toy(PARALLEL, "--log-dir", tmp_path, "--timeout", 4)
-    outcomes, stderr = launch({"processes": 3, "words": words, "faults": {"2": [4, "SIGSTOP"]}})
-    assert len(said(stderr)) == 1, stderr
-    (line,) = said(stderr)
-    assert "process 2 has not answered for 4 s" in line and "--timeout" in line
-    assert outcomes != ["finished"]
-
-
-def test_what_one_process_cannot_use_ends_all_and_is_said_once(tmp_path):
-    words = toy(PARALLEL, "--log-dir", tmp_path)
-    outcomes, stderr = launch(
-        {"processes": 3, "words": words, "faults": {"1": [2, "error"]}},
-        {"processes": 5, "words": words},
-        {"processes": 2, "words": [*words, "--modules-per-stage", "1,2"]},
-        {"processes": 2, "words": [*words, "--batch-size", "none"]},
-    )
-    assert outcomes == ["[2]"] * 4, stderr
-    first, *lines = said(stderr)
-    assert first == "cifar_dgl.py: error: this cannot be used: use something else"
-    assert "5 stages are more than the 4 modules: start 4 processes or fewer" in lines[0]
-    assert "--modules-per-stage 1,2 is 2 numbers for 3 modules, and there are 2 stages and 4 modules" in lines[1]
-    assert "'none' must be an integer" in lines[2] and len(lines) == 3
+    # What one process cannot use ends all and is said once
+    assert outcomes[5:] == ("[2]",) * 3, messages[5:]
+    assert broken == ["cifar_dgl.py: error: this cannot be used: use something else"]
+    assert len(many) == 1 and "5 stages are more than the 4 modules: start 4 processes or fewer" in many[0]
+    assert len(wrong) == 1 and "'none' must be an integer" in wrong[0]
 
 
 def test_costs_are_cut_where_the_busiest_has_least():
@@ -219,52 +217,3 @@ def test_an_outline_has_the_sizes_of_the_shares_that_come(replicas, limit):
         for whole, share in zip(wholes, outline.left, strict=False):
             outline.advance()
             assert outline.weight == share * replicas / len(whole)
-
-
-OWN = """
-import torch
-from torch import nn
-from decoupled import decouple
-
-def block(below, width):
-    return nn.Sequential(nn.Conv2d(below, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
-
-def layerwise_cnn(classes, **_):
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return decouple(nn.Sequential(block(3, 4), block(4, 8), block(8, 8), head), images, splits=3)
-"""
-
-
-def test_a_network_that_decouple_has_cut_learns_in_several_processes_as_in_one(tmp_path):
-    script = (ROOT / "learning_curves/cifar_dgl.py").read_text()
-    (tmp_path / "own").mkdir()
-    path = tmp_path / "own/own_dgl.py"
-    path.write_text(script.replace("from decoupled.network import layerwise_cnn\n", OWN))
-    flags = [
-        "--dataset",
-        "digits",
-        "--train-samples",
-        "40",
-        "--batch-size",
-        "16",
-        "--test-batch-size",
-        "200",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    results = []
-    for words in ([], torchrun):
-        folder = tmp_path / f"logs{len(words)}"
-        command = [sys.executable, *words, str(path), *flags, "--log-dir", str(folder)]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        results.append(Finished(folder))
-    alone, together = results
-    assert alone.lines == together.lines and len(alone.lines) == 3
-    assert alone.weights.keys() == together.weights.keys()
-    assert all(torch.equal(value, together.weights[key]) for key, value in alone.weights.items())
