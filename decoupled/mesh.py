@@ -20,7 +20,8 @@ class Mesh:
     def __init__(self, processes, stages):
         if processes.size % stages:
             raise InputError(
-                f"{processes.size} processes do not divide into --stages {stages}: start {stages}, or a multiple of it"
+                f"--stages {stages} needs {stages} processes or a multiple of that, not {processes.size}: "
+                "start as many with torchrun --nproc-per-node"
             )
         self.processes, self.stages, self.replicas = processes, stages, processes.size // stages
         self.stage, self.replica = divmod(processes.rank, self.replicas)

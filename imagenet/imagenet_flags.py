@@ -85,12 +85,10 @@ def parsed(parser):
     del args.large_size_images
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
-    stages = getattr(args, "stages", 1)
-    given = {"--local-batch-norm": args.local_batch_norm, "--backend": args.backend, "--stages": stages > 1}
-    for flag in given if launched()[1] == 1 else ():
-        if given[flag]:
-            parser.error(f"{flag} is for several processes: start the script with torchrun --nproc-per-node N")
-    if stages == 1 and getattr(args, "modules_per_stage", None):
+    if launched()[1] == 1 and (args.local_batch_norm or args.backend):
+        flag = "--local-batch-norm" if args.local_batch_norm else "--backend"
+        parser.error(f"{flag} is for several processes: start the script with torchrun --nproc-per-node N")
+    if getattr(args, "stages", 1) == 1 and getattr(args, "modules_per_stage", None):
         parser.error("--modules-per-stage is for several stages: add --stages K")
     args.static_loss_scale = None if args.dynamic_loss_scale else args.static_loss_scale or 1.0
     return args

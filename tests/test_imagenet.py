@@ -745,7 +745,7 @@ def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
         (VGG, ("--image-size", 16), "--image-size 16 is too small for vgg11"),
         (VGG, ("--dynamic-loss-scale",), "a loss scale is for mixed precision: add --half"),
         (VGG, ("--static-loss-scale", 128), "a loss scale is for mixed precision: add --half"),
-        (VGG, ("--stages", 2), "--stages is for several processes: start the script with torchrun"),
+        (VGG, ("--stages", 2), "--stages 2 needs 2 processes or a multiple of that, not 1: start"),
         (VGG, ("--modules-per-stage", "1,2"), "--modules-per-stage is for several stages: add --stages K"),
         (VGG, ("--local-batch-norm",), "--local-batch-norm is for several processes: start the script with torchrun"),
         (VGG, ("-b", 22), "21 training images are fewer than one batch of 22: choose a smaller -b"),

@@ -199,7 +199,7 @@ def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():
     assert [place(rank, 4, 2)[:3] for rank in range(4)] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
     assert place(1, 4, 2)[4] == 3 and place(3, 4, 2)[3] == 1
     assert place(1, 3, 3)[:3] == (1, 0, 1) and place(2, 3, 1)[:3] == (0, 2, 3)
-    with pytest.raises(InputError, match="3 processes do not divide into --stages 2: start 2, or a multiple of it"):
+    with pytest.raises(InputError, match="--stages 2 needs 2 processes or a multiple of that, not 3"):
         place(0, 3, 2)
 
 
