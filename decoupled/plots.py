@@ -247,7 +247,7 @@ def main():
     kinds = figure.canvas.get_supported_filetypes()
     if Path(args.output).suffix.lstrip(".").lower() not in kinds:
         parser.error(f"--output {args.output} must end in one of {', '.join(f'.{kind}' for kind in kinds)}")
-    with writing(args.output, "name another --output, or make room or access there"):
+    with matplotlib.rc_context(STYLE), writing(args.output, "name another --output, or make room or access there"):
         figure.savefig(args.output)
     for log, frame in frames.items():
         if damaged := frame.attrs["damaged"]:
