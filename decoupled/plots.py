@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from decoupled import InputError, flags
 from decoupled.checkpoints import EDITED, STAMP, writing
-from decoupled.logs import read_log
+from decoupled.logs import final, read_log
 from decoupled.runs import ELSEWHERE
 
 LABELS = {
@@ -253,6 +253,10 @@ def main():
         if damaged := frame.attrs["damaged"]:
             numbers = ", ".join(map(str, damaged[:10]))
             print(f"left out, because they are damaged: {len(damaged)} lines of {log}, from line {numbers}")
+    for name, of_run in runs.items():
+        last = pd.concat([final(frame)["test_top1"] for frame in of_run]).groupby("n").mean()
+        scores = ", ".join(f"head {n} {top1:.2f} %" for n, top1 in last.items())
+        print(f"{name}, test top-1 at the end: {scores}")
     print(f"learning curves: {args.output}")
 
 

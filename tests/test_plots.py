@@ -101,6 +101,7 @@ def test_command_overlays_logs_in_the_format_of_the_suffix(tmp_path, monkeypatch
     one_head.write_text("n: 5, epoch 1,epochtrue 1, train 60.0, test 50.0,ense 51.0 \n")
     command(monkeypatch, *logs, "--output", tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
+    assert "lr 0.1 (2 seeds), test top-1 at the end: head 1 22.00 %, head 2 32.00 %" in capsys.readouterr().out
     assert all(word in text for word in ("lr 0.1 (2 seeds)", "lr 0.2 (2 seeds)", "mean and range over seeds", "loss"))
     command(monkeypatch, *logs, one_head, "--heads", "1,2", "--output", tmp_path / "b.svg")
     text = (tmp_path / "b.svg").read_text()
