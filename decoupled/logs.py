@@ -69,7 +69,7 @@ def lower_head_line(n, epoch, loss, train, test):
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
-    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs its layer has finished. Accuracies in %."""
+    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs its module has finished. Accuracies in %."""
     train, test, ensemble = (round(value, 4) for value in (train, test, ensemble))
     return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {train}, test {test},ense {ensemble} "
 
