@@ -25,6 +25,7 @@ from decoupled.costs import count_flops
 from decoupled.datasets import load as load_images
 from decoupled.images import Batches
 from decoupled.network import DecoupledNetwork, eval_mode
+from decoupled.plots import STYLE, styles
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 BATCH = 100  # images at once
@@ -166,10 +167,12 @@ def figure(frame, title):
     """A figure of accuracy against average FLOPs, from a frame of evaluate_exits."""
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for way, marker, label in (("head", "s", "all at head n"), ("early", ".-", "early exit at confidence c")):
+    with pyplot.style.context(STYLE):
+        drawn, axes = pyplot.subplots(figsize=(6, 4))
+    looks = styles(("early exit at confidence c", "all at head n"))
+    for way, (label, look) in zip(("early", "head"), looks.items(), strict=True):
         rows = frame[frame["exit"] == way]
-        axes.plot(rows["gflops"], rows["top1"], marker, label=label)
+        axes.plot(rows["gflops"], rows["top1"], label=label, linestyle="-" if way == "early" else "", **look)
         named = None
         for row in rows.itertuples():
             if named is not None and named.top1 == row.top1 and row.gflops < 1.2 * named.gflops:
@@ -179,7 +182,6 @@ def figure(frame, title):
             axes.annotate(f"{row.at:g}", (row.gflops, row.top1), **where)
     axes.set(xscale="log", xlabel="average GFLOP an image", ylabel="top-1 (%)", title=title)
     axes.title.set_fontsize(9)
-    axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return drawn
 

@@ -1,11 +1,14 @@
 """Logs: what is written can be read back, and so can the authors' published formats, whole or cut off."""
 
 import re
+import sys
 
+import pandas as pd
 import pytest
 from running import PARALLEL, SEQUENTIAL, published_series, small
 
-from decoupled import InputError
+from decoupled import InputError, logs
+from decoupled.flags import start
 from decoupled.logs import final, head_line, read_log
 
 # The expression of the authors' notebooks.
@@ -136,6 +139,64 @@ def test_what_is_no_log(tmp_path):
         read_log(tmp_path / "empty")
     frame = read_log(tmp_path / "empty", empty=True)  # a run in its first epoch
     assert frame.empty and "epoch" in frame and frame.attrs["arguments"] == {"a": 1}
+
+
+@pytest.fixture
+def two_logs(tmp_path):
+    (tmp_path / "a.log").write_text(FORMATS["learning curves"][0])
+    (tmp_path / "b.log").write_text(FORMATS["async_buffer"][0])
+    return [tmp_path / "a.log", tmp_path / "b.log"]
+
+
+def export(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["logs.py", *map(str, words)])
+    start(logs.main)
+
+
+def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, capsys):
+    export(monkeypatch, *two_logs, "--csv", tmp_path / "all.csv")
+    table = pd.read_csv(tmp_path / "all.csv")
+    assert list(table.columns[:3]) == ["log", "n", "epoch"] and list(table["log"].unique()) == ["a.log", "b.log"]
+    for log in two_logs:
+        rows = table[table["log"] == log.name].drop(columns="log").dropna(axis=1).reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, read_log(log), check_like=True, check_dtype=False)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.log").write_text(two_logs[0].read_text())
+    for words, message in (
+        ((two_logs[0], tmp_path / "c" / "a.log", "--csv", tmp_path / "c.csv"), "two of the logs are called a.log"),
+        ((two_logs[0], "--csv", tmp_path / "no" / "c.csv"), "cannot be written"),
+        ((two_logs[0],), "one of the arguments --csv --tensorboard is required"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            export(monkeypatch, *words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_tensorboard_export_can_be_read_back(two_logs, tmp_path, monkeypatch, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    export(monkeypatch, *two_logs, "--tensorboard", tmp_path / "board")
+    for log in two_logs:
+        events = accumulator.EventAccumulator(str(tmp_path / "board" / log.stem)).Reload()
+        found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+        expected = {
+            (f"{column}/head {row['n']}", row["epoch"]): pytest.approx(row[column])
+            for row in read_log(log).to_dict("records")
+            for column in row.keys() - {"n", "epoch"}
+        }
+        assert found == expected
+    with pytest.raises(SystemExit):
+        export(monkeypatch, *two_logs, "--tensorboard", tmp_path / "board")
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_without_tensorboard_the_export_says_what_to_do(two_logs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        export(monkeypatch, *two_logs, "--tensorboard", tmp_path / "board")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install tensorboard, or export with --csv" in error and error.count("\n") == 1
+    assert not (tmp_path / "board").exists()
 
 
 TOY = "--dataset digits --train-samples 64 --batch-size 32 --device cpu --epochs 1"

@@ -257,7 +257,7 @@ def test_no_mutated_log_ends_in_a_traceback(tmp_path):
         assert not frame.duplicated(["n", "epoch"]).any()
         logs.final(frame)
         if read % 300 == 0:
-            plots.learning_curves(frame, title="$x")
+            plots.learning_curves({"a": [frame]}, title="$x")
             pyplot.close("all")
     assert read > 100
 
