@@ -20,6 +20,11 @@ Columns:
   GFLOP/s       the product of both
   % of ceiling  GFLOP/s beside the best large square matrix product of the same
                 precision, measured before and after each round
+  MB/image      read and written by the step's operations (Traffic)
+  % of limit    of the least time in which the machine could run the step: for
+                each operation in turn, its FLOPs at the ceiling or its bytes at
+                the memory bandwidth, whichever takes longer. Small tensors stay
+                in caches, which are faster: there it can be above 100
   peak MiB      made by two steps from the start on, momentum included, on top
                 of network and images (decoupled.costs.peak_memory)
 Rows, a table for each network: training steps on one batch, already on the
@@ -46,6 +51,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from decoupled import flags, provenance
 from decoupled.costs import costs, count_flops, peak_memory, step_seconds
@@ -71,6 +79,9 @@ SIDE = {
     "mps": 4096,
     "cuda": 8192,
 }
+
+# Elements of each array that is streamed from memory: many times the caches
+STREAM = {"cpu": 2**25, "mps": 2**25, "cuda": 2**27}
 
 
 def parse_args():
@@ -292,16 +303,60 @@ def matrix_product(half, device):
     return multiply, 2 * side**3
 
 
-def measure(rows, args, device):
-    """(frame with a line for each row: images, FLOPs an image, peak bytes; seconds an image, rounds × rows; ceiling in
-    FLOP/s).
+class Traffic(TorchDispatchMode):
+    """Inside the block: ``operations``, the (FLOPs, bytes) of each operation that runs, backward passes included.
+
+    Bytes are what it reads of its tensors and writes of its results, each tensor once and as if there were no caches;
+    of a result in place, both. Views and memory that is only reserved move nothing.
     """
-    lines, calls = [], []
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # inference mode gives composite operations whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        if not func.is_view and "empty" not in func.__name__ and func._schema.name != "aten::detach":
+            read, written = (
+                {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+                for tree in ((args, kwargs), result)
+            )
+            if func._schema.is_mutable and not written:  # as of fused optimizers
+                written = read
+            size = sum(leaf.numel() * leaf.element_size() for leaf in (*read.values(), *written.values()))
+            count = flop_registry.get(func.overloadpacket)
+            self.operations.append((count(*args, **kwargs, out_val=result) if count else 0, size))
+        return result
+
+
+def stream(device):
+    """A callable that reads two arrays and writes a third, much larger than caches, and the bytes of that."""
+    elements = STREAM[device.type]
+    left, right, total = (torch.ones(elements, device=device) for _ in range(3))
+    return lambda: torch.add(left, right, alpha=3.0, out=total), 3 * 4 * elements
+
+
+def measure(rows, args, device):
+    """(frame with a line for each row: images, FLOPs an image, bytes an image, least seconds an image, peak bytes;
+    seconds an image, rounds × rows; ceiling in FLOP/s; bandwidth in bytes/s).
+    """
+    lines, calls, traffic = [], [], []
     for row in rows:
         memory = peak_memory(lambda row=row: (row.step(), row.step()), device)
         lines.append({"images": row.images, "flops": count_flops(row.step) / row.images, "memory": memory})
+        with Traffic() as counted:
+            row.step()
+        traffic.append(counted.operations)
         calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
     multiply, flops = matrix_product(args.half, device)
+    add, streamed = stream(device)
+    step_seconds(add, 1, device)
+    sums = []
     step_seconds(multiply, 1, device)
     products = [step_seconds(multiply, 1, device)]
     products_calls = math.ceil(SECONDS / products[0])
@@ -312,12 +367,17 @@ def measure(rows, args, device):
             [step_seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)]
         )
         products.append(step_seconds(multiply, products_calls, device))
+        sums.append(step_seconds(add, 3, device))
     names = [row.name for row in rows]
-    return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), flops / min(products)
+    ceiling, bandwidth = flops / min(products), streamed / min(sums)
+    for line, operations in zip(lines, traffic, strict=True):
+        line["bytes"] = sum(size for _, size in operations) / line["images"]
+        line["limit"] = sum(max(work / ceiling, size / bandwidth) for work, size in operations) / line["images"]
+    return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), ceiling, bandwidth
 
 
 def table(lines, times, ceiling):
-    """The frame to print, from measure's three results."""
+    """The frame to print, from measure's first three results."""
     order = [*times.columns]
     if stages := [name for name in order if name.startswith("sequential step, stage")]:
         mean = "sequential step, mean"
@@ -325,6 +385,8 @@ def table(lines, times, ceiling):
         lines.loc[mean] = {
             "images": lines["images"][stages[0]],
             "flops": lines["flops"][stages].mean(),
+            "bytes": lines["bytes"][stages].mean(),
+            "limit": lines["limit"][stages].mean(),
             "memory": lines["memory"][stages].max(),
         }
         order.insert(order.index(stages[-1]) + 1, mean)
@@ -337,11 +399,13 @@ def table(lines, times, ceiling):
             "GFLOP/image": lines["flops"] / 1e9,
             "GFLOP/s": speed / 1e9,
             "% of ceiling": 100 * speed / ceiling,
+            "MB/image": lines["bytes"] / 1e6,
+            "% of limit": 100 * lines["limit"] / typical,
             "peak MiB": lines["memory"] / 2**20,
         }
     )
     without = frame["GFLOP/image"] == 0
-    frame.loc[without, ["GFLOP/image", "GFLOP/s", "% of ceiling"]] = np.nan
+    frame.loc[without, ["GFLOP/image", "GFLOP/s", "% of ceiling", "MB/image", "% of limit"]] = np.nan
     return frame.loc[order]
 
 
@@ -439,15 +503,19 @@ def main():
                 settle(rows_of(args, train, test))
                 gc.collect()
             rows = rows_of(args, train, test)
-            lines, times, ceiling = measure(rows, args, device)
+            lines, times, ceiling, bandwidth = measure(rows, args, device)
             frame = table(lines, times, ceiling)
             print(
                 f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling "
-                f"{ceiling / 1e9:,.0f} GFLOP/s\n"
+                f"{ceiling / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.1f} GB/s\n"
             )
             formats = {
                 column: (
-                    "{:,.0f}" if column == "images/s" else "{:.3f}" if column == "GFLOP/image" else "{:,.1f}"
+                    "{:,.0f}"
+                    if column == "images/s"
+                    else "{:.3f}"
+                    if column in ("GFLOP/image", "MB/image")
+                    else "{:,.1f}"
                 ).format
                 for column in frame
             }

@@ -145,7 +145,7 @@ def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes))
+    net = run.prepare(build(args, classes), graphs=False)  # several mini-batches are in flight
     if not all(list(module.parameters()) for module in net):
         raise InputError(
             f"--splits {args.splits} leaves a module without weights, which has nothing to learn: choose fewer"

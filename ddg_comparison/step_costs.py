@@ -1,5 +1,6 @@
-"""Time and peak memory of a training step of DGL, DDG, back-propagation and
-back-propagation with checkpointing, against the number of modules K.
+"""Time and peak memory of a training step of DGL, sequential greedy learning,
+DDG, back-propagation and back-propagation with checkpointing, against the
+number of modules K.
 
     python ddg_comparison/step_costs.py
     python ddg_comparison/step_costs.py --depth 20 --splits 2 4 --half
@@ -15,6 +16,7 @@ Columns:
   GFLOP/image   counted in a step; a multiply-add is 2 (decoupled.costs)
   peak MiB      made by K+1 steps from the start on, so with momentum and all
                 that is in flight, on top of network and images (peak_memory)
+The peaks beside back-propagation's follow.
 """
 
 import math
@@ -27,6 +29,7 @@ import cifar_dgl
 import pandas as pd
 import torch
 from cifar_resnet import chained_resnet, decoupled_resnet
+from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import flags, provenance
@@ -97,6 +100,25 @@ def dgl(args, images, labels, splits):
     return Row("DGL", splits, lambda: cifar_dgl.step(run, net, optimizers, images, labels))
 
 
+def sequential(args, images, labels, splits):
+    net = decoupled_resnet(args.depth, splits, CLASSES)
+    run, optimizers = begin(args, net, net)
+
+    def step():
+        for n, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
+            net.eval()
+            module.train()
+            representation = images
+            with run.autocast():
+                with torch.no_grad():
+                    for below in net[:n]:
+                        representation = below.body(representation)
+                _, logits = module(representation)
+            run.step(F.cross_entropy(logits.float(), labels), optimizer)
+
+    return Row("sequential", splits, step)
+
+
 # Measuring
 
 
@@ -117,6 +139,13 @@ def measure(rows, batch_size, repeats, device):
     return frame
 
 
+def savings(memory):
+    """For each method, what its peak is beside back-propagation's, the first of ``memory``: lines."""
+    for (method, splits), peak in memory.iloc[1:].items():
+        more = 100 * (peak / memory.iloc[0] - 1)
+        yield f"{method}, K = {splits}: {f'{more:.0f} % more' if more >= 0 else f'saves {-more:.0f} %'}"
+
+
 def main():
     args = parse_args()
     device = flags.pick_device(args.device)
@@ -125,11 +154,16 @@ def main():
     labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
     with tempfile.TemporaryDirectory() as args.log_dir:
         rows = [backprop(args, images, labels)]
-        rows += [method(args, images, labels, splits) for method in (backprop, ddg, dgl) for splits in args.splits]
+        rows += [
+            method(args, images, labels, splits)
+            for method in (backprop, ddg, dgl, sequential)
+            for splits in args.splits
+        ]
         print("\n".join(provenance.environment(device, args.half)))
         print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n")
         frame = measure(rows, args.batch_size, args.repeats, device)
-    print(frame.to_string(float_format="{:,.2f}".format))
+    print(frame.to_string(float_format="{:,.2f}".format, sparsify=False))
+    print("\n" + "\n".join(savings(frame["peak MiB"])))
 
 
 if __name__ == "__main__":

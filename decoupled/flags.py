@@ -239,7 +239,7 @@ def add_device(parser):
     group.add_argument("--device", default="auto", help=DEVICE)
     group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     group.add_argument("--half", action="store_true", help=HALF)
-    group.add_argument("--compile", action="store_true", help="torch.compile each module")
+    group.add_argument("--compile", action="store_true", help="torch.compile each module; CUDA graphs on CUDA")
     exact = "on CUDA: the same bits each time, resumed or not, by slower kernels"
     # No default: a run that was begun before this flag existed has none either, and resumes.
     group.add_argument("--deterministic", action="store_true", default=argparse.SUPPRESS, help=exact)

@@ -68,9 +68,9 @@ class Run:
         options |= {name: getattr(self.args, name) for name in names} | {"device": self.device}
         return self.mesh.images(lambda: datasets.load(**options))
 
-    def prepare(self, net):
-        """``net`` on the run's device in channels-last memory, its modules compiled with --compile."""
-        return self.steps.prepare(net, self.args.compile)
+    def prepare(self, net, graphs=True):
+        """``net`` on the run's device in channels-last memory, its modules compiled with --compile: see Steps."""
+        return self.steps.prepare(net, self.args.compile, graphs)
 
     def share(self, net, shape=(3, 32, 32)):
         """This process's modules of ``net``, prepared: a decoupled.stages.Stage. ``shape``: of an image."""

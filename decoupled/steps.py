@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 
 import torch
 from torch.optim import SGD
+from torch.utils._pytree import tree_map
 
 from decoupled import InputError
 
@@ -50,6 +52,18 @@ def check_compiler(device):
         logging.disable(before)
 
 
+def compile_graphs(module):
+    """Compiles ``module`` for replay by CUDA graphs: a launch for its forward pass, one for its backward pass.
+
+    A graph for each size of mini-batch, so a shorter last one has its own. A replay writes its outputs where the one
+    before did, and all graphs share a memory pool: what leaves the module is a copy, which the module above, meters and
+    messages may read whatever is replayed meanwhile. Gradients stay in the pool: ``Steps.step`` reads them before any
+    other replay, and zero_grad drops them unread. A module's backward pass must come before any other forward pass.
+    """
+    graphs = torch.compile(module.forward, mode="reduce-overhead", dynamic=False)
+    module.forward = lambda *inputs: tree_map(torch.clone, graphs(*inputs))
+
+
 class Steps:
     """The steps of modules on ``device``, in mixed precision with ``half``: fp16 on CUDA, bf16 elsewhere.
 
@@ -60,22 +74,32 @@ class Steps:
         self.device, self.half, self.loss_scale = device, half, loss_scale
         self.first = 0  # modules below those that learn in this process
         self.learners = {}  # id of an optimizer → (the number of the module it teaches, its loss scale)
+        self.replays = False  # modules are CUDA graphs
         self.watched = []  # (mini-batch, number of the module, loss)
 
     def autocast(self):
         dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
-    def prepare(self, net, compiled):
+    def prepare(self, net, compiled, graphs=True):
+        """``net`` on the device; ``compiled``: each module of it, into CUDA graphs there if ``graphs``."""
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
             check_compiler(self.device)
+            if self.device.type == "cpu":
+                print(
+                    "--compile: on CPUs modules ran slower compiled than plain; it is meant for CUDA", file=sys.stderr
+                )
+            self.replays = graphs and self.device.type == "cuda"
             # Modules share the code of their forward, whose compiled versions (each module's, in both modes, for the
             # usual batch and a shorter last one) PyTorch otherwise limits to 8, going on without compiling.
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, 8 * len(net))
             for module in net:
-                module.compile()
+                if self.replays:
+                    compile_graphs(module)
+                else:
+                    module.compile()
         return net
 
     def learner(self, optimizer):
@@ -99,6 +123,8 @@ class Steps:
         scaler.scale(loss if weight is None else loss * weight).backward()
         scaler.step(optimizer)
         scaler.update(self.loss_scale if scaler.is_enabled() else None)
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()  # what the module's graphs hold may be written over from here on
         self.watch(loss, n, batch)
 
     def watch(self, loss, n, batch=0):

@@ -90,7 +90,7 @@ def main():
             "--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here"
         )
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes))
+    net = run.prepare(build(args, classes), graphs=False)  # all blocks go forward before one goes backward
     if args.sgd:
         optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:

@@ -9,8 +9,12 @@ import pytest
 import small_imagenet
 import torch
 from running import PARALLEL, SEQUENTIAL, load_script, small
+from torch.nn import functional as F
+from torch.optim import SGD
 
 from decoupled import datasets
+from decoupled.network import eval_mode, layerwise_cnn
+from decoupled.steps import Steps
 
 TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
 RESNET = (*TOY, "--depth", 14, "--splits", 3)
@@ -160,3 +164,37 @@ def check_an_overflow(on_gpu, overflow, command):
         assert len(steps) >= 2 and scaler["scale"] == 2.0 ** (9 if n in lost else 10)
         assert scaler["_growth_tracker"] == len(steps) - (lost[n] + 1 if n in lost else 0)  # steps since
     assert all(weight.isfinite().all() for weight in left.weights.values())
+
+
+def check_compiled(device, half=False, tolerance=1e-3, depth=2, sizes=(8, 8, 5, 8, 5)):
+    """``depth`` compiled modules learn what plain ones do in batches of these ``sizes``, with an evaluation between
+    where they differ; representations and logits stay what they were whatever runs afterwards.
+    """
+    device, runs = torch.device(device), {}
+    images = torch.randn(5, 8, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    labels = torch.arange(8, device=device)
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = layerwise_cnn(channels=4, depth=depth, downsample=(1,), auxiliary="cnn", input_shape=(3, 8, 8))
+        steps = Steps(device, half)
+        steps.prepare(net, compiled)
+        optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True) for module in net]
+        left = []
+        for size, batch in zip(sizes, images, strict=False):
+            representation = batch[:size].contiguous(memory_format=torch.channels_last)
+            for module, optimizer in zip(net, optimizers, strict=True):
+                with steps.autocast():
+                    representation, logits = module(representation)
+                loss = F.cross_entropy(logits.float(), labels[:size])
+                steps.step(loss, optimizer)
+                representation = representation.detach()
+                kept = [representation, logits.detach(), loss.detach()]
+                left.append((kept, [value.clone() for value in kept]))
+            if len({*sizes}) == 1:
+                continue
+            with eval_mode(net), torch.inference_mode(), steps.autocast():
+                left.append((scores := net[0](batch), [value.clone() for value in scores]))
+        assert all(torch.equal(now, then) for kept, before in left for now, then in zip(kept, before, strict=True))
+        runs[compiled] = [value for kept, _ in left for value in kept] + [*net.state_dict().values()]
+    for plain, other in zip(runs[False], runs[True], strict=True):
+        torch.testing.assert_close(other.float(), plain.float(), rtol=tolerance, atol=tolerance)

@@ -355,10 +355,18 @@ def test_what_the_methods_cost(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step_costs.py", *flags])
     script.main()
     (frame,) = frames
-    assert "peak MiB" in capsys.readouterr().out and (frame > 0).all(axis=None)
+    output = capsys.readouterr().out
+    assert "peak MiB" in output and (frame > 0).all(axis=None)
     memory, flops = frame["peak MiB"], frame["GFLOP/image"]
     plain = ("back-propagation", 1)
     for splits in (2, 3):
         assert memory["checkpointing", splits] < memory[plain] < memory["DDG", splits]
         assert flops["DDG", splits] == flops[plain] < flops["checkpointing", splits] < 1.4 * flops[plain]
+    assert memory["sequential", 3] < memory["sequential", 2] < memory[plain]
+    assert flops["DGL", 2] < flops["sequential", 2] < flops["sequential", 3]  # those below run again
+    for (method, splits), peak in memory.drop(plain).items():
+        share = 100 * (peak / memory[plain] - 1)
+        assert (
+            f"\n{method}, K = {splits}: {f'{share:.0f} % more' if share > 0 else f'saves {-share:.0f} %'}\n" in output
+        )
     assert memory["DGL", 2] < memory[plain] and memory["DDG", 2] < memory["DDG", 3]

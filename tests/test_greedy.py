@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from gpu_commands import check_compiled
 from running import PARALLEL, SEQUENTIAL, small
 from torch.nn import functional as F
 
 from decoupled import runs
 from decoupled.datasets import load
 from decoupled.metrics import evaluate
+from decoupled.steps import Steps, compile_graphs
 
 SHORT = ("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--epochs", 2, "--device", "cpu")
 
@@ -107,6 +109,42 @@ def test_compiled_modules_learn_what_plain_ones_do(run_script, monkeypatch, tmp_
     assert compiled.lines == plain.lines
     assert compiled.weights.keys() == plain.weights.keys()
     assert all(torch.equal(value, compiled.weights[key]) for key, value in plain.weights.items())
+
+
+def test_the_cpus_compiler_computes_what_plain_modules_do_and_says_that_it_is_slower(capfd):
+    torch.compiler.reset()
+    check_compiled("cpu", depth=1, sizes=(8, 8))  # a second module, size or mode would each be compiled, for seconds
+    assert capfd.readouterr().err == "--compile: on CPUs modules ran slower compiled than plain; it is meant for CUDA\n"
+
+
+def test_what_leaves_a_replayed_module_is_a_copy(monkeypatch):
+    """A stand-in for CUDA graphs: outputs of every call in the same memory."""
+
+    def compiled(forward, mode, dynamic):
+        assert (mode, dynamic) == ("reduce-overhead", False)
+        pool = {}
+
+        def replay(images):
+            for n, output in enumerate(forward(images)):
+                pool.setdefault(n, output.detach()).copy_(output.detach())
+            return tuple(pool.values())
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    marks, (module,) = [], small(depth=1)(auxiliary="cnn")
+    module.eval()
+    expected = [module(torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)]
+    compile_graphs(module)
+    made = [module(torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)]
+    assert all(
+        torch.equal(a, b) for now, then in zip(made, expected, strict=True) for a, b in zip(now, then, strict=True)
+    )
+    steps = Steps(torch.device("cpu"), half=False)
+    for steps.replays in (False, True):
+        steps.step(next(module.parameters()).sum(), torch.optim.SGD(module.parameters(), lr=0.1))
+    assert marks == [1]  # after a step, where there are graphs
 
 
 def test_each_of_many_modules_is_compiled(run_script, monkeypatch):

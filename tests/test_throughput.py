@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from running import load_script
 
 BENCHMARK = "benchmarks/throughput.py"
@@ -15,7 +16,14 @@ def benchmark(monkeypatch, capsys):
 
     def run(*flags):
         script, frames = load_script(BENCHMARK), []
-        for name, value in {"SECONDS": 1e-9, "SIDE": {"cpu": 64}, "TRAIN": 64, "TEST": 16, "TEST_BATCH": 8}.items():
+        for name, value in {
+            "SECONDS": 1e-9,
+            "SIDE": {"cpu": 64},
+            "STREAM": {"cpu": 64},
+            "TRAIN": 64,
+            "TEST": 16,
+            "TEST_BATCH": 8,
+        }.items():
             monkeypatch.setattr(script, name, value)
         table = script.table
         monkeypatch.setattr(script, "table", lambda *args: frames.append(table(*args)) or frames[-1])
@@ -52,6 +60,19 @@ def test_dni_steps_cost_their_parts(benchmark, half):
     total, step = map(float, re.search(r"= ([\d.]+) GFLOP/image; its step counts ([\d.]+)\.\n", output).groups())
     assert total == step == pytest.approx(dgl, abs=1e-3)
     assert "in a step: back-propagation 0, DGL 2, DNI 3, cDNI 3." in output
+
+
+def test_traffic_by_hand():
+    """A layer 4 → 3 of 2 inputs, its ReLU in place, its weights' gradient: FLOPs and bytes of each operation."""
+    script, layer = load_script(BENCHMARK), torch.nn.Linear(4, 3)
+    inputs, gradient = torch.ones(2, 4), torch.ones(2, 3)
+    with script.Traffic() as traffic:
+        torch.relu_(layer(inputs)).view(6)
+    assert traffic.operations == [(2 * 2 * 4 * 3, 4 * (3 + 8 + 12 + 6)), (0, 4 * (6 + 6))]
+    with script.Traffic() as traffic:
+        torch.nn.functional.linear(inputs, layer.weight).backward(gradient)
+    flops, sizes = zip(*traffic.operations, strict=True)
+    assert sum(flops) == 2 * (2 * 2 * 4 * 3) and sizes == (4 * (8 + 12 + 6), 4 * (6 + 8 + 12))
 
 
 def test_both_by_default(benchmark):
