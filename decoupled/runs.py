@@ -27,7 +27,8 @@ from decoupled.steps import Steps, choose_kernels
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
 # Flags that may differ on resume; images are compared.
-FREE = ("resume", "save_every", "log_dir", "data_dir", "modules_per_stage", "stages", "queue", "timeout", "backend")
+ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir")
+ELSEWHERE += ("modules_per_stage", "stages", "queue", "timeout", "backend")
 PLACE = ("stage", "epoch", "within", "batch", "seconds")  # of a Run, where it is
 SAVE = 1  # what is to be done after a mini-batch: go on (0), save, or the number of a signal (from 2)
 
@@ -44,7 +45,7 @@ class Run:
     """
 
     def __init__(self, args, *, several=False, stages=None, loss_scale=None, elsewhere=()):
-        self.args, self.elsewhere = args, (*FREE, *elsewhere)
+        self.args, self.elsewhere = args, (*ELSEWHERE, *elsewhere)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         self.checkpoint = Checkpoint(args.log_dir, self.script.removesuffix(".py").replace("/", "-"), args.name)
         if not several and (size := launched()[1]) > 1:
