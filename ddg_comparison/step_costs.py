@@ -7,11 +7,11 @@ number of modules K.
 
 Each row is the very step of that method's script, with random images, on one
 device: its modules take turns, so the times show what a method computes, not
-what it gains on K devices. Memory is that of the whole network.
+what it gains on K devices. Memory is that of the whole network. A row has a
+process of its own: networks that share one slow each other by up to a fifth.
 
 Columns:
-  ms/step       median over the rounds; each round measures every row, so that a
-                drift of the machine hits all alike
+  ms/step       median over the rounds
   images/s      from that
   GFLOP/image   counted in a step; a multiply-add is 2 (decoupled.costs)
   peak MiB      made by K+1 steps from the start on, so with momentum and all
@@ -19,9 +19,12 @@ Columns:
 The peaks beside back-propagation's follow.
 """
 
+import json
 import math
+import statistics
+import subprocess
+import sys
 import tempfile
-from typing import NamedTuple
 
 import cifar_backprop
 import cifar_ddg
@@ -32,7 +35,7 @@ from cifar_resnet import chained_resnet, decoupled_resnet
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import flags, provenance
+from decoupled import InputError, flags, provenance
 from decoupled.costs import count_flops, peak_memory, step_seconds
 from decoupled.runs import Run
 
@@ -55,19 +58,13 @@ def parse_args():
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
+    row = "this row alone, as JSON: back-propagation, DDG, DGL or sequential, and K"
+    parser.add_argument("--row", nargs=2, metavar=("METHOD", "K"), help=row)
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     return parser.parse_args()
 
 
-class Row(NamedTuple):
-    """A line of the table: ``step()`` is a training step of ``method`` with K modules."""
-
-    method: str
-    splits: int
-    step: callable
-
-
-# The rows. One function a method: it makes its own run and network.
+# The rows. One function a method: it makes its own run and network, and gives a training step.
 
 
 def begin(args, net, learners):
@@ -83,21 +80,20 @@ def begin(args, net, learners):
 def backprop(args, images, labels, splits=1):
     net = chained_resnet(args.depth, splits, CLASSES)
     run, (optimizer,) = begin(args, net, [net])
-    name = "checkpointing" if splits > 1 else "back-propagation"
-    return Row(name, splits, lambda: cifar_backprop.step(run, net, optimizer, images, labels, splits > 1))
+    return lambda: cifar_backprop.step(run, net, optimizer, images, labels, splits > 1)
 
 
 def ddg(args, images, labels, splits):
     net = chained_resnet(args.depth, splits, CLASSES)
     run, optimizers = begin(args, net, net)
     in_flight = [cifar_ddg.InFlight(run, net, k) for k in range(splits)]
-    return Row("DDG", splits, lambda: cifar_ddg.step(run, net, optimizers, in_flight, images, labels))
+    return lambda: cifar_ddg.step(run, net, optimizers, in_flight, images, labels)
 
 
 def dgl(args, images, labels, splits):
     net = decoupled_resnet(args.depth, splits, CLASSES)
     run, optimizers = begin(args, net, net)
-    return Row("DGL", splits, lambda: cifar_dgl.step(run, net, optimizers, images, labels))
+    return lambda: cifar_dgl.step(run, net, optimizers, images, labels)
 
 
 def sequential(args, images, labels, splits):
@@ -116,27 +112,37 @@ def sequential(args, images, labels, splits):
                 _, logits = module(representation)
             run.step(F.cross_entropy(logits.float(), labels), optimizer)
 
-    return Row("sequential", splits, step)
+    return step
 
+
+METHODS = {"back-propagation": backprop, "checkpointing": backprop, "DDG": ddg, "DGL": dgl, "sequential": sequential}
 
 # Measuring
 
 
-def measure(rows, batch_size, repeats, device):
-    """The table: a frame indexed by method and K."""
-    lines, calls = [], []
-    for row in rows:
-        memory = peak_memory(lambda row=row: [row.step() for _ in range(row.splits + 1)], device)
-        lines.append({"GFLOP/image": count_flops(row.step) / batch_size / 1e9, "peak MiB": memory / 2**20})
-        calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
-    rounds = [
-        [step_seconds(row.step, count, device) for row, count in zip(rows, calls, strict=True)] for _ in range(repeats)
-    ]
-    frame = pd.DataFrame(lines, index=pd.MultiIndex.from_tuples([row[:2] for row in rows], names=("method", "K")))
-    typical = pd.DataFrame(rounds).median().to_numpy()
-    frame.insert(0, "ms/step", 1000 * typical)
-    frame.insert(1, "images/s", batch_size / typical)
-    return frame
+def measure(args, method, splits):
+    """What a row holds, measured in this process."""
+    device = flags.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    images = torch.randn(args.batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
+    with tempfile.TemporaryDirectory() as args.log_dir:
+        step = METHODS[method](args, images, labels, splits)
+        memory = peak_memory(lambda: [step() for _ in range(splits + 1)], device)
+        flops = count_flops(step) / args.batch_size
+        calls = math.ceil(SECONDS / step_seconds(step, 1, device))
+        seconds = statistics.median(step_seconds(step, calls, device) for _ in range(args.repeats))
+    speed = {"ms/step": 1000 * seconds, "images/s": args.batch_size / seconds}
+    return speed | {"GFLOP/image": flops / 1e9, "peak MiB": memory / 2**20}
+
+
+def alone(method, splits):
+    """What a row holds, measured in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", method, str(splits)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise InputError(f"{method}, K = {splits}: exit code {done.returncode}: see its own words")
+    return json.loads(done.stdout)
 
 
 def savings(memory):
@@ -148,20 +154,16 @@ def savings(memory):
 
 def main():
     args = parse_args()
-    device = flags.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    images = torch.randn(args.batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (args.batch_size,)).to(device)
-    with tempfile.TemporaryDirectory() as args.log_dir:
-        rows = [backprop(args, images, labels)]
-        rows += [
-            method(args, images, labels, splits)
-            for method in (backprop, ddg, dgl, sequential)
-            for splits in args.splits
-        ]
-        print("\n".join(provenance.environment(device, args.half)))
-        print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n")
-        frame = measure(rows, args.batch_size, args.repeats, device)
+    if args.row:
+        print(json.dumps(measure(args, args.row[0], int(args.row[1]))))
+        return
+    decoupled_resnet(args.depth, max(args.splits), CLASSES)  # fails here where it does at all
+    rows = [("back-propagation", 1)]
+    rows += [(method, splits) for method in ("checkpointing", "DDG", "DGL", "sequential") for splits in args.splits]
+    print("\n".join(provenance.environment(flags.pick_device(args.device), args.half)))
+    print(f"# ResNet-{args.depth}, batch {args.batch_size}, {args.repeats} rounds\n", flush=True)
+    index = pd.MultiIndex.from_tuples(rows, names=("method", "K"))
+    frame = pd.DataFrame([alone(*row) for row in rows], index=index)
     print(frame.to_string(float_format="{:,.2f}".format, sparsify=False))
     print("\n" + "\n".join(savings(frame["peak MiB"])))
 

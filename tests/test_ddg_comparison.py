@@ -1,8 +1,10 @@
 """ResNets by back-propagation, DDG and DGL: the claims of the three scripts and of their network."""
 
+import json
 import sys
 import weakref
 
+import pandas as pd
 import pytest
 import torch
 from running import load_script
@@ -344,19 +346,28 @@ def test_what_the_methods_cost(monkeypatch, capsys):
     """Memory: DGL and checkpointing below back-propagation, DDG above. Computing: DDG as back-propagation,
     checkpointing more.
     """
-    frames, script = [], load_script(COSTS)
+    script = load_script(COSTS)
+    flags = ["step_costs.py", "--depth", "20", "--splits", "2", "3", "--batch-size", "8", "--repeats", "1"]
 
-    def measure(*args):
-        frames.append(script_measure(*args))
-        return frames[0]
+    def alone(method, splits):
+        """The row as its own process prints it, without the process."""
+        monkeypatch.setattr(sys, "argv", [*flags, "--device", "cpu", "--row", method, str(splits)])
+        capsys.readouterr()
+        script.main()
+        return json.loads(capsys.readouterr().out)
 
-    script_measure, script.measure, script.SECONDS = script.measure, measure, 1e-9
-    flags = ("--depth", "20", "--splits", "2", "3", "--batch-size", "8", "--repeats", "1", "--device", "cpu")
-    monkeypatch.setattr(sys, "argv", ["step_costs.py", *flags])
+    rows = [("back-propagation", 1)]
+    rows += [(method, splits) for method in ("checkpointing", "DDG", "DGL", "sequential") for splits in (2, 3)]
+    script.SECONDS = 1e-9
+    held = {row: alone(*row) for row in rows}
+    frame = pd.DataFrame(held.values(), index=pd.MultiIndex.from_tuples(held))
+    monkeypatch.setattr(script, "alone", lambda *row: held[row])
+    monkeypatch.setattr(sys, "argv", [*flags, "--device", "cpu"])
     script.main()
-    (frame,) = frames
     output = capsys.readouterr().out
     assert "peak MiB" in output and (frame > 0).all(axis=None)
+    saved = 100 * (1 - frame["peak MiB"]["DGL", 3] / frame["peak MiB"]["back-propagation", 1])
+    assert f"DGL, K = 3: saves {saved:.0f} %" in output
     memory, flops = frame["peak MiB"], frame["GFLOP/image"]
     plain = ("back-propagation", 1)
     for splits in (2, 3):
