@@ -1,5 +1,5 @@
 """What the runs of cifar_buffer.py came to: the numbers behind the paper's Figs. 5 and 6 (Sec. 5.6). The runs are rows
-of results/rows.csv, made by results/reproduce.py.
+of results/rows.csv, made by results/reproduce.py. And what those of cifar_buffer_distributed.py came to, beside them.
 """
 
 from pathlib import Path
@@ -95,3 +95,23 @@ def table(frame):
         skipped=("skipped", "mean"),
     )
     return summary.round(2)
+
+
+def side_by_side(folder, layer):
+    """A frame with a row for each log in ``folder``, of the simulation or of a process for each layer, in which
+    ``layer`` or none is slow. Columns: how ("simulated", "real"), slow_down, test_top1 and ensemble_top1 as in
+    ``results``, staleness and reuse of what ``layer`` learned from, means over the run.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.log")):
+        frame = read_log(path)
+        arguments, turns, top = frame.attrs["arguments"], tallies(frame.attrs["comments"]), final(frame).iloc[-1]
+        real = "slow" in arguments
+        simulated = arguments.get("layer_noise"), 1 / (1 - arguments.get("noise", 0))
+        slow, factor = (arguments["slow"] or (layer, 1.0)) if real else simulated
+        if factor > 1 and slow != layer:
+            continue
+        row = {"how": "real" if real else "simulated", "slow_down": round(factor, 2), "log": path.name}
+        row |= {key: top[key] for key in ("test_top1", "ensemble_top1")}
+        rows.append(row | {key: turns[turns["n"] == layer][key].mean() for key in ("staleness", "reuse")})
+    return pd.DataFrame(rows).sort_values(["how", "slow_down"], ascending=[False, True], ignore_index=True)

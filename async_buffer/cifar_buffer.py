@@ -13,13 +13,12 @@ is synchronous DGL (Algorithm 1). Learning from an image costs 2.6 GFLOP in all
 six layers, an epoch 131 TFLOP. 30 mini-batches before each layer take 6.5 GB.
 """
 
-import argparse
-
+import async_flags
 import torch
-from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, layer_list, representation_shapes
-from replay_buffer import BITS, SAMPLING, make_buffers
+from async_flags import build, sgd
+from asynchronous_cnn import representation_shapes
+from replay_buffer import make_buffers
 from torch.nn import functional as F
-from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from turns import SEQUENCES, ImageStream, Tally, Turns
 
@@ -30,47 +29,15 @@ from decoupled.runs import Run
 
 
 def parse_args(argv=None):
-    parser = flags.parser(__doc__, epochs=50, batch_size=128)
-    count, positive, switch = integer(0), integer(1), {"type": int, "choices": (0, 1), "default": 1}
-    group = parser.add_argument_group("learning")
-    alias = {"type": positive, "metavar": "N", "default": argparse.SUPPRESS}
-    epochs = "the paper's name for --epochs: each layer's own, after which it only forwards"
-    group.add_argument("--nepochs", dest="epochs", help=epochs, **alias)
-    batch_size = "the paper's name for --batch-size; a last short batch is dropped"
-    group.add_argument("--batch_size", dest="batch_size", help=batch_size, **alias)
-    decay = "own epochs of a layer until its rate falls to a fifth"
-    group.add_argument("--epochdecay", type=positive, default=15, metavar="N", help=decay)
-    group.add_argument("--ensemble", **switch, help="1: evaluate the ensembles of heads")
-    group = parser.add_argument_group("network")
-    group.add_argument("--ncnn", type=integer(2, 1000), default=6, metavar="N", help="layers")
-    group.add_argument("--feature_size", type=flags.WIDTH, default=128, metavar="C", help="channels of the first layer")
-    down = "layers, from 0, after which the size is halved (default: [1,3])"
-    group.add_argument("--down", type=layer_list, default=(1, 3), help=down)
-    group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved")
-    mlp = "hidden layers of each head; 0: one Linear after a batch norm"
-    group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help=mlp)
-    nlin = "3x3 convolutions of each head, at full size"
-    group.add_argument("--nlin", type=flags.LAYERS, default=0, metavar="N", help=nlin)
-    width = "their channels in the first head, doubled at each down-sampling (default: 256)"
-    group.add_argument("--width_aux", type=flags.WIDTH, metavar="C", help=width)
-    window = "window of the first head's average pooling, halved at each down-sampling (default: 16, to 2x2)"
-    group.add_argument("--avg_size", type=positive, default=16, metavar="S", help=window)
-    group.add_argument("--bn", **switch, help="0: no batch norm, in layers or heads")
+    parser = async_flags.parser(__doc__)
     group = parser.add_argument_group("asynchrony")
-    group.add_argument(
-        "--buffer", type=count, default=0, metavar="M", help="mini-batches before each layer; 0: synchronous"
-    )
+    buffer = "mini-batches before each layer; 0: synchronous"
+    group.add_argument("--buffer", type=integer(0), default=0, metavar="M", help=buffer)
     noise = "a layer is drawn less often by this part"
     group.add_argument("--noise", type=number(least=0, below=1), default=0.0, metavar="PART", help=noise)
-    group.add_argument("--layer_noise", type=count, default=0, metavar="LAYER", help="which layer, from 0")
+    group.add_argument("--layer_noise", type=integer(0), default=0, metavar="LAYER", help="which layer, from 0")
     group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
-    sampling = "which of the least used is read"
-    group.add_argument("--buffer-sampling", choices=SAMPLING, default=SAMPLING[0], help=sampling)
-    reuse = "a mini-batch is read at most R times (default: no limit)"
-    group.add_argument("--max-buffer-reuse", type=positive, metavar="R", help=reuse)
-    group.add_argument("--buffer-device", choices=("same", "cpu"), default="same", help="where they are kept")
-    bits = "keep representations in 8 or 4 bits a value: plain affine quantization by channel"
-    group.add_argument("--compress", type=int, choices=BITS, metavar="BITS", help=bits)
+    async_flags.add_reading(group)
     parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
     parser.dropped("--prog", why="a terminal shows a progress bar, anything else none")
     parser.dropped("--decay", why="the rate falls by --epochdecay")
@@ -80,15 +47,13 @@ def parse_args(argv=None):
     # A flag that would have no effect is refused: the log would claim what the run did not do.
     if args.layer_noise >= args.ncnn:
         parser.error(f"--layer_noise {args.layer_noise} is no layer: there are {args.ncnn}, from 0")
-    if args.width_aux and not args.nlin:
-        parser.error("--width_aux has no effect without --nlin")
     if args.noise and args.layer_sequence == "sequential":
         parser.error("--noise has no effect with --layer-sequence sequential: no layer is drawn")
     for name in ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress"):
         key = name.replace("-", "_")
         if args.buffer == 0 and getattr(args, key) != parser.get_default(key):
             parser.error(f"--{name} has no effect without --buffer: the run is synchronous")
-    args.width_aux = (args.width_aux or 256) if args.nlin else None
+    async_flags.check_network(parser, args)
     return args
 
 
@@ -109,19 +74,12 @@ def forward_only(run, module, sample):
         return module.eval().body(sample.representation)
 
 
-def build(args, classes):
-    """The network that the flags name."""
-    heads = {"pool": args.avg_size, "hidden_layers": args.mlp, "convs": args.nlin, "batch_norm": bool(args.bn)}
-    heads |= {"conv_channels": args.width_aux} if args.nlin else {}
-    return asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads)
-
-
 def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data(drop_last=True)
     net = run.prepare(build(args, classes))
-    optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
+    optimizers = [sgd(args, module) for module in net]
     # After the layer's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train)

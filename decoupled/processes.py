@@ -208,6 +208,28 @@ class Processes:
                 return 0 if self.rank else number
             return int(self.store.get("signal")) if self.store.check(["signal"]) else 0
 
+    def note(self, name, value=""):
+        """Lets all processes know ``value`` under this name, for as long as this attempt goes on."""
+        with self.noting():
+            self.store.set(name, str(value))
+
+    def noted(self, *names):
+        """Whether there is a note under each of the names."""
+        with self.noting():
+            return self.store.check([*names])
+
+    def note_of(self, name):
+        """The note under this name; None where there is none."""
+        with self.noting():
+            return self.store.get(name).decode() if self.store.check([name]) else None
+
+    def beats(self):
+        """How often each process has called this; an empty list until all have."""
+        names = [f"beats {rank}" for rank in range(self.size)]
+        with self.noting():
+            self.store.add(names[self.rank], 1)
+            return [int(count) for count in self.store.multi_get(names)] if self.store.check(names) else []
+
     def remember(self, checkpoint):
         """Notes the path of this job's ``checkpoint``, which is ``remembered`` in the processes that torchrun starts
         when one has failed.

@@ -73,10 +73,12 @@ class Run:
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile: see Steps."""
         return self.steps.prepare(net, self.args.compile, graphs)
 
-    def share(self, net, shape=(3, 32, 32)):
-        """This process's modules of ``net``, prepared: a decoupled.stages.Stage. ``shape``: of an image."""
+    def share(self, net, shape=(3, 32, 32), kind=Stage):
+        """This process's modules of ``net``, prepared: a decoupled.stages.Stage, or another ``kind`` of it. ``shape``:
+        of an image.
+        """
         how = {"lengths": getattr(self.args, "modules_per_stage", None), "queue": getattr(self.args, "queue", 1)}
-        stage = Stage(self.steps.prepare(net, False), shape, self.mesh, autocast=self.autocast, wish=self.wish, **how)
+        stage = kind(self.steps.prepare(net, False), shape, self.mesh, autocast=self.autocast, wish=self.wish, **how)
         self.prepare(stage.modules)
         self.line, self.steps.first = stage if self.mesh.stages > 1 else None, stage.first
         return stage
@@ -207,6 +209,7 @@ class Run:
                 saved = f"saved in {self.checkpoint.path('.pt')}: --resume continues there"
                 outcome = saved if self.saves else "nothing is saved with --debug 1"
                 print(f"{self.script}: stopped after {self.where()}, {outcome}", file=sys.stderr)
+            self.state.each("close")
             self.processes.wait()  # torchrun ends those that are left when one has ended like this
             self.processes.close()
             sys.exit(128 + asked)

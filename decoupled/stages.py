@@ -137,12 +137,12 @@ class Stage:
         tensors = [tensors[0], *(tensor.to(self.wire) for tensor in tensors[1:])]
         self.sending.append((self.each(distributed.isend, tensors, self.mesh.above, self.up), tensors))
 
-    @property
-    def ensembles(self):
-        """``heads`` with the ensembles up to each, of probabilities (decoupled.metrics.WithEnsembles): the sum over the
-        heads below comes with the representation.
+    def ensembles(self, probabilities=True):
+        """``heads`` with the ensembles up to each (decoupled.metrics.WithEnsembles): the sum over the heads below comes
+        with the representation.
         """
-        return WithEnsembles(self.net, probabilities=True) if self.mesh.stages == 1 else Heads(self, ensembles=True)
+        kind = "probabilities" if probabilities else "logits"
+        return WithEnsembles(self.net, probabilities) if self.mesh.stages == 1 else Heads(self, kind)
 
     # What process 0 gathers
 
@@ -179,10 +179,10 @@ class Stage:
 
 class Heads(nn.Module):
     """The heads of ``stage`` for decoupled.metrics.evaluate: representation (B, …) → [logits (B, classes), …] of its
-    modules, and the ``ensembles`` up to each; the last representation is sent on.
+    modules, and the ensembles up to each of their "probabilities" or "logits"; the last representation is sent on.
     """
 
-    def __init__(self, stage, ensembles=False):
+    def __init__(self, stage, ensembles=None):
         super().__init__()
         self.stage, self.net, self.ensembles = stage, stage.modules, ensembles
 
@@ -193,7 +193,10 @@ class Heads(nn.Module):
             every_logits.append(module.auxiliary(representation))
         if self.ensembles:
             every_logits = [logits.float() for logits in every_logits]
-            totals = weighted_sums([logits.softmax(1) for logits in every_logits], stage.first, stage.total)
+            every_output = every_logits
+            if self.ensembles == "probabilities":
+                every_output = [logits.softmax(1) for logits in every_logits]
+            totals = weighted_sums(every_output, stage.first, stage.total)
         stage.send(representation, stage.labels, *totals[-1:])
         return [*every_logits, *means(totals, stage.first)]
 

@@ -106,7 +106,7 @@ def main():
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the stage above, where there is one
         run.mesh.same_buffers(stage.modules)
-        heads = stage.ensembles if args.ensemble else stage.heads
+        heads = stage.ensembles() if args.ensemble else stage.heads
         with run.autocast():
             scores = evaluate(heads, run.evaluation(stage.receive(val, totals=args.ensemble)), topk=TOPK)
         count = len(stage.modules)

@@ -34,9 +34,9 @@ from decoupled.flags import start
 PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
 
 
-def fault(call, what, attempt=0):
-    """Stage.send that fails in its call number ``call`` of an ``attempt``."""
-    real, calls = stages.Stage.send, collections.Counter()
+def fault(kind, call, what, attempt=0):
+    """The send of a ``kind`` of Stage that fails in its call number ``call`` of an ``attempt``."""
+    real, calls = kind.send, collections.Counter()
 
     def send(self, *mini_batch):
         calls["send"] += 1
@@ -88,11 +88,12 @@ def worker(words, faults, held):
     torch.set_num_threads(1)
     most = watch() if held else None
     rank = os.environ["RANK"]
-    if rank in faults:
-        stages.Stage.send = fault(*faults[rank])
     script, *flags = words
     sys.argv = [str(ROOT / script), *flags]
     module = load_script(script)
+    kind = getattr(module, "ReplayStage", stages.Stage)
+    if rank in faults:
+        kind.send = fault(kind, *faults[rank])
     if hasattr(module, "layerwise_cnn") and not Path(script).is_absolute():
         module.layerwise_cnn = small()
     if script.startswith("imagenet/"):
