@@ -6,9 +6,9 @@ the paper's Sec. 5.6, in a process for each layer or for some.
 
 Each process learns at its own pace. What comes from the layer below goes into
 its replay buffer as it comes, from which it learns, again and again where the
-layer below is slow. Nobody waits for a slow process: --slow makes one, and so
-draws Fig. 5 in real time, which cifar_buffer.py simulates in one process. All
-meet when the slowest has finished an epoch, to evaluate, and where the run is
+layer below is slow. Nobody waits for a slow process: --slow makes one and, with
+--turn, which makes all others alike, draws in real time the Fig. 5 that
+cifar_buffer.py simulates in one process. All meet when the slowest has finished an epoch, to evaluate, and where the run is
 saved or stopped; what was sent is then in the buffers. A resumed run goes on
 from there; what a process learns from depends on who was faster, so no run is
 exactly another.
@@ -45,7 +45,9 @@ def parse_args(argv=None):
     group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node K")
     cut = "layers of each process, from the image up; by default the FLOPs of the busiest are fewest"
     group.add_argument("--modules-per-stage", type=flags.integers, metavar="N,N,…", help=cut)
-    slow = "a turn of process RANK takes FACTOR times as long as it needs"
+    turn = "a turn of any process takes at least MS milliseconds, so that all are equally fast"
+    group.add_argument("--turn", type=number(least=0), default=0.0, metavar="MS", help=turn)
+    slow = "a turn of process RANK takes FACTOR times as long as it would"
     group.add_argument("--slow", type=slow_down, metavar="RANK:FACTOR", help=slow)
     group = parser.add_argument_group("replay")
     group.add_argument("--buffer", type=integer(1), default=30, metavar="M", help="mini-batches before each process")
@@ -87,7 +89,7 @@ def forward_only(run, module, representation):
 
 def main():
     args = parse_args()
-    run = Run(args, several=True, elsewhere=("slow",))
+    run = Run(args, several=True, elsewhere=("slow", "turn"))
     size = run.processes.size
     if size == 1:
         raise InputError("one process has nobody to be asynchronous with: start it with torchrun --nproc-per-node 2 …")
@@ -102,7 +104,7 @@ def main():
     buffer = make_buffer(args, run, stage)
     pace = Pace(stage.lengths, len(images), args.epochs)
     slow = args.slow[1] if args.slow and args.slow[0] == run.processes.rank else 1.0
-    stage.connect(pace, images, buffer, args.batch_size, slow)
+    stage.connect(pace, images, buffer, args.batch_size, args.turn / 1000, slow)
     tallies = [Tally() for _ in stage.modules]
     inner = [HandOver(run.device) for _ in stage.modules[1:]]  # within a process a layer hands over as in Algorithm 1
     state = {"pace": [pace] * len(tallies), "net": stage, "optimizers": optimizers, "schedules": schedules}

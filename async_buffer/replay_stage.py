@@ -151,11 +151,12 @@ class ReplayStage(Stage):
     which this process had nothing to learn from; ``about``, the log's line about its last epoch.
     """
 
-    def connect(self, pace, images, buffer, samples, slow=1.0):
-        """Begins to receive. ``images``: what the lowest process reads, an ImageStream; ``buffer``: what the others do;
-        ``slow``: a turn takes so many times as long as it needs. All processes call this.
+    def connect(self, pace, images, buffer, samples, least=0.0, slow=1.0):
+        """Prepares this process. ``images``: what the lowest reads, an ImageStream; ``buffer``: what the others do. A turn
+        takes at least ``least`` seconds, and ``slow`` times as long as it would. All processes call this.
         """
-        self.pace, self.stream, self.slow, self.samples = pace, images, slow, samples
+        self.pace, self.stream, self.samples = pace, images, samples
+        self.least, self.slow = least, slow
         self.learning, self.meetings, self.epoch = False, 0, 0
         self.before, self.about = None, ""
         self.beats, self.looked = {}, 0.0  # rank → (turns it had taken, since when)
@@ -205,8 +206,8 @@ class ReplayStage(Stage):
             super().send(representation, labels, *totals)
             return
         self.note_epoch()
-        if self.slow > 1:
-            time.sleep((self.slow - 1) * (time.perf_counter() - self.since))
+        taken = time.perf_counter() - self.since
+        time.sleep(max(0, self.slow * max(taken, self.least) - taken))
         if self.outbox is not None:
             self.outbox.put(self.pace.learned, labels.cpu(), self.above.pack(representation).cpu())
 

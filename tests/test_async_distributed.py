@@ -45,7 +45,7 @@ def counts(left):
 
 
 RUNS = {  # name → (processes, folder, flags, faults and restarts)
-    "slow": (4, "slow", ("--slow", "3:30"), {}),
+    "slow": (4, "slow", ("--turn", 2, "--slow", "3:30"), {}),
     "compressed": (2, "compressed", ("--half", "--compress", 4, "--ensemble", 0), {}),
     "SIGTERM": (3, "stopped", ("--slow", "0:5"), {"faults": {"1": [2, "SIGTERM"]}}),
     "fewer": (2, "stopped", ("--resume",), {}),
