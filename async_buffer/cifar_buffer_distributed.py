@@ -8,10 +8,10 @@ Each process learns at its own pace. What comes from the layer below goes into
 its replay buffer as it comes, from which it learns, again and again where the
 layer below is slow. Nobody waits for a slow process: --slow makes one and, with
 --turn, which makes all others alike, draws in real time the Fig. 5 that
-cifar_buffer.py simulates in one process. All meet when the slowest has finished an epoch, to evaluate, and where the run is
-saved or stopped; what was sent is then in the buffers. A resumed run goes on
-from there; what a process learns from depends on who was faster, so no run is
-exactly another.
+cifar_buffer.py simulates in one process. All meet when the slowest has finished
+an epoch, to evaluate, and where the run is saved or stopped; what was sent is
+then in the buffers. A resumed run goes on from there; what a process learns
+from depends on who was faster, so no run is exactly another.
 """
 
 import argparse

@@ -152,8 +152,8 @@ class ReplayStage(Stage):
     """
 
     def connect(self, pace, images, buffer, samples, least=0.0, slow=1.0):
-        """Prepares this process. ``images``: what the lowest reads, an ImageStream; ``buffer``: what the others do. A turn
-        takes at least ``least`` seconds, and ``slow`` times as long as it would. All processes call this.
+        """Prepares this process. ``images``: what the lowest reads, an ImageStream; ``buffer``: what the others do. A
+        turn takes at least ``least`` seconds, and ``slow`` times as long as it would. All processes call this.
         """
         self.pace, self.stream, self.samples = pace, images, samples
         self.least, self.slow = least, slow
