@@ -125,7 +125,7 @@ def test_after_a_signal_to_any_process_all_that_was_sent_is_in_the_buffers_and_t
     left = ran.left("stopped")
     assert [pace["learned"] for pace in left.state["pace"]] == [6] * 4
     written = [buffer.get("writes", 0) for buffer in left.state["buffers"]]
-    assert [count >= 6 for count in written] == [n in starts(left) for n in range(4)]
+    assert [count > 0 for count in written] == [n in starts(left) for n in range(4)]
     assert len(rows(left)) == 8 and left.log.read_text().count("# resumed after ") == 2
 
 
