@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal its first lines, bars, epochs and the time to its end; elsewhere the results alone."""
+"""What a run shows: on a terminal its first lines, bars, epochs, the time to its end; elsewhere the results alone."""
 
 import io
 import re
@@ -15,7 +15,8 @@ from decoupled.logs import read_log
 from decoupled.metrics import Meter
 from decoupled.terminal import Terminal
 
-FLAGS = "--dataset digits --train-samples 100 --batch-size 20 --test-batch-size 100 --epochs 3 --device cpu".split()
+TOY = "--dataset digits --train-samples 100 --batch-size 20 --test-batch-size 100 --device cpu"
+FLAGS = (*TOY.split(), "--epochs", "3")
 
 
 class Screen(io.StringIO):
@@ -31,15 +32,21 @@ class Eager(tqdm):
 
 
 @pytest.fixture
-def screen(monkeypatch):
-    """stderr as a terminal."""
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(terminal, "tqdm", Eager)
-    return screen
+def open_screen(monkeypatch):
+    """open_screen(): from there on stderr is a terminal, which is returned."""
+
+    def begin():
+        screen = Screen()
+        monkeypatch.setattr(sys, "stderr", screen)  # in the test itself: pytest sets it before
+        monkeypatch.setattr(terminal, "tqdm", Eager)
+        return screen
+
+    return begin
 
 
-def test_a_terminal_shows_the_run_its_bars_and_epochs(run_script, screen, monkeypatch):
+def test_a_terminal_shows_the_run_its_bars_and_epochs(run_script, open_screen, monkeypatch):
+    screen = open_screen()
+    monkeypatch.setattr(terminal, "PATIENCE", 3600.0)
     monkeypatch.setattr(runs, "WATCH_EVERY", 5)  # an epoch's last mini-batch: what is shown then is what is logged
     left = run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
     shown = screen.getvalue()
@@ -53,17 +60,16 @@ def test_a_terminal_shows_the_run_its_bars_and_epochs(run_script, screen, monkey
         top1 = frame[frame["epoch"] == epoch].sort_values("n")["train_top1"]
         assert bar == f"top-1 {' '.join(f'{value:.1f}' for value in top1)} %"
     ends = re.findall(r"[\r\n]epoch (\d/3: [\d.]+ s.*)\n", shown)
-    assert [re.sub(r"[\d.]+ s|\d\d:\d\d", "TIME", end) for end in ends] == ["1/3: TIME, TIME left"] + [
-        "2/3: TIME, TIME left",
-        "3/3: TIME",
-    ]
+    ends = [re.sub(r"[\d.]+ s|\d\d:\d\d", "TIME", end) for end in ends]
+    assert ends == ["1/3: TIME, TIME left", "2/3: TIME, TIME left", "3/3: TIME"]
 
 
-def test_stages_and_unknown_numbers_of_mini_batches(run_script, screen):
-    run_script(SEQUENTIAL, *FLAGS[:-4], "--epochs", 1, "--device", "cpu", layerwise_cnn=small(depth=2))
+def test_stages_and_unknown_numbers_of_mini_batches(run_script, open_screen):
+    screen = open_screen()
+    run_script(SEQUENTIAL, *FLAGS, "--epochs", 1, layerwise_cnn=small(depth=2))
     assert "module 2/2, epoch 1/1:  60%|" in screen.getvalue()
-    flags = "--feature_size 2 --ncnn 3 --down [0] --buffer 2 --epochs 1 --device cpu".split()
-    run_script("async_buffer/cifar_buffer.py", *FLAGS[:-4], *flags)
+    flags = [*FLAGS, "--feature_size", 2, "--ncnn", 3, "--down", "[0]", "--buffer", 2, "--epochs", 1]
+    run_script("async_buffer/cifar_buffer.py", *flags)
     assert re.search(r"epoch 1/1: 12 mini-batches, +(\?|[\d.]+) mini-batches/s", screen.getvalue())
 
 
@@ -94,7 +100,8 @@ def test_log_checkpoint_and_stdout_are_the_same_with_a_terminal_and_without(run_
 
 
 @pytest.mark.parametrize("moment", [3, 7])  # in the midst of training, of evaluation
-def test_last_words_and_what_resumes_have_lines_of_their_own(run_script, screen, capsys, moment):
+def test_last_words_and_what_resumes_have_lines_of_their_own(run_script, open_screen, moment):
+    screen = open_screen()
     with pytest.raises(SystemExit):
         run_script(PARALLEL, *FLAGS, layerwise_cnn=small(), Run=signalled(moment, signal.SIGTERM))
     before, after = screen.getvalue().split("learning_curves/cifar_dgl.py: stopped after epoch 1, batch ")
@@ -104,7 +111,9 @@ def test_last_words_and_what_resumes_have_lines_of_their_own(run_script, screen,
     assert f"log: {left.log}\n" in screen.getvalue() and "device: cpu" in screen.getvalue()
 
 
-def test_errors_have_a_line_of_their_own(run_script, screen, monkeypatch):
+def test_errors_have_a_line_of_their_own(run_script, open_screen, monkeypatch):
+    screen = open_screen()
+
     def fail(run):
         if run.batch == 4:
             raise InputError("this cannot be used")
@@ -144,7 +153,8 @@ class Timer:
 
 
 @pytest.mark.parametrize(("passed", "shown"), [(0.5, ""), (2.0, "reading images\n")])
-def test_reading_is_said_where_it_takes_time(screen, monkeypatch, passed, shown):
+def test_reading_is_said_where_it_takes_time(open_screen, monkeypatch, passed, shown):
+    screen = open_screen()
     monkeypatch.setattr(terminal.threading, "Timer", Timer)
     monkeypatch.setattr(Timer, "passed", passed)
     with Terminal().reading():
@@ -154,8 +164,8 @@ def test_reading_is_said_where_it_takes_time(screen, monkeypatch, passed, shown)
     assert screen.getvalue() == shown
 
 
-def test_other_processes_are_quiet(screen, capsys):
-    shows = Terminal(quiet=True)
+def test_other_processes_are_quiet(open_screen, capsys):
+    screen, shows = open_screen(), Terminal(quiet=True)
     shows.start(["# device: cpu"], "run.log")
     shows.write("epoch 1, batch 2")
     shows.begin_epoch(1, 1)
