@@ -119,7 +119,7 @@ class Terminal:
             self.bar.close()
 
     def stopped(self, what, checkpoint):
-        """Says on stderr, terminal or not, ``what`` has stopped, and in which ``checkpoint`` it is saved; None: nowhere."""
+        """Says on stderr, terminal or not, ``what`` has stopped; in which ``checkpoint`` it is saved, None: in none."""
         self.close()
         if not self.quiet:
             saved = "nothing is saved with --debug 1"
