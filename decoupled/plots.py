@@ -29,6 +29,7 @@ LABELS = {
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow, and a marker for each: in print too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+LINES = ("-", "--", ":", "-.")  # of curves beneath others
 STYLE = {  # pyplot.style.use(STYLE)
     "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
     "axes.grid": True,
@@ -93,6 +94,15 @@ def reference_curves(axes, frame, column, heads=None, label="authors' log", **st
     return curves(axes, frame, column, heads, label, **beneath | style)
 
 
+def authors_curves(names):
+    """{label: frame} of the authors' published logs, of results/authors_curves.csv; ``names`` without .log."""
+    table = pd.read_csv(results_folder() / "authors_curves.csv")
+    if missing := [name for name in names if f"{name}.log" not in set(table["log"])]:
+        known = ", ".join(name.removesuffix(".log") for name in table["log"].unique())
+        raise InputError(f"the authors have no log {missing[0]!r}: choose from {known}")
+    return {f"{name}, authors": table[table["log"] == f"{name}.log"] for name in names}
+
+
 def points(axes, values, **style):
     """Draws the mean, and as a bar the range, of the ``values`` at each place: a Series whose index says the place on
     the x axis, with a row for each seed. Returns matplotlib's container.
@@ -110,12 +120,12 @@ def legend_below(figure, **style):
     return figure.legend(entries.values(), entries, **{"loc": "outside lower center", "ncols": columns} | style)
 
 
-def learning_curves(runs, heads=None, title=""):
+def learning_curves(runs, heads=None, title="", beneath=None):
     """A figure of ``runs``, {label: frames of its seeds}, of whichever experiment: training loss, where all have one,
     else train top-1, and test top-1 by epoch.
 
     Of a single run every head is drawn, of several runs the last; ``heads`` (numbers, "all" or "last") says otherwise.
-    Several runs' heads have panels of their own.
+    Several runs' heads have panels of their own. ``beneath``, {label: frame}, are drawn grey.
     """
     from matplotlib import pyplot
 
@@ -129,6 +139,8 @@ def learning_curves(runs, heads=None, title=""):
         figure, panels = pyplot.subplots(len(rows), 2, figsize=size, squeeze=False, sharex=True)
         for of_row, shown in zip(panels, rows, strict=True):
             for axes, column in zip(of_row, columns, strict=True):
+                for (name, frame), line in zip((beneath or {}).items(), LINES, strict=False):
+                    reference_curves(axes, frame, column, shown, name, linestyle=line)
                 for (name, of_run), style in zip(runs.items(), styles(runs).values(), strict=True):
                     look = {"label": name.replace("{", "{{").replace("}", "}}"), **style} if len(runs) > 1 else {}
                     curves(axes, of_run, column, heads=shown, **look)
@@ -232,6 +244,8 @@ def main():
     parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: its newest log")
     which = "all, last, or numbers such as 1,4; by default all of a single run, of several runs the last"
     parser.add_argument("--heads", metavar="HEADS", type=some_heads, help=which)
+    beneath = "authors' curves to draw beneath, grey: parallel, sequential, backprop, dgl, cdni, dni"
+    parser.add_argument("--authors", nargs="+", default=[], metavar="NAME", help=beneath)
     output = {"metavar": "FILE", "default": "curves.png", "type": flags.path, "help": "where the figure goes"}
     parser.add_argument("--output", **output)
     args = parser.parse_args()
@@ -243,7 +257,7 @@ def main():
             parser.error(f"--heads: no log has head {n}")
     datasets = {frame.attrs["arguments"].get("dataset", "") for frame in frames.values()} - {""}
     title = ", ".join([*(runs if len(runs) == 1 else []), *(datasets if len(datasets) == 1 else [])])
-    figure = learning_curves(runs, args.heads, title)
+    figure = learning_curves(runs, args.heads, title, authors_curves(args.authors))
     kinds = figure.canvas.get_supported_filetypes()
     if Path(args.output).suffix.lstrip(".").lower() not in kinds:
         parser.error(f"--output {args.output} must end in one of {', '.join(f'.{kind}' for kind in kinds)}")

@@ -1,7 +1,6 @@
 """One run of one experiment, in one process or in several, that stops and resumes after any mini-batch: seed, device,
 precision, log, checkpoint. The algorithm stays in the script.
 
-meters = [Meter() for _ in net]
 run = Run(parser(__doc__, epochs=50, batch_size=128).parse_args())
 for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
     for images, labels in run.progress(train): ...
@@ -12,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from decoupled import InputError, datasets, logs, provenance
 from decoupled.checkpoints import Checkpoint, check
@@ -24,6 +22,7 @@ from decoupled.signals import Signals
 from decoupled.stages import Stage
 from decoupled.state import State
 from decoupled.steps import Steps, choose_kernels
+from decoupled.terminal import Terminal
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
 # Flags that may differ on resume; images are compared.
@@ -53,11 +52,13 @@ class Run:
         how = {name: getattr(args, name) for name in ("backend", "timeout") if hasattr(args, name)}
         self.processes = Processes(pick_device(args.device), **how)
         self.mesh = Mesh(self.processes, stages or self.processes.size)
+        self.terminal = Terminal(quiet=self.processes.rank > 0)
         self.line = None  # this process's Stage where modules are shared out
         self.device = self.processes.device
         self.stages, self.header = None, []
         self.stage, self.epoch, self.batch, self.within, self.seconds = 1, 0, 0, False, 0.0
         self.steps = Steps(self.device, args.half, loss_scale)
+        self.saves = not getattr(args, "debug", 0)  # checkpoints: not with --debug 1
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.weight = None  # of this process's loss in the mean over replicas, whose shares of a mini-batch may differ
         choose_kernels(self.device, getattr(args, "deterministic", False))
@@ -67,7 +68,8 @@ class Run:
         """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
         names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
         options |= {name: getattr(self.args, name) for name in names} | {"device": self.device}
-        return self.mesh.images(lambda: datasets.load(**options))
+        with self.terminal.reading():
+            return self.mesh.images(lambda: datasets.load(**options))
 
     def prepare(self, net, graphs=True):
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile: see Steps."""
@@ -92,9 +94,7 @@ class Run:
         return self.steps.learner(optimizer)[1]
 
     def step(self, loss, optimizer):
-        """zero_grad, backward and step of one module; with fp16 through that module's own loss scale. On several
-        processes gradients are those of the mean over all images.
-        """
+        """zero_grad, backward, step of one module, in fp16 by its own loss scale; of the mean loss of all processes."""
         self.steps.step(loss, optimizer, self.batch, self.weight)
 
     def watch(self, loss, n):
@@ -130,12 +130,13 @@ class Run:
                     if not self.within:
                         self.begin_epoch()
                     self.started = time.perf_counter() - self.seconds
+                    self.terminal.begin_epoch(self.epoch, self.args.epochs, self.stage, self.stages)
                     yield (self.stage, self.epoch) if stages else self.epoch
                     self.end_epoch()
                     self.pause()
-                if self.processes.rank == 0:
-                    print(f"finished: {self.checkpoint.path('.log')}")
+                self.terminal.write(f"finished: {self.checkpoint.path('.log')}")
             finally:
+                self.terminal.close()
                 self.state.each("close")
                 self.checkpoint.close()
         self.processes.close()
@@ -152,7 +153,9 @@ class Run:
     def end_epoch(self):
         self.check_losses()
         self.within = False
-        self.write(f"# {self.where()} took {time.perf_counter() - self.started:.2f} s\n")
+        seconds = time.perf_counter() - self.started
+        self.write(f"# {self.where()} took {seconds:.2f} s\n")
+        self.terminal.end_epoch(seconds)
         self.save()
 
     def where(self):
@@ -160,27 +163,26 @@ class Run:
         return f"{epoch}, batch {self.batch}" if self.within else epoch
 
     def progress(self, batches):
-        """Iterates over what is left of an epoch of ``batches``, with a progress bar on a terminal. After each it may
-        stop or save. What a step draws from PyTorch's generator, as dropout does, depends on seed and place alone.
+        """Iterates over what is left of an epoch of ``batches``, and shows that on a terminal. After each it may stop
+        or save. What a step draws from PyTorch's generator, as dropout does, depends on seed and place alone.
         """
         left = batches.rest() if hasattr(batches, "rest") else batches
-        total = len(batches) if hasattr(batches, "__len__") else None
-        silent = self.processes.rank > 0 or not sys.stderr.isatty()
         stage = (self.stage,) if self.stages else ()
-        for batch in tqdm(left, self.where(), total, initial=self.batch, leave=False, disable=silent):
+        for batch in self.terminal.training(left, batches, self.batch, self.args.batch_size):
             self.batch += 1
             self.weight = batches.weight if self.mesh.replicas > 1 else None
             torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.mesh.replica))
             yield batch
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
+                self.terminal.note(self.state)
             self.pause()
         self.check_losses()
 
     def evaluation(self, batches):
         """Iterates over all of ``batches``; a run that stops meanwhile evaluates again when it resumes."""
         common = len(batches) if self.mesh.replicas == 1 else batches.common  # of which every replica has a share
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate(self.terminal.evaluation(batches), start=1):
             yield batch
             if number <= common:
                 self.pause()
@@ -194,9 +196,8 @@ class Run:
         return received or due * SAVE
 
     def pause(self):
-        """Between two mini-batches: saves when it is time to, and after a signal to any process leaves with exit code
-        128 + its number. Replicas agree; where modules are shared out, those of the lowest stage have marked the
-        mini-batch, and the others stop or save behind it.
+        """Between two mini-batches: saves when it is time to; after a signal to any process leaves, with exit code
+        128 + its number. Replicas agree; stages stop or save behind the mini-batch that the lowest has marked.
         """
         asked = self.line.take_mark() if self.line else self.mesh.agree(self.wish())
         if not asked:
@@ -205,10 +206,8 @@ class Run:
             self.check_losses()
             self.save()
         if asked > SAVE:
-            if self.processes.rank == 0:
-                saved = f"saved in {self.checkpoint.path('.pt')}: --resume continues there"
-                outcome = saved if self.saves else "nothing is saved with --debug 1"
-                print(f"{self.script}: stopped after {self.where()}, {outcome}", file=sys.stderr)
+            what = f"{self.script}: stopped after {self.where()}"
+            self.terminal.stopped(what, self.checkpoint.path(".pt") if self.saves else None)
             self.state.each("close")
             self.processes.wait()  # torchrun ends those that are left when one has ended like this
             self.processes.close()
@@ -239,6 +238,7 @@ class Run:
         about = [f"# {key}: {self.state[key][0]}" for key in ("train", "test") if key in self.state]
         header = [repr(self.args), *self.environment(), *about, *self.header, *map(repr, self.state["net"])]
         self.checkpoint.stem = self.processes.from_first(lambda: self.checkpoint.create("\n".join(header) + "\n"))
+        self.terminal.start(header, self.checkpoint.path(".log"))
         self.save()
         self.processes.remember(self.checkpoint.path(".pt"))
 
@@ -247,11 +247,6 @@ class Run:
         cut = f", modules {self.line}" if self.line else ""
         processes = [f"# processes: {self.processes}{cut}"] if self.processes.size > 1 else []
         return provenance.environment(self.device, self.args.half) + processes
-
-    @property
-    def saves(self):
-        """Whether there are checkpoints: not with --debug 1."""
-        return not getattr(self.args, "debug", 0)
 
     def save(self):
         """Writes the checkpoint. All processes call this after the same mini-batch."""
@@ -280,5 +275,6 @@ class Run:
         self.processes.remember(self.checkpoint.path(".pt"))
         if self.processes.rank == 0 and (self.within or not self.finished()):
             self.checkpoint.reopen(saved["log"])
-            self.write("\n".join([f"# resumed after {self.where()}", *self.environment()]) + "\n")
+            self.write("\n".join(header := [f"# resumed after {self.where()}", *self.environment()]) + "\n")
             print(f"resuming {self.checkpoint.path('.pt')} after {self.where()}")
+            self.terminal.start(header, self.checkpoint.path(".log"))

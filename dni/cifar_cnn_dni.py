@@ -20,7 +20,6 @@ from dni_backbone import ConvSynthesizer, backbone
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
-from tqdm import tqdm
 
 import dni
 from decoupled import InputError, flags
@@ -114,7 +113,8 @@ def main():
             run.watch(loss, N)
             meter.update(loss, logits, labels)
             if run.batch % args.log_interval == 0:
-                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {run.latest_losses()[0]:.5f}")
+                loss = run.latest_losses()[0]
+                run.terminal.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss:.5f}")
         with run.autocast():
             (score,) = evaluate(net, run.evaluation(test))
         run.log(N, epoch, meter, score)

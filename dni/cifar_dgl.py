@@ -16,7 +16,6 @@ from dni_backbone import ConvSynthesizer, backbone, head
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
-from tqdm import tqdm
 
 from decoupled import flags, logs
 from decoupled.metrics import Meter, evaluate
@@ -72,7 +71,7 @@ def main():
             stage.send(representation, labels)  # to the module above, where another process has it
             if run.batch % args.log_interval == 0:
                 losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
-                tqdm.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
+                run.terminal.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

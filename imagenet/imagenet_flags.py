@@ -4,7 +4,6 @@ import time
 
 import imagenet_folders
 from torch.optim import SGD
-from tqdm import tqdm
 
 from decoupled import InputError, flags
 from decoupled.flags import integer, number
@@ -123,7 +122,8 @@ def begin(args, build):
     share = {"rank": mesh.replica, "processes": mesh.replicas, "least": 1 + args.local_batch_norm}
     limit = DEBUG_BATCHES if args.debug else None
     options = {name: getattr(args, name) for name in names} | share | {"limit": limit, "device": run.device}
-    train, val, classes = mesh.images(lambda: imagenet_folders.load(args.data, **options))
+    with run.terminal.reading():
+        train, val, classes = mesh.images(lambda: imagenet_folders.load(args.data, **options))
     net = build(args, classes)
     if mesh.replicas > 1:
         among = "all processes" if mesh.stages == 1 else "the replicas of each module"
@@ -147,7 +147,6 @@ def reported(run, batches, total):
             losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share and modules
             seconds = time.perf_counter() - since
             speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for them"
-            if run.processes.rank == 0:
-                tqdm.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")
+            run.terminal.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")
             since, images, waited = time.perf_counter(), 0, 0.0
         asked = time.perf_counter()

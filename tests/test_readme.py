@@ -17,6 +17,7 @@ from decoupled.flags import start
 from decoupled.network import layerwise_cnn
 
 PAGES = [page for page in (ROOT / "README.md", *ROOT.glob("*/README.md")) if not page.parent.name.startswith(".")]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 COMMANDS = sorted(
     {
         line.strip()
