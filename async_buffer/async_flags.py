@@ -1,10 +1,9 @@
-"""What cifar_buffer.py, the simulation, and cifar_buffer_distributed.py share: flags, network, a layer's optimizer."""
+"""What cifar_buffer.py, the simulation, and cifar_buffer_distributed.py share: flags and network."""
 
 import argparse
 
 from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, layer_list
 from replay_buffer import BITS, SAMPLING
-from torch.optim import SGD
 
 from decoupled import flags
 from decoupled.flags import integer
@@ -64,8 +63,3 @@ def build(args, classes):
     heads = {"pool": args.avg_size, "hidden_layers": args.mlp, "convs": args.nlin, "batch_norm": bool(args.bn)}
     heads |= {"conv_channels": args.width_aux} if args.nlin else {}
     return asynchronous_cnn(args.feature_size, args.ncnn, args.down, args.ds_type, classes, **heads)
-
-
-def sgd(args, module):
-    """The optimizer of one layer."""
-    return SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)

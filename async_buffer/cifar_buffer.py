@@ -15,10 +15,11 @@ six layers, an epoch 131 TFLOP. 30 mini-batches before each layer take 6.5 GB.
 
 import async_flags
 import torch
-from async_flags import build, sgd
+from async_flags import build
 from asynchronous_cnn import representation_shapes
 from replay_buffer import make_buffers
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from turns import SEQUENCES, ImageStream, Tally, Turns
 
@@ -79,7 +80,7 @@ def main():
     run = Run(args)
     train, test, classes = run.data(drop_last=True)
     net = run.prepare(build(args, classes))
-    optimizers = [sgd(args, module) for module in net]
+    optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
     # After the layer's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train)

@@ -18,10 +18,11 @@ import argparse
 
 import async_flags
 import torch
-from async_flags import build, sgd
+from async_flags import build
 from replay_buffer import HandOver, make_buffers
 from replay_stage import Pace, ReplayStage
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from turns import ImageStream, Tally
 
@@ -97,7 +98,9 @@ def main():
         raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g} names no process: there are {size}, from 0")
     train, test, classes = run.data(drop_last=True)
     stage = run.share(build(args, classes), kind=ReplayStage)
-    optimizers = [sgd(args, module) for module in stage.modules]
+    optimizers = [
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in stage.modules
+    ]
     # After the layer's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train) if stage.lowest else train

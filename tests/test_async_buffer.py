@@ -17,6 +17,7 @@ from decoupled.metrics import evaluate
 
 SCRIPT = "async_buffer/cifar_buffer.py"
 load_script(SCRIPT)  # its folder can be imported from now on
+import async_flags  # noqa: E402
 import buffer_results  # noqa: E402
 from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
 from turns import ImageStream, Turns, tallies  # noqa: E402
@@ -117,7 +118,7 @@ def build(monkeypatch, *flags):
         raise InterruptedError
 
     module = load_script(SCRIPT)
-    monkeypatch.setattr(module, "asynchronous_cnn", noted)
+    monkeypatch.setattr(module.async_flags, "asynchronous_cnn", noted)
     monkeypatch.setattr(module.Run, "data", lambda self, **options: (None, None, 10))
     monkeypatch.setattr(sys, "argv", ["cifar_buffer.py", "--device", "cpu", *map(str, flags)])
     with pytest.raises(InterruptedError):
@@ -374,8 +375,8 @@ def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
 def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, monkeypatch):
     rates, nets, final = {n: [] for n in (1, 2, 3)}, [], {}
 
-    def build(*arguments, **options):
-        nets.append(asynchronous_cnn(*arguments, **options))
+    def build(*arguments):
+        nets.append(async_flags.build(*arguments))
         return nets[0]
 
     class Watched(runs.Run):
@@ -386,7 +387,7 @@ def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, mon
             if len(rates[n]) == 3 * LENGTH:
                 final[n] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
 
-    names = {"Run": Watched, "asynchronous_cnn": build}
+    names = {"Run": Watched, "build": build}
     left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, **names)
     for n in rates:
         assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
