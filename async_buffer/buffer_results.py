@@ -98,12 +98,13 @@ def table(frame):
 
 
 def side_by_side(folder, layer):
-    """A frame with a row for each log in ``folder``, of the simulation or of a process for each layer, in which
-    ``layer`` or none is slow. Columns: how ("simulated", "real"), slow_down, test_top1 and ensemble_top1 as in
-    ``results``, staleness and reuse of what ``layer`` learned from, means over the run.
+    """A frame with a row for each log in ``folder`` (.txt, for they are no rows of the tables), of the simulation or of
+    a process for each layer, in which ``layer`` or none is slow. Columns: how ("simulated", "real"), slow_down,
+    test_top1 and ensemble_top1 as in ``results``, staleness and reuse of what ``layer`` learned from, means over the
+    run.
     """
     rows = []
-    for path in sorted(Path(folder).glob("*.log")):
+    for path in sorted(Path(folder).glob("*.txt")):
         frame = read_log(path)
         arguments, turns, top = frame.attrs["arguments"], tallies(frame.attrs["comments"]), final(frame).iloc[-1]
         real = "slow" in arguments
