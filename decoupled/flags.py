@@ -37,7 +37,7 @@ def start(main, keep_memory=True):
     if keep_memory:
         keep_freed_memory()
     # A run that resumes in an evaluation steps its schedules before any optimizer, which is right.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step|`broadcast_buffers` is deprecated")
     script = Path(sys.argv[0]).name
     with unfailing_output():
         try:
