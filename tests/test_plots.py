@@ -115,6 +115,18 @@ def test_command_overlays_logs_in_the_format_of_the_suffix(tmp_path, monkeypatch
     pyplot.close("all")
 
 
+def test_command_draws_the_authors_curves_beneath(tmp_path, monkeypatch, capsys):
+    log = write(tmp_path / "a.log", 1, 20)
+    command(monkeypatch, log, "--authors", "parallel", "sequential", "--output", tmp_path / "a.svg")
+    grey = [line for line in pyplot.gcf().axes[1].lines if line.get_color() == "0.75"]
+    assert len(grey) == 4 and grey[3].get_label() == "sequential, authors"  # of heads 1 and 2, as our log has
+    assert (grey[0].get_ydata()[[0, -1]] == [39.36, 78.35]).all() and grey[0].get_linestyle() != grey[3].get_linestyle()
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, log, "--authors", "ddg", "--output", tmp_path / "b.svg")
+    assert stop.value.code == 2 and "the authors have no log 'ddg': choose from" in capsys.readouterr().err
+    pyplot.close("all")
+
+
 def test_folder_without_a_log(tmp_path):
     with pytest.raises(InputError, match="there is no log in"):
         plots.newest_log(tmp_path)
