@@ -136,7 +136,6 @@ class Run:
                     self.pause()
                 self.terminal.write(f"finished: {self.checkpoint.path('.log')}")
             finally:
-                self.terminal.close()
                 self.state.each("close")
                 self.checkpoint.close()
         self.processes.close()
