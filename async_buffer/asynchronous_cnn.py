@@ -7,6 +7,7 @@ import argparse
 from torch import nn
 
 from decoupled import InputError
+from decoupled.auxiliary import AveragePool
 from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape
 
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
@@ -48,7 +49,7 @@ def layer_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_chan
         layers.append(nn.Conv2d(channels, conv_channels, 3, padding=1, bias=False))
         layers += normalized(nn.BatchNorm2d, conv_channels, batch_norm)
         channels = conv_channels
-    layers.append(nn.AdaptiveAvgPool2d(pooled))
+    layers.append(AveragePool(pooled))
     if hidden_layers == 0 and batch_norm:
         layers.append(nn.BatchNorm2d(channels))
     layers.append(nn.Flatten())

@@ -19,6 +19,15 @@ def ranks(logits, labels):
     return (~(logits <= target) | (before & (logits == target))).sum(1)
 
 
+def count_hits(logits, labels, topk):
+    """[how many samples have rank < k, for each k of ``topk``], scalars on the device."""
+    if topk == (1,):  # in half as many operations: max gives the first of equal ones, and a NaN where there is one
+        most, first = logits.max(1)
+        return [((first == labels) & (most == most)).sum()]
+    rank = ranks(logits, labels)
+    return [(rank < k).sum() for k in topk]
+
+
 class Meter:
     """Mean loss and top-k accuracy over the samples given since its epoch began.
 
@@ -26,7 +35,7 @@ class Meter:
     """
 
     def __init__(self, topk=(1,)):
-        self.topk = topk
+        self.topk = tuple(topk)
         self.begin()
 
     def begin(self):
@@ -37,10 +46,10 @@ class Meter:
     def update(self, loss, logits, labels):
         """Adds a mini-batch: its mean loss (scalar), logits (B, classes), labels (B,)."""
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no more
-        rank = ranks(logits.detach(), labels)
+        correct = count_hits(logits.detach(), labels, self.topk)
         self.count += len(labels)
         self.losses = self.losses.to(wide) + loss.detach().float() * len(labels)
-        self.hits = [hits.to(wide) + (rank < k).sum() for k, hits in zip(self.topk, self.hits, strict=True)]
+        self.hits = [before.to(wide) + more for before, more in zip(self.hits, correct, strict=True)]
 
     @property
     def loss(self):

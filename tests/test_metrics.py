@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decoupled.metrics import Meter, ensembles, evaluate, ranks
+from decoupled.metrics import Meter, count_hits, ensembles, evaluate, ranks
 from decoupled.network import layerwise_cnn
 
 
@@ -36,6 +36,17 @@ def test_ties_go_to_the_lower_class_and_nan_is_never_correct():
     assert ranks(logits, torch.tensor([0, 1, 4, 5])).tolist() == [0, 1, 4, 5]
     for bad in (torch.full((1, 6), float("nan")), torch.tensor([[1.0, float("nan"), 0, 0, 0, 0]])):
         assert all(ranks(bad, torch.tensor([label])).item() >= 1 for label in range(6))
+
+
+def test_top_1_alone_counts_what_ranks_count():
+    logits = torch.randint(-2, 3, (600, 6)).float()  # many are equal
+    logits[torch.rand(600, 6) < 0.05] = float("nan")
+    logits[torch.rand(600, 6) < 0.05] = float("inf")
+    labels = torch.randint(6, (600,))
+    for one, label, rank in zip(logits, labels, ranks(logits, labels), strict=True):
+        (hit,) = count_hits(one[None], label[None], (1,))
+        assert hit == (rank < 1)
+    assert count_hits(logits, labels, (1,)) == count_hits(logits, labels, (1, 5))[:1]
 
 
 def test_meter_keeps_no_graph():

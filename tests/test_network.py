@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from decoupled import InputError
-from decoupled.auxiliary import auxiliary
+from decoupled.auxiliary import AveragePool, auxiliary
 from decoupled.network import DecoupledModule, DecoupledNetwork, eval_mode, group, layerwise_cnn, output_shape, split
 
 
@@ -47,23 +47,49 @@ def kinds(module):
 
 def test_auxiliary_layers_are_those_of_the_paper():
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
-    assert kinds(auxiliary("mlp", 8, (32, 32), 10)) == ["AdaptiveAvgPool2d"] * 2 + ["Flatten", *hidden * 3, "Linear"]
+    assert kinds(auxiliary("mlp", 8, (32, 32), 10)) == ["AveragePool"] * 2 + ["Flatten", *hidden * 3, "Linear"]
     conv = ["Conv2d", "BatchNorm2d", "ReLU"]
     assert kinds(auxiliary("mlp-sr", 8, (32, 32), 10)) == [
-        "AdaptiveAvgPool2d",
+        "AveragePool",
         *conv * 3,
-        "AdaptiveAvgPool2d",
+        "AveragePool",
         "Flatten",
         *hidden * 3,
         "Linear",
     ]
     assert kinds(auxiliary("cnn", 8, (32, 32), 10)) == [
         *conv * 2,
-        "AdaptiveAvgPool2d",
+        "AveragePool",
         "BatchNorm2d",
         "Flatten",
         "Linear",
     ]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_average_pool_is_pytorchs(dtype, layout):
+    """Forward and backward, to the bit where a window has 2^n elements; windows of different sizes included."""
+    for sides, size in [
+        ((32, 32), 8),
+        ((8, 8), (2, 2)),
+        ((8, 16), (2, 1)),
+        ((4, 4), 4),
+        ((49, 98), (1, 2)),
+        ((7, 7), 2),
+    ]:
+        representation = torch.randn(3, 5, *sides, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        expected = torch.nn.AdaptiveAvgPool2d(size)(representation)
+        pooled = AveragePool(size)(representation)
+        assert torch.equal(pooled, expected)
+        gradient = torch.randn(3, 5, *expected.shape[2:], dtype=dtype)  # in the layout that flattening leaves
+        (right,) = torch.autograd.grad(expected, representation, gradient)
+        (given,) = torch.autograd.grad(pooled, representation, gradient)
+        if sides == (49, 98):
+            torch.testing.assert_close(given, right)
+        else:
+            assert torch.equal(given, right)
+        assert given.stride() == representation.stride()
 
 
 @pytest.mark.parametrize(
