@@ -9,7 +9,7 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 # make gpu is for a machine with a GPU: tests, benchmarks, then runs of the paper's tables. Each piece ends within nine
 # minutes and leaves a file in gpu/; the same command goes on with those that are missing, and each time with the runs.
