@@ -15,17 +15,19 @@ def parser(doc):
     positive, switch = integer(1), {"type": int, "choices": (0, 1), "default": 1}
     group = parser.add_argument_group("learning")
     alias = {"type": positive, "metavar": "N", "default": argparse.SUPPRESS}
-    epochs = "the paper's name for --epochs: each layer's own, after which it only forwards"
+    epochs = "the paper's name for --epochs: each module's own, after which it only forwards"
     group.add_argument("--nepochs", dest="epochs", help=epochs, **alias)
     batch_size = "the paper's name for --batch-size; a last short batch is dropped"
     group.add_argument("--batch_size", dest="batch_size", help=batch_size, **alias)
-    decay = "own epochs of a layer until its rate falls to a fifth"
+    decay = "own epochs of a module until its rate falls to a fifth"
     group.add_argument("--epochdecay", type=positive, default=15, metavar="N", help=decay)
     group.add_argument("--ensemble", **switch, help="1: evaluate the ensembles of heads")
     group = parser.add_argument_group("network")
-    group.add_argument("--ncnn", type=integer(2, 1000), default=6, metavar="N", help="layers")
-    group.add_argument("--feature_size", type=flags.WIDTH, default=128, metavar="C", help="channels of the first layer")
-    down = "layers, from 0, after which the size is halved (default: [1,3])"
+    group.add_argument("--ncnn", type=integer(2, 1000), default=6, metavar="N", help="modules, a layer each")
+    group.add_argument(
+        "--feature_size", type=flags.WIDTH, default=128, metavar="C", help="channels of the first module"
+    )
+    down = "modules, from 0, after which the size is halved (default: [1,3])"
     group.add_argument("--down", type=layer_list, default=(1, 3), help=down)
     group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how it is halved")
     mlp = "hidden layers of each head; 0: one Linear after a batch norm"
@@ -36,7 +38,7 @@ def parser(doc):
     group.add_argument("--width_aux", type=flags.WIDTH, metavar="C", help=width)
     window = "window of the first head's average pooling, halved at each down-sampling (default: 16, to 2x2)"
     group.add_argument("--avg_size", type=positive, default=16, metavar="S", help=window)
-    group.add_argument("--bn", **switch, help="0: no batch norm, in layers or heads")
+    group.add_argument("--bn", **switch, help="0: no batch norm, in bodies or heads")
     return parser
 
 

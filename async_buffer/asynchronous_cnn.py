@@ -18,7 +18,7 @@ def layer_list(text):
     try:
         return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as [1,3]") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of modules such as [1,3]") from None
 
 
 def layer(in_channels, out_channels, downsampling=None, batch_norm=True):
@@ -38,7 +38,7 @@ def layer(in_channels, out_channels, downsampling=None, batch_norm=True):
 
 
 def layer_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
-    """A layer's classifier: average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant
+    """A module's head: average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant
     width h'·w'·C, Linear: (B, C, h, w) → (B, classes). Without hidden layers, BN follows the pooling.
 
     With ``convs``, that many [3×3 convolution without bias, BN, ReLU] of ``conv_channels`` come first, at full size; C
@@ -78,16 +78,17 @@ def asynchronous_cnn(
     batch_norm=True,
     **head_options,
 ):
-    """``depth`` layers; the one *after* each listed in ``down`` (from 0) halves the size and doubles the channels.
+    """``depth`` modules, a layer each; the one *after* each listed in ``down`` (from 0) halves the size and doubles the
+    channels.
 
-    One layer later than in the other experiments: so it is in the released code. ``pool`` is the window of the first
+    One module later than in the other experiments: so it is in the released code. ``pool`` is the window of the first
     head's average pooling; with each halving the window is halved, too, and the heads' ``conv_channels`` are doubled.
-    Without ``batch_norm`` there is none, neither in layers nor in heads. Raises InputError for a layer that is not
+    Without ``batch_norm`` there is none, neither in bodies nor in heads. Raises InputError for a module that is not
     there or has none after it, for more halvings than the size allows, and for a window that does not fit.
     """
     if len(set(down)) < len(down) or not set(down) <= set(range(depth - 1)):
         raise InputError(
-            f"--down {list(down)} must list different layers from 0 to {depth - 2}: it takes effect in the layer after"
+            f"--down {list(down)} must list different modules from 0 to {depth - 2}: it takes effect in the one after"
         )
     _, height, width = input_shape
     least = 2 ** len(down)  # what the halvings divide sizes and windows by

@@ -41,10 +41,10 @@ def results(folder):
 
     setting                     the arguments that no figure varies, where they differ from the defaults, and the data
     buffer, noise, layer_noise, seed, slow_down
-    test_top1, ensemble_top1    of the last layer and of the ensemble of all, in %, after the last epoch
-    staleness, reuse            means over the run, of the slowed-down layer; of the last one, where none or the
+    test_top1, ensemble_top1    of the last head and of the ensemble of all, in %, after the last epoch
+    staleness, reuse            means over the run, of the slowed-down module; of the last one, where none or the
                                 lowest is slowed down
-    skipped                     turns, of all layers
+    skipped                     turns, of all modules
     """
     rows, published = [], renamed(vars(cifar_buffer.parse_args([])))
     for path, arguments, frame, complete in read_runs(folder):
@@ -82,8 +82,8 @@ def table(frame):
     """Mean, spread (standard deviation) and number of seeds of the final accuracies, for each setting of a frame from
     results.
     """
-    groups = frame.assign(layer=frame["layer_noise"].where(frame["noise"] > 0, "-").astype(str)).groupby(
-        ["setting", "buffer", "layer", "slow_down"]
+    groups = frame.assign(module=frame["layer_noise"].where(frame["noise"] > 0, "-").astype(str)).groupby(
+        ["setting", "buffer", "module", "slow_down"]
     )
     summary = groups.agg(
         seeds=("seed", "nunique"),
@@ -97,10 +97,10 @@ def table(frame):
     return summary.round(2)
 
 
-def side_by_side(folder, layer):
+def side_by_side(folder, module):
     """A frame with a row for each log in ``folder`` (.txt, for they are no rows of the tables), of the simulation or of
-    a process for each layer, in which ``layer`` or none is slow. Columns: how ("simulated", "real"), slow_down,
-    test_top1 and ensemble_top1 as in ``results``, staleness and reuse of what ``layer`` learned from, means over the
+    a process for each module, in which ``module`` or none is slow. Columns: how ("simulated", "real"), slow_down,
+    test_top1 and ensemble_top1 as in ``results``, staleness and reuse of what ``module`` learned from, means over the
     run.
     """
     rows = []
@@ -109,10 +109,10 @@ def side_by_side(folder, layer):
         arguments, turns, top = frame.attrs["arguments"], tallies(frame.attrs["comments"]), final(frame).iloc[-1]
         real = "slow" in arguments
         simulated = arguments.get("layer_noise"), 1 / (1 - arguments.get("noise", 0))
-        slow, factor = (arguments["slow"] or (layer, 1.0)) if real else simulated
-        if factor > 1 and slow != layer:
+        slow, factor = (arguments["slow"] or (module, 1.0)) if real else simulated
+        if factor > 1 and slow != module:
             continue
         row = {"how": "real" if real else "simulated", "slow_down": round(factor, 2), "log": path.name}
         row |= {key: top[key] for key in ("test_top1", "ensemble_top1")}
-        rows.append(row | {key: turns[turns["n"] == layer][key].mean() for key in ("staleness", "reuse")})
+        rows.append(row | {key: turns[turns["n"] == module][key].mean() for key in ("staleness", "reuse")})
     return pd.DataFrame(rows).sort_values(["how", "slow_down"], ascending=[False, True], ignore_index=True)

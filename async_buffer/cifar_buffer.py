@@ -1,16 +1,18 @@
-"""Asynchronous Decoupled Greedy Learning of a 6-layer CNN on CIFAR-10, with a
-replay buffer before each layer: the paper's Sec. 5.6, Figs. 5 and 6.
+"""Asynchronous Decoupled Greedy Learning of a CNN on CIFAR-10, each of its six
+layers a module with a replay buffer before it: the paper's Sec. 5.6, Figs. 5
+and 6.
 
     python async_buffer/cifar_buffer.py --buffer 30 --noise 0.1 \\
         --layer_noise 3 --seed 0
 
-A simulation in one process of layers that do not wait for each other (Algorithm
-2): each turn one layer, drawn at random, learns from its buffer or, the lowest,
-from the next images. --noise makes one layer slower, on average by a factor of
-1 / (1 - noise). In the paper, factors up to about 1.2 cost next to nothing on
-any layer, and a buffer of one mini-batch loses little. Without --buffer the run
-is synchronous DGL (Algorithm 1). Learning from an image costs 2.6 GFLOP in all
-six layers, an epoch 131 TFLOP. 30 mini-batches before each layer take 6.5 GB.
+A simulation in one process of modules that do not wait for each other
+(Algorithm 2): each turn one module, drawn at random, learns from its buffer or,
+the lowest, from the next images. --noise makes one module slower, on average by
+a factor of 1 / (1 - noise). In the paper, factors up to about 1.2 cost next to
+nothing on any module, and a buffer of one mini-batch loses little. Without
+--buffer the run is synchronous DGL (Algorithm 1). Learning from an image costs
+2.6 GFLOP in all six modules, an epoch 131 TFLOP. 30 mini-batches before each
+module take 6.5 GB.
 """
 
 import async_flags
@@ -32,11 +34,11 @@ from decoupled.runs import Run
 def parse_args(argv=None):
     parser = async_flags.parser(__doc__)
     group = parser.add_argument_group("asynchrony")
-    buffer = "mini-batches before each layer; 0: synchronous"
+    buffer = "mini-batches before each module; 0: synchronous"
     group.add_argument("--buffer", type=integer(0), default=0, metavar="M", help=buffer)
-    noise = "a layer is drawn less often by this part"
+    noise = "a module is drawn less often by this part"
     group.add_argument("--noise", type=number(least=0, below=1), default=0.0, metavar="PART", help=noise)
-    group.add_argument("--layer_noise", type=integer(0), default=0, metavar="LAYER", help="which layer, from 0")
+    group.add_argument("--layer_noise", type=integer(0), default=0, metavar="MODULE", help="which module, from 0")
     group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
     async_flags.add_reading(group)
     parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
@@ -47,9 +49,9 @@ def parse_args(argv=None):
 
     # A flag that would have no effect is refused: the log would claim what the run did not do.
     if args.layer_noise >= args.ncnn:
-        parser.error(f"--layer_noise {args.layer_noise} is no layer: there are {args.ncnn}, from 0")
+        parser.error(f"--layer_noise {args.layer_noise} is no module: there are {args.ncnn}, from 0")
     if args.noise and args.layer_sequence == "sequential":
-        parser.error("--noise has no effect with --layer-sequence sequential: no layer is drawn")
+        parser.error("--noise has no effect with --layer-sequence sequential: no module is drawn")
     for name in ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress"):
         key = name.replace("-", "_")
         if args.buffer == 0 and getattr(args, key) != parser.get_default(key):
@@ -59,18 +61,18 @@ def parse_args(argv=None):
 
 
 def learn(run, module, optimizer, sample):
-    """A layer's greedy step on a mini-batch: its representation (B, C, s, s), made before the step, its loss and logits
-    (B, classes), all detached.
+    """A module's greedy step on a mini-batch: its representation (B, C, s, s), made before the step, its loss and
+    logits (B, classes), all detached.
     """
     with run.autocast():
         representation, logits = module(sample.representation)
     loss = F.cross_entropy(logits.float(), sample.labels)
     run.step(loss, optimizer)  # zero_grad, backward, step
-    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another layer
+    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another module
 
 
 def forward_only(run, module, sample):
-    """What a layer does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
+    """What a module does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
     with run.autocast(), torch.no_grad():
         return module.eval().body(sample.representation)
 
@@ -81,28 +83,28 @@ def main():
     train, test, classes = run.data(drop_last=True)
     net = run.prepare(build(args, classes))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    # After the layer's own epochs 15, 30, 45.
+    # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train)
-    half = torch.float16 if run.device.type == "cuda" else torch.bfloat16  # run.autocast's: what the layers hand on
+    half = torch.float16 if run.device.type == "cuda" else torch.bfloat16  # run.autocast's: what the modules hand on
     options = {"device": run.device, "dtype": half if args.half else torch.float32, "bits": args.compress}
     options |= {"storage_device": run.device if args.buffer_device == "same" else torch.device("cpu")}
     options |= {"max_reuse": args.max_buffer_reuse, "sampling": args.buffer_sampling}
     shapes = representation_shapes(net)[:-1]
-    buffers, memory = make_buffers(args.buffer, args.batch_size, shapes, **options)  # before layers 1, 2, …
+    buffers, memory = make_buffers(args.buffer, args.batch_size, shapes, **options)  # before modules 1, 2, …
     print(*memory, sep="\n")
     run.describe(*memory)
     weights = None  # turn by turn
-    if args.buffer > 0 and args.layer_sequence == "random":  # the slow layer's factor is 1 / (1 - noise)
+    if args.buffer > 0 and args.layer_sequence == "random":  # the slow module's factor is 1 / (1 - noise)
         weights = [1 - args.noise * (n == args.layer_noise) for n in range(args.ncnn)]
     turns = Turns(args.ncnn, len(train), args.epochs, weights=weights, warm_up=args.buffer > 0, seed=args.seed)
     tallies = [Tally() for _ in net]
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
     state |= {"buffers": buffers, "turns": turns, "tallies": tallies}
 
-    for epoch in run.epochs(**state):  # over when the slowest layer has finished its own
+    for epoch in run.epochs(**state):  # over when the slowest module has finished its own
         net.train()
-        for n in run.progress(turns.until(epoch)):  # one turn of one layer
+        for n in run.progress(turns.until(epoch)):  # one turn of one module
             tally = tallies[n]
             tally.turns += 1
             if not turns.learns(n) and not turns.feeds(n):  # nobody needs what it makes

@@ -1,12 +1,12 @@
 """Asynchronous Decoupled Greedy Learning with replay, for real: Algorithm 2 of
-the paper's Sec. 5.6, in a process for each layer or for some.
+the paper's Sec. 5.6, in a process for each module or for some.
 
     torchrun --nproc-per-node 6 async_buffer/cifar_buffer_distributed.py \\
         --buffer 30 --slow 3:1.5
 
-Each process learns at its own pace. What comes from the layer below goes into
+Each process learns at its own pace. What comes from the module below goes into
 its replay buffer as it comes, from which it learns, again and again where the
-layer below is slow. Nobody waits for a slow process: --slow makes one and, with
+module below is slow. Nobody waits for a slow process: --slow makes one and, with
 --turn, which makes all others alike, draws in real time the Fig. 5 that
 cifar_buffer.py simulates in one process. All meet when the slowest has finished
 an epoch, to evaluate, and where the run is saved or stopped; what was sent is
@@ -44,7 +44,7 @@ def slow_down(text):
 def parse_args(argv=None):
     parser = async_flags.parser(__doc__)
     group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node K")
-    cut = "layers of each process, from the image up; by default the FLOPs of the busiest are fewest"
+    cut = "modules of each process, from the image up; by default the FLOPs of the busiest are fewest"
     group.add_argument("--modules-per-stage", type=flags.integers, metavar="N,N,…", help=cut)
     turn = "a turn of any process takes at least MS milliseconds, so that all are equally fast"
     group.add_argument("--turn", type=number(least=0), default=0.0, metavar="MS", help=turn)
@@ -59,7 +59,7 @@ def parse_args(argv=None):
 
 
 def make_buffer(args, run, stage):
-    """The replay buffer before this process's layers; None in the lowest. Says what memory it takes."""
+    """The replay buffer before this process's modules; None in the lowest. Says what memory it takes."""
     if stage.lowest:
         return None
     dimensions, order = stage.below.shape, stage.below.back
@@ -72,18 +72,18 @@ def make_buffer(args, run, stage):
 
 
 def learn(run, module, optimizer, representation, labels):
-    """A layer's greedy step: its representation (B, C, s, s), made before the step, its loss and logits (B, classes),
+    """A module's greedy step: its representation (B, C, s, s), made before the step, its loss and logits (B, classes),
     all detached.
     """
     with run.autocast():
         representation, logits = module(representation)
     loss = F.cross_entropy(logits.float(), labels)
     run.step(loss, optimizer)  # zero_grad, backward, step
-    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another layer
+    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another module
 
 
 def forward_only(run, module, representation):
-    """What a layer does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
+    """What a module does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
     with run.autocast(), torch.no_grad():
         return module.eval().body(representation)
 
@@ -101,7 +101,7 @@ def main():
     optimizers = [
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in stage.modules
     ]
-    # After the layer's own epochs 15, 30, 45.
+    # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train) if stage.lowest else train
     buffer = make_buffer(args, run, stage)
@@ -109,7 +109,7 @@ def main():
     slow = args.slow[1] if args.slow and args.slow[0] == run.processes.rank else 1.0
     stage.connect(pace, images, buffer, args.batch_size, args.turn / 1000, slow)
     tallies = [Tally() for _ in stage.modules]
-    inner = [HandOver(run.device) for _ in stage.modules[1:]]  # within a process a layer hands over as in Algorithm 1
+    inner = [HandOver(run.device) for _ in stage.modules[1:]]  # within a process a module hands over as in Algorithm 1
     state = {"pace": [pace] * len(tallies), "net": stage, "optimizers": optimizers, "schedules": schedules}
     state |= {"train": images, "test": test, "tallies": tallies, "buffers": [buffer or HandOver(run.device), *inner]}
 

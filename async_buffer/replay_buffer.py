@@ -1,4 +1,4 @@
-"""The replay buffer between two layers that learn asynchronously (Sec. 5.6, Algorithm 2), its compression, and the
+"""The replay buffer between two modules that learn asynchronously (Sec. 5.6, Algorithm 2), its compression, and the
 memory it takes.
 """
 
@@ -15,7 +15,7 @@ BITS = (8, 4)
 
 
 class Sample(NamedTuple):
-    """A mini-batch as a layer reads it."""
+    """A mini-batch as a module reads it."""
 
     representation: torch.Tensor  # (B, C, h, w), channels-last, detached
     labels: torch.Tensor  # (B,)
@@ -209,7 +209,7 @@ class ReplayBuffer:
 
 
 class HandOver:
-    """What stands between two layers of synchronous DGL (``--buffer 0``): the mini-batch itself, read once right after
+    """What stands between two modules of synchronous DGL (``--buffer 0``): the mini-batch itself, read once right after
     it was written.
     """
 
@@ -252,7 +252,7 @@ def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=No
     total = sum(sizes)
     kind = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
     lines = [
-        f"buffer before layer {n}: {capacity} mini-batches x {batch_size} x "
+        f"buffer before module {n}: {capacity} mini-batches x {batch_size} x "
         f"{'x'.join(map(str, shape))} in {kind}: {readable(size)}"
         for n, (shape, size) in enumerate(zip(shapes, sizes, strict=True), start=1)
     ]

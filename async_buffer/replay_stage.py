@@ -1,4 +1,4 @@
-"""Layers that learn at their own pace, each process's from a replay buffer that a thread of its own fills (Sec. 5.6,
+"""Modules that learn at their own pace, each process's from a replay buffer that a thread of its own fills (Sec. 5.6,
 Algorithm 2).
 """
 
@@ -18,7 +18,7 @@ EPOCH = -1  # why all meet: the slowest has finished an epoch; or else what deco
 MEET, END = -1, -2  # instead of a mini-batch's step: what was sent before has all come; nothing more will
 IDLE = 0.005  # seconds between looks of a process that has nothing to do
 BEAT = 1.0  # seconds between looks at the others' heartbeats
-FOREVER = timedelta(days=365)  # a lower layer may be as slow as it likes; who hangs is found by heartbeats
+FOREVER = timedelta(days=365)  # a lower module may be as slow as it likes; who hangs is found by heartbeats
 
 
 class Inbox(threading.Thread):
@@ -55,7 +55,7 @@ class Inbox(threading.Thread):
         self.met.set()
 
     def read(self):
-        """A Sample of its own, which no later write changes, or None; and its age in steps of the layer below."""
+        """A Sample of its own, which no later write changes, or None; and its age in steps of the module below."""
         with self.lock:
             sample = self.buffer.read()
             if sample is None:
@@ -110,12 +110,12 @@ class Outbox(threading.Thread):
 
 
 class Pace:
-    """How many mini-batches of its own the layers of one process have learned from, of ``epochs`` times ``length``;
-    ``layers`` are the layers of each process, which a resumed run must have again.
+    """How many mini-batches of its own the modules of one process have learned from, of ``epochs`` times ``length``;
+    ``modules`` counts those of each process, which a resumed run must have again.
     """
 
-    def __init__(self, layers, length, epochs):
-        self.layers, self.length, self.epochs, self.learned, self.frozen = layers, length, epochs, 0, 0
+    def __init__(self, modules, length, epochs):
+        self.modules, self.length, self.epochs, self.learned, self.frozen = modules, length, epochs, 0, 0
 
     @property
     def learns(self):
@@ -126,18 +126,18 @@ class Pace:
         return self.learned // self.length
 
     def state_dict(self):
-        return {name: getattr(self, name) for name in ("layers", "epochs", "learned", "frozen")}
+        return {name: getattr(self, name) for name in ("modules", "epochs", "learned", "frozen")}
 
     def load_state_dict(self, state):
-        if state["layers"] != self.layers:
-            told = ",".join(map(str, state["layers"]))
+        if state["modules"] != self.modules:
+            told = ",".join(map(str, state["modules"]))
             raise InputError(
-                f"the run had {told} layers in its {len(state['layers'])} processes, and its buffers between these: "
-                f"resume with --nproc-per-node {len(state['layers'])} and --modules-per-stage {told}"
+                f"the run had {told} modules in its {len(state['modules'])} processes, and its buffers between these: "
+                f"resume with --nproc-per-node {len(state['modules'])} and --modules-per-stage {told}"
             )
         if state["epochs"] != self.epochs and state["frozen"]:
             raise InputError(
-                f"a layer has stopped learning after its epoch {state['epochs']}: resume with "
+                f"a module has stopped learning after its epoch {state['epochs']}: resume with "
                 f"--nepochs {state['epochs']}"
             )
         self.learned, self.frozen = state["learned"], state["frozen"]
@@ -176,7 +176,7 @@ class ReplayStage(Stage):
     # Turns
 
     def turns(self, epoch):
-        """Yields what this process learns from, (Sample, its age in steps of the layer below), turn by turn until all
+        """Yields what this process learns from, (Sample, its age in steps of the module below), turn by turn until all
         have finished ``epoch`` of their own; (None, None) in a turn in which there is nothing.
         """
         self.open()

@@ -1,4 +1,4 @@
-"""Whose turn it is, what it found, and how far each layer has come: the bookkeeping of the asynchronous simulation
+"""Whose turn it is, what it found, and how far each module has come: the bookkeeping of the asynchronous simulation
 (Sec. 5.6).
 """
 
@@ -12,49 +12,49 @@ from decoupled import InputError
 from decoupled.metrics import Meter
 
 SEQUENCES = ("random", "sequential")
-WARM_UP = 2  # turns of each layer, from the lowest up, before the first draw: then every buffer holds something
+WARM_UP = 2  # turns of each module, from the lowest up, before the first draw: then every buffer holds something
 
 
 class Turns:
-    """Decides which layer is next and counts the mini-batches each has learned from.
+    """Decides which module is next and counts the mini-batches each has learned from.
 
-    ``weights``: a layer is drawn with a probability proportional to its own, from the draws' own generator; None: the
-    layers take turns in order. ``length``: mini-batches an epoch. A layer learns for ``epochs`` of its own epochs.
+    ``weights``: a module is drawn with a probability proportional to its own, from the draws' own generator; None: the
+    modules take turns in order. ``length``: mini-batches an epoch. A module learns for ``epochs`` of its own epochs.
     """
 
-    def __init__(self, layers, length, epochs, *, weights=None, warm_up=True, seed=0):
-        self.layers, self.length, self.epochs, self.warm_up = layers, length, epochs, warm_up
+    def __init__(self, modules, length, epochs, *, weights=None, warm_up=True, seed=0):
+        self.modules, self.length, self.epochs, self.warm_up = modules, length, epochs, warm_up
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
         self.taken = 0
-        self.learned = [0] * layers  # mini-batches
-        self.frozen = [0] * layers  # turns since its last epoch was over
+        self.learned = [0] * modules  # mini-batches
+        self.frozen = [0] * modules  # turns since its last epoch was over
 
     def until(self, epoch):
-        """Yields the layer (from 0) of each turn, until the slowest layer has finished ``epoch`` of its own."""
+        """Yields the module (from 0) of each turn, until the slowest module has finished ``epoch`` of its own."""
         while min(self.learned) < epoch * self.length:
-            layer = self.draw()
-            self.frozen[layer] += not self.learns(layer)
-            yield layer
+            module = self.draw()
+            self.frozen[module] += not self.learns(module)
+            yield module
 
     def draw(self):
         turn, self.taken = self.taken, self.taken + 1
-        if self.warm_up and turn < WARM_UP * self.layers:
+        if self.warm_up and turn < WARM_UP * self.modules:
             return turn // WARM_UP
         if self.weights is None:
-            return turn % self.layers
+            return turn % self.modules
         return torch.multinomial(self.weights, 1, generator=self.generator).item()
 
-    def learns(self, layer):
-        return self.learned[layer] < self.epochs * self.length
+    def learns(self, module):
+        return self.learned[module] < self.epochs * self.length
 
-    def feeds(self, layer):
-        """Whether a layer above still learns from what this one makes."""
-        return any(self.learns(above) for above in range(layer + 1, self.layers))
+    def feeds(self, module):
+        """Whether a module above still learns from what this one makes."""
+        return any(self.learns(above) for above in range(module + 1, self.modules))
 
-    def own_epochs(self, layer):
-        """The epochs that ``layer`` has finished."""
-        return self.learned[layer] // self.length
+    def own_epochs(self, module):
+        """The epochs that ``module`` has finished."""
+        return self.learned[module] // self.length
 
     def state_dict(self):
         return {
@@ -68,7 +68,7 @@ class Turns:
     def load_state_dict(self, state):
         if state["epochs"] != self.epochs and any(state["frozen"]):
             raise InputError(
-                f"a layer has stopped learning after its epoch {state['epochs']}: resume with "
+                f"a module has stopped learning after its epoch {state['epochs']}: resume with "
                 f"--nepochs {state['epochs']}"
             )
         self.generator.set_state(state["generator"])
@@ -76,7 +76,7 @@ class Turns:
 
 
 class ImageStream:
-    """What the lowest layer reads: the training images' mini-batches, pass after pass, in its own time."""
+    """What the lowest module reads: the training images' mini-batches, pass after pass, in its own time."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -104,10 +104,10 @@ class ImageStream:
 
 
 class Tally:
-    """What one layer did between two lines of the log: a Meter of its learning, its turns, and the age and uses of what
-    it learned from.
+    """What one module did between two lines of the log: a Meter of its learning, its turns, and the age and uses of
+    what it learned from.
 
-    Staleness is the steps that the layer below has taken since it wrote the mini-batch; reuse how often the mini-batch
+    Staleness is the steps that the module below has taken since it wrote the mini-batch; reuse how often the mini-batch
     had been read before.
     """
 
@@ -129,7 +129,7 @@ class Tally:
         vars(self).update({key: value for key, value in state.items() if key != "meter"})
 
     def learned(self, loss, logits, labels, staleness, reuse):
-        """Adds a mini-batch that the layer learned from; ``staleness`` None: from the images."""
+        """Adds a mini-batch that the module learned from; ``staleness`` None: from the images."""
         self.meter.update(loss, logits, labels)
         if staleness is not None:
             self.staleness.append(staleness)
@@ -137,20 +137,21 @@ class Tally:
 
     @property
     def top1(self):
-        """Running train top-1 in %; nan when the layer has learned nothing."""
+        """Running train top-1 in %; nan when the module has learned nothing."""
         return self.meter.top1 if self.meter.count else float("nan")
 
     def line(self, n, epoch):
-        """The line of the log: staleness and reuse only above the lowest layer, and where it learned."""
-        text = f"# layer {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
+        """The line of the log: staleness and reuse only above the lowest module, and where it learned."""
+        text = f"# module {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
         for name in ("staleness", "reuse"):
             if values := getattr(self, name):
                 text += f", {name} mean {sum(values) / len(values):.4f} max {max(values)}"
         return text
 
 
-TALLY = re.compile(
-    r"layer (?P<n>\d+), epoch (?P<epoch>\d+): turns (?P<turns>\d+), skipped (?P<skipped>\d+), frozen (?P<frozen>\d+)"
+TALLY = re.compile(  # earlier versions called a module a layer
+    r"(?:module|layer) (?P<n>\d+), epoch (?P<epoch>\d+): "
+    r"turns (?P<turns>\d+), skipped (?P<skipped>\d+), frozen (?P<frozen>\d+)"
     r"(?:, staleness mean (?P<staleness>[\d.]+) max (?P<staleness_max>\d+), reuse mean "
     r"(?P<reuse>[\d.]+) max (?P<reuse_max>\d+))?"
 )

@@ -25,7 +25,7 @@ METRICS = {  # the result columns of an experiment: (metric, head; None: the row
     "aux_nets": {("test_top1", None): "test top-1"},
     "dni": {("loss", 3): "train loss", ("train_top1", 3): "train top-1", ("test_top1", 3): "test top-1"},
     "ddg_comparison": {("test_top1", None): "test top-1"},
-    "async_buffer": {("test_top1", None): "last layer", ("ensemble_top1", None): "ensemble"},
+    "async_buffer": {("test_top1", None): "last head", ("ensemble_top1", None): "ensemble"},
     "imagenet": {("test_top1", None): "top-1", ("test_top5", None): "top-5"},
 }
 

@@ -64,7 +64,7 @@ def assert_weights(net, left):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The layers of the turns that a run of the script takes, in order."""
+    """The modules of the turns that a run of the script takes, in order."""
     taken, draw = [], Turns.draw
 
     def noted(self):
@@ -75,7 +75,7 @@ def drawn(monkeypatch):
     return taken
 
 
-def test_layers_have_the_released_sizes():
+def test_modules_have_the_released_sizes():
     net = asynchronous_cnn(hidden_layers=0)
     counts = [sum(p.numel() for p in module.body.parameters()) for module in net]
     assert counts == [3712, 147_712, 295_424, 590_336, 1_180_672, 2_360_320]
@@ -337,7 +337,7 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
         assert skipped > 0
 
 
-def test_layers_are_drawn_by_their_weights():
+def test_modules_are_drawn_by_their_weights():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     turns = Turns(4, 10, 1, weights=[1, 1, 0.5, 1], warm_up=False, seed=1)
@@ -347,7 +347,7 @@ def test_layers_are_drawn_by_their_weights():
     assert torch.equal(torch.get_rng_state(), before)  # initialization and images do not depend on the draws
 
 
-def test_the_slow_layers_weight_is_one_minus_the_noise(run_script):
+def test_the_slow_modules_weight_is_one_minus_the_noise(run_script):
     made = []
 
     def noted(*arguments, **options):
@@ -360,7 +360,7 @@ def test_the_slow_layers_weight_is_one_minus_the_noise(run_script):
 
 @pytest.mark.parametrize("sequence", ["random", "sequential"])
 def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
-    """Not again when a layer's learning rate falls, here after each epoch."""
+    """Not again when a module's learning rate falls, here after each epoch."""
     run_script(SCRIPT, *FLAGS, "--epochdecay", 1, "--buffer", 2, "--layer-sequence", sequence)
     assert drawn[:6] == [0, 0, 1, 1, 2, 2]
     if sequence == "sequential":
@@ -372,7 +372,7 @@ def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
         ]
 
 
-def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, monkeypatch):
+def test_rates_fall_and_learning_stops_by_each_modules_own_epochs(run_script, monkeypatch):
     rates, nets, final = {n: [] for n in (1, 2, 3)}, [], {}
 
     def build(*arguments):
@@ -393,7 +393,7 @@ def test_rates_fall_and_learning_stops_by_each_layers_own_epochs(run_script, mon
         assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
         for key, value in final[
             n
-        ].items():  # a layer that has learned all its epochs stays as it is, batch norm statistics included
+        ].items():  # a module that has learned all its epochs stays as it is, batch norm statistics included
             assert torch.equal(value, left.weights[f"{n - 1}.{key}"]), key
     counted = tallies(read_log(left.log).attrs["comments"]).groupby("n").frozen.sum()
     assert counted[0] > 0 and counted[2] > 0 and counted[1] == 0
@@ -435,7 +435,7 @@ def test_a_stopped_run_resumes_exactly(run_script, monkeypatch, tmp_path, flags)
     left = run_script(SCRIPT, *FLAGS, *flags, "--resume")
     assert "# resumed after epoch 2, batch" in left.log.read_text()
     told = [
-        [line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# layer", "# buffer"))]
+        [line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# module", "# buffer"))]
         for run in (left, whole)
     ]
     assert told[0] == told[1] and len(left.lines) == 9
@@ -468,9 +468,9 @@ def test_the_image_stream_resumes_amid_a_pass():
         assert torch.equal(stream.read().representation, other.read().representation), taken
 
 
-def test_more_epochs_only_before_a_layer_has_stopped_learning(run_script, fails, tmp_path):
+def test_more_epochs_only_before_a_module_has_stopped_learning(run_script, fails, tmp_path):
     run_script(SCRIPT, *FLAGS, "--nepochs", 2, "--buffer", 2)
-    assert "a layer has stopped learning after its epoch 2: resume with --nepochs 2" in fails(
+    assert "a module has stopped learning after its epoch 2: resume with --nepochs 2" in fails(
         SCRIPT, *FLAGS, "--buffer", 2, "--resume"
     )
     run_script(SCRIPT, *FLAGS, "--nepochs", 2, folder=tmp_path / "synchronous")
@@ -491,7 +491,7 @@ def test_without_ensembles(run_script):
         (("--buffer", 3, "--noise", "nan"), "argument --noise: 'nan' must be a number"),
         (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' must be a number"),
         (("--lr", 0), "argument --lr: '0' must be a number > 0"),
-        (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no layer: there are 3, from 0"),
+        (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no module: there are 3, from 0"),
         (
             ("--buffer", 3, "--noise", 0.1, "--layer_noise", -1),
             "argument --layer_noise: '-1' must be an integer ≥ 0",
@@ -509,8 +509,8 @@ def test_without_ensembles(run_script):
         (("--max-buffer-reuse", 2), "--max-buffer-reuse has no effect without --buffer"),
         (("--compress", 8), "--compress has no effect without --buffer"),
         (("--width_aux", 64), "--width_aux has no effect without --nlin"),
-        (("--down", "1;2"), "argument --down: '1;2' is no list of layers such as [1,3]"),
-        (("--down", "[0,2]"), "--down [0, 2] must list different layers from 0 to 1"),
+        (("--down", "1;2"), "argument --down: '1;2' is no list of modules such as [1,3]"),
+        (("--down", "[0,2]"), "--down [0, 2] must list different modules from 0 to 1"),
         (("--ncnn", 8, "--down", "0,1,2,3,4,5"), "halves the size too often: 32x32 cannot be halved 6 times"),
         (
             ("--ncnn", 8, "--down", "0,1,2,3,4"),

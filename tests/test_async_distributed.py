@@ -1,4 +1,4 @@
-"""Layers that learn asynchronously in processes of their own: what they log and save, and what happens when one is
+"""Modules that learn asynchronously in processes of their own: what they log and save, and what happens when one is
 slow, is killed, hangs or is told to stop.
 """
 
@@ -32,7 +32,7 @@ def said(stderr):
 
 
 def rows(left):
-    """[(layer, epoch, own epoch, test, ensemble), …] of the log."""
+    """[(module, epoch, own epoch, test, ensemble), …] of the log."""
     pattern = r"n: (\d), epoch (\d),epochtrue (\d), train \S+, test (\S+),ense (\S+) "
     found = [re.match(pattern, line) for line in left.log.read_text().splitlines() if line.startswith("n: ")]
     return [tuple(map(float, match.groups())) for match in found]
@@ -79,7 +79,7 @@ def ran(tmp_path_factory):
     return Ran(tmp_path_factory.mktemp("runs"))
 
 
-def test_every_layer_learns_its_own_epochs_and_nobody_waits_for_a_slow_one(ran):
+def test_every_module_learns_its_own_epochs_and_nobody_waits_for_a_slow_one(ran):
     assert ran.outcome["slow"] == ran.outcome["compressed"] == "finished"
     assert not ran.said["slow"] and not ran.said["compressed"]
     slow, compressed = ran.left("slow"), ran.left("compressed")
@@ -90,7 +90,7 @@ def test_every_layer_learns_its_own_epochs_and_nobody_waits_for_a_slow_one(ran):
     assert len(rows(compressed)) == 8 and all(math.isnan(row[4]) for row in rows(compressed))  # no ensembles asked for
     for left in (slow, compressed):
         text = left.log.read_text()
-        assert not re.search(r"# layer 0, .*staleness", text) and re.search(r"# layer [23], .*staleness mean", text)
+        assert not re.search(r"# module 0, .*staleness", text) and re.search(r"# module [23], .*staleness mean", text)
         assert all(value.isfinite().all() for value in left.weights.values())
 
 
@@ -130,9 +130,9 @@ def test_after_a_signal_to_any_process_all_that_was_sent_is_in_the_buffers_and_t
 
 
 def starts(left):
-    """The lowest layers of all processes but the first."""
-    layers = left.state["pace"][0]["layers"]
-    return [sum(layers[:n]) for n in range(1, len(layers))]
+    """The lowest modules of all processes but the first."""
+    modules = left.state["pace"][0]["modules"]
+    return [sum(modules[:n]) for n in range(1, len(modules))]
 
 
 def test_killed_it_is_started_again_and_one_that_hangs_is_named(ran):

@@ -156,7 +156,7 @@ def test_the_memory_stated_is_the_memory_taken(bits):
     assert sum(buffer.nbytes for buffer in buffers) == total
     assert sum(t.untyped_storage().nbytes() for buffer in buffers for t in buffer.tensors().values()) == total
     assert lines[0].startswith(
-        f"buffer before layer 1: 5 mini-batches x 32 x 8x16x16 in {f'{bits} bits' if bits else 'float32'}: "
+        f"buffer before module 1: 5 mini-batches x 32 x 8x16x16 in {f'{bits} bits' if bits else 'float32'}: "
     )
     assert lines[-1].startswith(f"buffers: {total / 1e6:.2f} MB on cpu") and (
         "less than in float32" in lines[-1]
