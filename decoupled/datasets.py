@@ -133,7 +133,8 @@ def read_cifar(dataset, data_dir):
             (folder / kind.filename).unlink()
 
     if found() is None:
-        download(dataset, data_dir, fetch, lambda: found() is not None, IMAGE_FOLDERS)
+        otherwise = f"{kind.filename} (from {kind.url}) or {IMAGE_FOLDERS}"
+        download(dataset, data_dir, fetch, lambda: found() is not None, otherwise)
     return *read_pickles(kind, found()), "original"
 
 
