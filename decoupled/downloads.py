@@ -38,7 +38,7 @@ def download(dataset, data_dir, fetch, there, otherwise):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # whatever a server, a proxy or an archive leads to
-        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
         raise InputError(
             f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as {otherwise}; "
             f"{WITHOUT_DOWNLOAD}"
