@@ -802,7 +802,7 @@ def test_two_processes_of_distributed_data_parallel(tmp_path):
     for process in processes:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        outcomes = json.loads(out)
+        outcomes = json.loads(out.splitlines()[-1])  # before it, gloo of torch 2.9 says that it is connected
         assert outcomes["plain"][0] == "own" and "find_unused_parameters=True" in outcomes["plain"][1]
         assert outcomes["find_unused"] == outcomes["deferred"] == ["mean"] * 3
 
