@@ -10,7 +10,6 @@ What it cannot show: cuDNN's kernels, the allocator, streams, NCCL, --compile, a
 """
 
 import sys
-import weakref
 from collections import Counter, OrderedDict
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 from running import ROOT
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,22 +47,21 @@ def place():
 
 
 class Storages:
-    """A set of storages, which forgets those that are freed."""
+    """A set of storages, by address: the Python object of one may change (torch 2.9). While a weak reference is kept
+    no other storage takes the address; the memory itself goes when the tensors do.
+    """
 
     def __init__(self):
         self.references = {}
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
-        if id(storage) not in self.references:
-            self.references[id(storage)] = weakref.ref(storage, partial(self.forget, id(storage)))
-
-    def forget(self, key, reference):
-        self.references.pop(key, None)
+        if storage._cdata not in self.references:
+            self.references[storage._cdata] = StorageWeakRef(storage)
 
     def __contains__(self, tensor):
         try:
-            return id(tensor.untyped_storage()) in self.references
+            return tensor.untyped_storage()._cdata in self.references
         except (NotImplementedError, RuntimeError, ValueError):  # it has no storage, or not yet
             return False
 
@@ -117,10 +116,10 @@ class Dispatch(TorchDispatchMode):
         made = any(there)
         if gpu.target is not None and (not tensors or name in COPIES):
             made = gpu.target == CUDA
-        before = {id(tensor.untyped_storage()) for tensor in tensors}
+        before = {tensor.untyped_storage()._cdata for tensor in tensors}
         result = func(*args, **kwargs)
         fresh = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        fresh = [leaf for leaf in fresh if id(leaf.untyped_storage()) not in before]
+        fresh = [leaf for leaf in fresh if leaf.untyped_storage()._cdata not in before]
         for tensor in fresh if made else ():
             gpu.tensors.add(tensor)
         # A view, and memory that nothing is written to, launch nothing.
