@@ -32,7 +32,7 @@ COMMANDS = {
     (AUX, *TOY, "--channels", 4, "--type_aux", "cnn"): [439],
     ("dni/cifar_dgl.py", *TOY, "--channels", 4): [224],
     (DNI, *TOY, "--channels", 4): [56],
-    (DNI, *TOY, "--channels", 4, "--dni", "--context"): [134],
+    (DNI, *TOY, "--channels", 4, "--dni", "--context"): [132],
     (DGL, *RESNET): [398],
     (DDG, *RESNET): [248, 246],
     (BACKPROP, *RESNET[:-2]): [184],
