@@ -4,6 +4,7 @@ An epoch's order and augmentation come from the images' own generator, drawn on 
 the seed's alone. What has begun can stop after any mini-batch, and goes on there from a checkpoint.
 """
 
+import copy
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +141,15 @@ class Batches:
         """uint8 (B, 32, 32, 3) → float32 (B, 3, 32, 32) in channels-last memory, zero mean and unit variance."""
         return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
+    def plain(self):
+        """The same images, in order and not augmented: Batches of the same memory."""
+        plain = copy.copy(self)
+        if self.augment:
+            plain.images = self.images[:, PADDING:-PADDING, PADDING:-PADDING]
+        plain.augment = plain.drop_last = False
+        plain.place = len(plain)
+        return plain
+
     @property
     def outline(self):
         """What an Outline is made from."""
@@ -182,6 +192,10 @@ class Outline:
     def begin(self):
         """Begins a new epoch."""
         self.place = 0
+
+    def plain(self):
+        """See Batches."""
+        return copy.copy(self)
 
     @property
     def left(self):

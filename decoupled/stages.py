@@ -137,6 +137,27 @@ class Stage:
         tensors = [tensors[0], *(tensor.to(self.wire) for tensor in tensors[1:])]
         self.sending.append((self.each(distributed.isend, tensors, self.mesh.above, self.up), tensors))
 
+    def recompute_statistics(self, images, autocast=nullcontext):
+        """Batch norm's running means and variances anew, of ``images`` (Batches.plain) by the weights of now: the means
+        of the mini-batches' own. Training does not read them, evaluation does.
+
+        The usual ones average the latest mini-batches, whose weights were others: where an epoch has few, test top-1
+        jumps from epoch to epoch. "Precise" statistics: Wu and Johnson (2021, arXiv 2105.07576), Sec. 3.
+        """
+        norms = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in batch_norms(self.modules)]
+        self.train()
+        for norm, *_ in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # equal weights
+        with torch.no_grad(), autocast():
+            for representation, labels in self.receive(images):
+                for module in self.modules:
+                    representation, _ = module(representation)
+                self.send(representation, labels)
+        for norm, momentum, batches in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
+
     def ensembles(self, probabilities=True):
         """``heads`` with the ensembles up to each (decoupled.metrics.WithEnsembles): the sum over the heads below comes
         with the representation.
@@ -175,6 +196,12 @@ class Stage:
     def load_state_dict(self, state):
         """Takes this process's part of the whole network's ``state``."""
         self.net.load_state_dict(state)
+
+
+def batch_norms(net):
+    """The batch norms of ``net`` that keep running statistics."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    return [layer for layer in net.modules() if isinstance(layer, kinds) and layer.track_running_stats]
 
 
 class Heads(nn.Module):

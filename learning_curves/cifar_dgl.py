@@ -22,7 +22,10 @@ from decoupled.runs import Run
 
 
 def parse_args():
-    return flags.parser(__doc__, epochs=50, batch_size=128, stages=True).parse_args()
+    parser = flags.parser(__doc__, epochs=50, batch_size=128, stages=True)
+    statistics = "evaluate with batch norm statistics of all training images: where an epoch has few mini-batches"
+    parser.add_argument("--precise-statistics", action="store_true", help=statistics)
+    return parser.parse_args()
 
 
 def build(args, classes):
@@ -53,6 +56,8 @@ def main():
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the module above, where another process has it
+        if args.precise_statistics:
+            stage.recompute_statistics(train.plain(), run.autocast)
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

@@ -178,6 +178,32 @@ def test_the_representation_handed_on_was_computed_before_the_step(run_script, m
     assert all(torch.equal(a, b) for a, b in zip(made, seen, strict=True))
 
 
+def test_precise_statistics_are_those_of_all_training_images_and_change_nothing_learned(run_script, tmp_path):
+    flags = ("--dataset", "digits", "--train-samples", 192, "--batch-size", 64, "--epochs", 2, "--device", "cpu")
+    usual = run_script(PARALLEL, *flags, folder=tmp_path / "usual", layerwise_cnn=small())
+    precise = run_script(PARALLEL, *flags, "--precise-statistics", layerwise_cnn=small())
+    learned = [key for key in usual.weights if "running" not in key]
+    assert learned and all(torch.equal(precise.weights[key], usual.weights[key]) for key in learned)
+
+    train, _, classes = load("digits", batch_size=64, seed=1, train_samples=192)
+    net = small()(classes=classes)
+    net.load_state_dict(precise.weights)
+    expected = {key: torch.zeros_like(value) for key, value in net.state_dict().items() if "running" in key}
+    for norm in net.modules():
+        if isinstance(norm, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            norm.momentum = 1.0  # the statistics of the latest mini-batch
+    for first in range(0, 192, 64):  # as in the training set's own order, neither cropped nor mirrored
+        representation = train.normalize(train.images[first : first + 64, 4:-4, 4:-4])
+        for module in net.train():
+            representation = module(representation)[0].detach()
+        for key, value in net.state_dict().items():
+            if key in expected:
+                expected[key] += value / 3
+    for key, value in expected.items():
+        torch.testing.assert_close(precise.weights[key], value)
+        assert not torch.equal(precise.weights[key], usual.weights[key])
+
+
 def test_sequential_greedy_freezes_what_is_below(run_script, monkeypatch):
     """Parameters and batch norm statistics of finished modules stay bit-identical, no graph reaches them, their
     auxiliaries do nothing.

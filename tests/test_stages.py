@@ -56,7 +56,7 @@ SAME = [  # processes, script, flags
     (3, "dni/cifar_dgl.py", "--channels 2 --log-interval 1"),
     (3, "ddg_comparison/cifar_dgl.py", "--depth 20 --splits 3 --milestones 2 --half --queue 1"),
     (3, PARALLEL, "--half"),
-    (4, PARALLEL, ""),
+    (4, PARALLEL, "--precise-statistics"),
 ]
 
 

@@ -16,7 +16,7 @@ from decoupled.checkpoints import Checkpoint, read_checkpoint
 
 TOY = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 100 --device cpu"  # 5 batches; test: 4
 SCRIPTS = [  # script, flags, calls of pause an epoch
-    (PARALLEL, f"{TOY} --epochs 2", 10),
+    (PARALLEL, f"{TOY} --epochs 2 --precise-statistics", 10),
     (SEQUENTIAL, f"{TOY} --epochs 1", 10),
     ("aux_nets/cifar_dgl.py", f"{TOY} --epochs 2 --channels 2 --depth 3 --lr-step 1", 10),
     ("dni/cifar_cnn_dni.py", f"{TOY} --epochs 2 --channels 2 --dni --context", 10),
