@@ -316,10 +316,11 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:  # inference mode gives composite operations whole
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if torch.is_inference_mode_enabled():  # composite operations come whole
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         if not func.is_view and "empty" not in func.__name__ and func._schema.name != "aten::detach":
             read, written = (

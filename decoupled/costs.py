@@ -37,10 +37,11 @@ class LiveStorages(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # no operation: a FakeTensor is asked where it would be
             return func(*args)
-        with self:  # inference mode gives composite operations whole: what they make inside counts too
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if torch.is_inference_mode_enabled():  # composite operations come whole: what they make inside counts too
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func is not torch.ops.aten.lift_fresh.default:  # which is handed what torch.tensor has just made
             for storage in storages((args, kwargs)):
                 self.know(storage, 0)

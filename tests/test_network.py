@@ -6,6 +6,7 @@ from torch import nn
 
 from decoupled import InputError
 from decoupled.auxiliary import AveragePool, auxiliary
+from decoupled.costs import peak_memory
 from decoupled.network import DecoupledModule, DecoupledNetwork, eval_mode, group, layerwise_cnn, output_shape, split
 
 
@@ -90,6 +91,13 @@ def test_average_pool_is_pytorchs(dtype, layout):
         else:
             assert torch.equal(given, right)
         assert given.stride() == representation.stride()
+
+
+def test_average_pools_backward_pass_makes_no_tensor_larger_than_its_inputs_gradient():
+    representation = torch.randn(2, 4, 8, 8, requires_grad=True)
+    pooled, gradient = AveragePool(2)(representation), torch.randn(2, 4, 2, 2)
+    memory = peak_memory(lambda: torch.autograd.grad(pooled, representation, gradient))
+    assert memory == 4 * (representation.numel() + gradient.numel())
 
 
 @pytest.mark.parametrize(
