@@ -249,12 +249,13 @@ def check(saved, path, script, now, free, stages):
     before = saved["arguments"]
     if saved["script"] != script:
         raise InputError(f"{path} is a checkpoint of {saved['script']}, not of {script}: name one of this script's")
-    longer = now["epochs"] > before.get("epochs", 0) and saved["stage"] == 1
+    longer = type(before.get("epochs")) is int and now["epochs"] > before["epochs"] and saved["stage"] == 1
     free = (*free, "epochs") if longer else free
-    differing = [name for name in now | before if name not in free and now.get(name) != before.get(name)]
+    # As text: in a foreign file they may be anything
+    differing = [name for name in now | before if name not in free and repr(now.get(name)) != repr(before.get(name))]
     if differing:
         what = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})" for name in differing)
-        raise InputError(f"{path} is of a run with {what}: resume it with the same arguments")
+        raise InputError(f"{path} is of a run with {' '.join(what.split())}: resume it with the same arguments")
     reached = 1 <= saved["stage"] <= stages and saved["within"] <= saved["epoch"] <= now["epochs"]
     if not (reached and saved["batch"] >= 0 and 0 <= saved["seconds"] < float("inf")):
         place = f"stage {saved['stage']}, epoch {saved['epoch']}, batch {saved['batch']}"

@@ -99,6 +99,15 @@ def test_a_whole_checkpoint_of_other_contents_ends_in_one_line_or_resumes(run_sc
         finished.with_suffix(".log").write_bytes(text)
 
 
+def test_arguments_of_any_kind_are_refused_in_a_line(fails, finished):
+    saved = torch.load(finished, weights_only=True)
+    for name in ("epochs", "batch_size"):
+        for value in VALUES:
+            if not (name == "epochs" and type(value) is int and value < 1):  # of a shorter run, which goes on
+                torch.save(saved | {"arguments": saved["arguments"] | {name: value}}, finished)
+                assert f"is of a run with --{name.replace('_', '-')}" in fails(PARALLEL, *TOY, "--resume", **NAMES)
+
+
 @pytest.mark.parametrize("field", ["stage", "epoch", "batch", "seconds"])
 def test_a_place_that_the_run_does_not_have_is_refused(fails, finished, field):
     saved = torch.load(finished, weights_only=True)
