@@ -17,7 +17,7 @@ test: .venv/installed
 RUNS ?= learning_curves-parallel learning_curves-sequential
 DATA ?= data
 LIMIT = timeout --signal=INT --kill-after=20 510
-PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half memory_fp32 memory_half step_costs_fp32 step_costs_half
+PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half resnet152_fp32 resnet152_half vgg19_fp32 vgg19_half step_costs_fp32 step_costs_half
 
 gpu: $(PIECES:%=gpu/%.txt)
 	.venv/bin/python results/reproduce.py $(RUNS) --half --budget 8m --data-dir $(DATA) --log-dir gpu/runs
@@ -34,10 +34,12 @@ gpu/tests_rest.txt: COMMAND = -m pytest -rs tests/test_cuda.py -k "fp16 or compi
 gpu/tests_processes.txt: COMMAND = -m pytest -rs tests/test_imagenet.py -k gpus
 gpu/throughput_fp32.txt: COMMAND = benchmarks/throughput.py --device cuda
 gpu/throughput_half.txt: COMMAND = benchmarks/throughput.py --device cuda --half
-gpu/memory_fp32.txt: COMMAND = benchmarks/imagenet_memory.py --device cuda
-gpu/memory_half.txt: COMMAND = benchmarks/imagenet_memory.py --device cuda --half
-gpu/step_costs_fp32.txt: COMMAND = ddg_comparison/step_costs.py --device cuda
-gpu/step_costs_half.txt: COMMAND = ddg_comparison/step_costs.py --device cuda --half
+gpu/resnet152_fp32.txt: COMMAND = benchmarks/step_costs.py --device cuda --network resnet152 --splits 2 4 --methods checkpointing DGL --budget 16
+gpu/resnet152_half.txt: COMMAND = benchmarks/step_costs.py --device cuda --network resnet152 --splits 2 4 --methods checkpointing DGL --budget 16 --half
+gpu/vgg19_fp32.txt: COMMAND = benchmarks/step_costs.py --device cuda --network vgg19 --splits 2 4 --methods checkpointing DGL --budget 16
+gpu/vgg19_half.txt: COMMAND = benchmarks/step_costs.py --device cuda --network vgg19 --splits 2 4 --methods checkpointing DGL --budget 16 --half
+gpu/step_costs_fp32.txt: COMMAND = benchmarks/step_costs.py --device cuda --splits 2 4
+gpu/step_costs_half.txt: COMMAND = benchmarks/step_costs.py --device cuda --splits 2 4 --half
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'

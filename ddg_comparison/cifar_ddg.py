@@ -71,7 +71,7 @@ class InFlight:
     """
 
     def __init__(self, run, net, k):
-        self.run, self.module, self.has_below = run, net[k], k > 0
+        self.run, self.module, self.n, self.has_below = run, net[k], k + 1, k > 0
         self.delay = len(net) - 1 - k
         self.batches = deque()
         self.gradient = None
@@ -102,6 +102,35 @@ class InFlight:
                 self.batches.append((below, weights, functional_call(self.module.train(), weights, below)))
 
 
+def turn(run, module, optimizer, own, representation, labels):
+    """One module's part of an iteration: what comes from below, (B, C, h, w), and labels (B,) → (its output: the next
+    representation or, of the last module, logits; the loss, there alone; the gradient that goes down: of the input of
+    an earlier mini-batch, None in the lowest module and as long as no gradient has come to this one).
+    """
+    below = representation.detach().requires_grad_(own.has_below)
+    weights, loss = own.weights(), None
+    with run.autocast():
+        above = output = functional_call(module, weights, below)  # (B, C', s, s); in the last module (B, classes)
+    if own.delay == 0:
+        above = output.detach()
+        output = loss = F.cross_entropy(output.float(), labels)
+        own.gradient = torch.ones_like(loss)
+        run.watch(loss, own.n)
+    own.batches.append((below, weights, output))
+    if len(own.batches) <= own.delay:
+        return above, loss, None  # the first K−1−k iterations
+    below, _, output = own.batches.popleft()
+    # With fp16 each module has its own loss scale; gradients go from one to the next without
+    scaler = run.scaler(optimizer)
+    scale = scaler.scale(torch.ones(1, device=labels.device))  # (1,), not a scalar: fp16 divided by it is fp32
+    optimizer.zero_grad()
+    output.backward((own.gradient * scale).view_as(output).to(output.dtype))
+    gradient = below.grad / scale if own.has_below else None
+    scaler.step(optimizer)
+    scaler.update()
+    return above, loss, gradient
+
+
 def step(run, net, optimizers, in_flight, images, labels):
     """One iteration of DDG: images (B, 3, 32, 32), labels (B,) → loss, logits (B, classes).
 
@@ -110,30 +139,10 @@ def step(run, net, optimizers, in_flight, images, labels):
     """
     representation = images
     for k, (module, optimizer, own) in enumerate(zip(net, optimizers, in_flight, strict=True)):
-        below = representation.detach().requires_grad_(k > 0)
-        weights = own.weights()
-        with run.autocast():
-            # (B, C, s, s); in the last module logits, (B, classes)
-            representation = output = functional_call(module, weights, below)
-        if own.delay == 0:
-            logits = output.detach()
-            output = loss = F.cross_entropy(output.float(), labels)
-            own.gradient = torch.ones_like(loss)
-            run.watch(loss, k + 1)
-        own.batches.append((below, weights, output))
-        if len(own.batches) <= own.delay:
-            continue  # the first K−1−k iterations: no gradient has come down yet
-        below, _, output = own.batches.popleft()
-        # With fp16 each module has its own loss scale; gradients go from one to the next without
-        scaler = run.scaler(optimizer)
-        scale = scaler.scale(torch.ones(1, device=images.device))  # (1,), not a scalar: fp16 divided by it is fp32
-        optimizer.zero_grad()
-        output.backward((own.gradient * scale).view_as(output).to(output.dtype))
-        if k > 0:
-            in_flight[k - 1].gradient = below.grad / scale  # for its next iteration
-        scaler.step(optimizer)
-        scaler.update()
-    return loss.detach(), logits
+        representation, loss, gradient = turn(run, module, optimizer, own, representation, labels)
+        if gradient is not None:
+            in_flight[k - 1].gradient = gradient  # for its next iteration
+    return loss.detach(), representation
 
 
 def build(args, classes):

@@ -1,10 +1,8 @@
 """ResNets by back-propagation, DDG and DGL: the claims of the three scripts and of their network."""
 
-import json
 import sys
 import weakref
 
-import pandas as pd
 import pytest
 import torch
 from running import load_script
@@ -15,9 +13,7 @@ from decoupled import InputError
 from decoupled.datasets import load
 from decoupled.metrics import evaluate
 
-DGL, DDG, BACKPROP, COSTS = (
-    f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop", "step_costs")
-)
+DGL, DDG, BACKPROP = (f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop"))
 resnet = load_script("ddg_comparison/cifar_resnet.py")
 FLAGS = (
     "--depth",
@@ -305,7 +301,7 @@ def test_defaults_are_the_published_recipe(monkeypatch, script):
     [
         *(
             (script, ("--depth", 9), "--depth 9 is no CIFAR ResNet's: choose 6n+2, such as 8, 20,")
-            for script in (DGL, DDG, BACKPROP, COSTS)
+            for script in (DGL, DDG, BACKPROP)
         ),
         *(
             (script, ("--splits", 8), "7 pieces do not split into 8 parts: choose from 1 to 7 splits")
@@ -328,56 +324,10 @@ def test_defaults_are_the_published_recipe(monkeypatch, script):
         (BACKPROP, ("--checkpointing", "--compile"), "--checkpointing does not work with --compile: leave one out"),
     ],
 )
-def test_bad_flags(fails, monkeypatch, script, flags, message):
-    if script == COSTS:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        with pytest.raises(InputError, match="--depth 9 is no CIFAR ResNet's"):
-            load_script(script).main()
-    else:
-        assert message in fails(script, *FLAGS, *flags)
+def test_bad_flags(fails, script, flags, message):
+    assert message in fails(script, *FLAGS, *flags)
 
 
 def test_a_checkpoint_of_another_number_of_splits_is_refused(train_small, fails):
     train_small(DDG)
     assert "--splits 2 (now 3)" in fails(DDG, *FLAGS, "--splits", 3, "--resume", **small(DDG))
-
-
-def test_what_the_methods_cost(monkeypatch, capsys):
-    """Memory: DGL and checkpointing below back-propagation, DDG above. Computing: DDG as back-propagation,
-    checkpointing more.
-    """
-    script = load_script(COSTS)
-    flags = ["step_costs.py", "--depth", "20", "--splits", "2", "3", "--batch-size", "8", "--repeats", "1"]
-
-    def alone(method, splits):
-        """The row as its own process prints it, without the process."""
-        monkeypatch.setattr(sys, "argv", [*flags, "--device", "cpu", "--row", method, str(splits)])
-        capsys.readouterr()
-        script.main()
-        return json.loads(capsys.readouterr().out)
-
-    rows = [("back-propagation", 1)]
-    rows += [(method, splits) for method in ("checkpointing", "DDG", "DGL", "sequential") for splits in (2, 3)]
-    script.SECONDS = 1e-9
-    held = {row: alone(*row) for row in rows}
-    frame = pd.DataFrame(held.values(), index=pd.MultiIndex.from_tuples(held))
-    monkeypatch.setattr(script, "alone", lambda *row: held[row])
-    monkeypatch.setattr(sys, "argv", [*flags, "--device", "cpu"])
-    script.main()
-    output = capsys.readouterr().out
-    assert "peak MiB" in output and (frame > 0).all(axis=None)
-    saved = 100 * (1 - frame["peak MiB"]["DGL", 3] / frame["peak MiB"]["back-propagation", 1])
-    assert f"DGL, K = 3: saves {saved:.0f} %" in output
-    memory, flops = frame["peak MiB"], frame["GFLOP/image"]
-    plain = ("back-propagation", 1)
-    for splits in (2, 3):
-        assert memory["checkpointing", splits] < memory[plain] < memory["DDG", splits]
-        assert flops["DDG", splits] == flops[plain] < flops["checkpointing", splits] < 1.4 * flops[plain]
-    assert memory["sequential", 3] < memory["sequential", 2] < memory[plain]
-    assert flops["DGL", 2] < flops["sequential", 2] < flops["sequential", 3]  # those below run again
-    for (method, splits), peak in memory.drop(plain).items():
-        share = 100 * (peak / memory[plain] - 1)
-        assert (
-            f"\n{method}, K = {splits}: {f'{share:.0f} % more' if share > 0 else f'saves {-share:.0f} %'}\n" in output
-        )
-    assert memory["DGL", 2] < memory[plain] and memory["DDG", 2] < memory["DDG", 3]

@@ -1,4 +1,4 @@
-"""The benchmark, run once on few images: what it counts, not the clock."""
+"""The benchmarks of throughput and of input, run once on few images: what they count, not the clock."""
 
 import re
 import sys
@@ -81,4 +81,42 @@ def test_both_by_default(benchmark):
         output.index("# learning_curves, batch 4")
         < output.index("# dni, batch 4")
         < output.index("Runs of synthesizers")
+    )
+
+
+def test_input_benchmark(monkeypatch, capsys, tmp_path):
+    from test_imagenet import write_folders
+
+    write_folders(tmp_path)
+    script = load_script("benchmarks/imagenet_input.py")
+    flags = (
+        "--arch",
+        "resnet50",
+        "--image-size",
+        "32",
+        "-b",
+        "8",
+        "-j",
+        "0",
+        "1",
+        "--device",
+        "cpu",
+        "--samples",
+        "16",
+        "--steps",
+        "1",
+    )
+    monkeypatch.setattr(sys, "argv", ["imagenet_input.py", str(tmp_path), *flags])
+    monkeypatch.setattr(script, "greedy_resnet", lambda *args, real=script.greedy_resnet: real(*args, width=2))
+    script.main()
+    out = capsys.readouterr().out
+    assert all(
+        words in out
+        for words in (
+            "# commit: ",
+            "decoded by one core",
+            "with 1 worker",
+            "the step consumes",
+            "cores that keep it busy",
+        )
     )
