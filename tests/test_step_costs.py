@@ -156,6 +156,13 @@ def test_counting_without_computing_is_exact(arguments, method):
         assert devices == mebibytes(*script.device_peaks(args, method, splits))
 
 
+def test_a_peak_is_that_of_any_later_step(monkeypatch, arguments):
+    args = arguments("--depth", "8", "--batch-size", "4")
+    counted = script.count(args, "DDG", 5)
+    monkeypatch.setattr(script, "steps_before", lambda method, splits, k=0: splits + 2)
+    assert script.count(args, "DDG", 5) == counted
+
+
 def test_counting_bf16_is_nearly_exact(arguments):
     """Its kernels make some tensors of their own."""
     args = arguments("--depth", "8", "--batch-size", "4", "--half")
