@@ -11,13 +11,14 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2
 
-# make gpu is for a machine with a GPU: tests, benchmarks, then runs of the paper's tables. Each piece ends within nine
-# minutes and leaves a file in gpu/; the same command goes on with those that are missing, and each time with the runs.
-# LIMIT ends a piece as Ctrl-C does. RUNS: see results/reproduce.py --list.
+# make gpu is for a machine with a GPU: tests, benchmarks (module_parallel's are of its processor; imagenet_input.py is
+# left out, it needs ImageNet), then runs of the paper's tables. Each piece ends within nine minutes and leaves a file in
+# gpu/; the same command goes on with those that are missing, and each time with the runs. LIMIT ends a piece as Ctrl-C
+# does. RUNS: see results/reproduce.py --list.
 RUNS ?= learning_curves-parallel learning_curves-sequential
 DATA ?= data
 LIMIT = timeout --signal=INT --kill-after=20 510
-PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half resnet152_fp32 resnet152_half vgg19_fp32 vgg19_half step_costs_fp32 step_costs_half
+PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half resnet152_fp32 resnet152_half vgg19_fp32 vgg19_half step_costs_fp32 step_costs_half module_parallel_fp32 module_parallel_half module_parallel_paper
 
 gpu: $(PIECES:%=gpu/%.txt)
 	.venv/bin/python results/reproduce.py $(RUNS) --half --budget 8m --data-dir $(DATA) --log-dir gpu/runs
@@ -40,6 +41,9 @@ gpu/vgg19_fp32.txt: COMMAND = benchmarks/step_costs.py --device cuda --network v
 gpu/vgg19_half.txt: COMMAND = benchmarks/step_costs.py --device cuda --network vgg19 --splits 2 4 --methods checkpointing DGL --budget 16 --half
 gpu/step_costs_fp32.txt: COMMAND = benchmarks/step_costs.py --device cuda --splits 2 4
 gpu/step_costs_half.txt: COMMAND = benchmarks/step_costs.py --device cuda --splits 2 4 --half
+gpu/module_parallel_fp32.txt: COMMAND = benchmarks/module_parallel.py
+gpu/module_parallel_half.txt: COMMAND = benchmarks/module_parallel.py --half
+gpu/module_parallel_paper.txt: COMMAND = benchmarks/module_parallel_paper.py
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
