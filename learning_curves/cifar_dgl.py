@@ -11,6 +11,8 @@ the authors' published log has test top-1 78.35 / 85.25 / 87.90 / 89.86 % for
 heads 1 to 4. A training image costs 0.35 GFLOP, an epoch 17 TFLOP.
 """
 
+import argparse
+
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -24,7 +26,8 @@ from decoupled.runs import Run
 def parse_args():
     parser = flags.parser(__doc__, epochs=50, batch_size=128, stages=True)
     statistics = "evaluate with batch norm statistics of all training images: where an epoch has few mini-batches"
-    parser.add_argument("--precise-statistics", action="store_true", help=statistics)
+    # No default: a run that was begun before this flag existed has none either, and resumes.
+    parser.add_argument("--precise-statistics", action="store_true", default=argparse.SUPPRESS, help=statistics)
     return parser.parse_args()
 
 
@@ -56,7 +59,7 @@ def main():
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the module above, where another process has it
-        if args.precise_statistics:
+        if "precise_statistics" in args:
             stage.recompute_statistics(train.plain(), run.autocast)
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
