@@ -138,7 +138,9 @@ class ImageBatches:
             return
         except InputError as error:  # a worker's comes with its traceback
             message = str(error).strip().splitlines()[-1].removeprefix("decoupled.InputError: ")
-        except (RuntimeError, OSError) as error:  # a worker was killed, or cannot be started or hand images over
+        except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or cannot start or send
+            if isinstance(error, (ConnectionError, EOFError)):  # killed while it handed images over
+                error = RuntimeError(f"DataLoader worker: {type(error).__name__}")
             if (message := shortage(error)) is None:
                 raise
             sys.unraisablehook = lambda _: None  # PyTorch's loader, half-made, cannot be taken apart

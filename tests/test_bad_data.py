@@ -162,6 +162,19 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".log", ".pt"}
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_hands_images_over_is_told_alike(tmp_path, monkeypatch, error):
+    root = write_classes(tmp_path / "data", ("train", "val"), count=4)
+    train, _, _ = imagenet_folders.load(root, image_size=32, batch_size=4, workers=0)
+
+    def broken(loader):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    with pytest.raises(InputError, match="the processes that read images were killed"):
+        next(iter(train))
+
+
 # Image folders
 
 
