@@ -29,10 +29,10 @@ benchmarks/module_parallel_paper.py.
 
 import statistics
 import time
-from pathlib import Path
 
 import pandas as pd
 import torch
+from benchmark_output import check_output, publish
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -40,7 +40,6 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import flags, provenance
-from decoupled.checkpoints import writing
 from decoupled.images import Batches
 from decoupled.mesh import Mesh
 from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
@@ -256,9 +255,7 @@ def table(rounds, args):
 
 def main():
     args = parse_args()
-    if args.output:
-        with writing(args.output, "name a file that can"):
-            Path(args.output).open("a").close()  # before the work
+    check_output(args.output)
     rounds = [{row: measure(row, args) for row in ROWS} for _ in range(args.rounds)]
     frame, modules = table(rounds, args)
     ratios = {"speed-up, clock": 2, "by CPU": 2, "ideal": 2}
@@ -272,11 +269,7 @@ def main():
         "",
         frame.to_string(formatters=formats, na_rep=""),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text, end="")
-    if args.output:
-        with writing(args.output):
-            Path(args.output).write_text(text)
+    publish("\n".join(lines) + "\n", args.output)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from benchmark_output import check_output, publish
 from torch import nn
 from torch.nn import functional as F
 
 from decoupled import flags, provenance
-from decoupled.checkpoints import writing
 from decoupled.costs import LiveStorages, costs, peak_memory, training_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))  # for what its scripts import beside them
@@ -148,6 +148,7 @@ class Counted:
 
 def main():
     args = parse_args()
+    check_output(args.output)
     names = {arch: name for name, arch in NETWORKS.items()}
     speeds, memory = {}, {}
     for arch in args.networks.split(","):
@@ -167,11 +168,7 @@ def main():
         "\nmemory of the fullest GPU, GiB\n",
         second.to_string(float_format="{:.2f}".format),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text, end="")
-    if args.output:
-        with writing(args.output):
-            Path(args.output).write_text(text)
+    publish("\n".join(lines) + "\n", args.output)
 
 
 if __name__ == "__main__":

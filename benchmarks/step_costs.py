@@ -61,11 +61,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from decoupled import InputError, flags, provenance
-from decoupled.checkpoints import writing
 from decoupled.costs import LiveStorages, count_flops, step_seconds
 from decoupled.runs import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
+from benchmark_output import check_output, publish
 from method_steps import METHODS, NETWORKS, SMALL, most_modules, network
 
 SECONDS = 0.1  # a row is repeated within a round for at least as long
@@ -387,17 +387,11 @@ def main():
             print(json.dumps(measure(args, method, int(splits), int(guess))))
             return
         flags.pick_device(args.device)
-        if args.output:
-            with writing(args.output):
-                Path(args.output).open("a").close()  # before the work
+        check_output(args.output)
         with FakeTensorMode():
             for splits in args.splits:
                 network(args, splits)  # fails here where it does at all
-        text = report(args, *tables(args))
-        print(text, end="")
-        if args.output:
-            with writing(args.output):
-                Path(args.output).write_text(text)
+        publish(report(args, *tables(args)), args.output)
 
 
 if __name__ == "__main__":
