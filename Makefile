@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	.venv/bin/python learning_curves/cifar_dgl.py --dataset digits --lr 0.05 --epochs 20 --precise-statistics --name demo --log-dir demo
-	.venv/bin/python -m decoupled.plots demo --output demo/learning_curves.png
+	.venv/bin/python -m decoupled plot demo --output demo/learning_curves.png
 	@echo "Four modules have learned at once, each from its own loss, without a gradient between them. Next, the paper's run on CIFAR-10: .venv/bin/python learning_curves/cifar_dgl.py"
 
 test: .venv/installed

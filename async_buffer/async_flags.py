@@ -5,8 +5,8 @@ import argparse
 from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, layer_list
 from replay_buffer import BITS, SAMPLING
 
-from decoupled import flags
-from decoupled.flags import integer
+from decoupled.training import flags
+from decoupled.training.flags import integer
 
 
 def parser(doc):

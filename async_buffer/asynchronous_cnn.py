@@ -7,8 +7,9 @@ import argparse
 from torch import nn
 
 from decoupled import InputError
-from decoupled.auxiliary import AveragePool
-from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape
+from decoupled.networks.auxiliary import AveragePool
+from decoupled.networks.layerwise import draw_batch_norm_weights
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, output_shape
 
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
 

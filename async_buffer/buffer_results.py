@@ -8,11 +8,12 @@ import cifar_buffer
 import pandas as pd
 from turns import tallies
 
-from decoupled import InputError, runs
+from decoupled import InputError
 from decoupled.logs import final, read_log
+from decoupled.training import run as runs
 
 VARIED = ("buffer", "noise", "layer_noise", "seed")
-ELSEWHERE = (*runs.ELSEWHERE, "name", "device")  # where a run was made, not what it is
+FLAGS_FREE_ON_RESUME = (*runs.FLAGS_FREE_ON_RESUME, "name", "device")  # where a run was made, not what it is
 
 
 def renamed(arguments):
@@ -58,7 +59,7 @@ def results(folder):
         fixed = {
             key: value
             for key, value in arguments.items()
-            if key not in (*VARIED, *ELSEWHERE) and value != published.get(key)
+            if key not in (*VARIED, *FLAGS_FREE_ON_RESUME) and value != published.get(key)
         }
         images = next((line for line in frame.attrs["comments"] if line.startswith("train: ")), "").split(" of ")[-1]
         setting = " ".join(f"{key}={value}" for key, value in fixed.items()) or "default flags"

@@ -25,10 +25,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from turns import SEQUENCES, ImageStream, Tally, Turns
 
-from decoupled import flags, logs
-from decoupled.flags import integer, number
-from decoupled.metrics import WithEnsembles, evaluate
-from decoupled.runs import Run
+from decoupled import logs
+from decoupled.networks.evaluation import WithEnsembles, evaluate
+from decoupled.training import flags
+from decoupled.training.flags import integer, number
+from decoupled.training.run import Run
 
 
 def parse_args(argv=None):

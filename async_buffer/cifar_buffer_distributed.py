@@ -26,10 +26,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from turns import ImageStream, Tally
 
-from decoupled import InputError, flags, logs
-from decoupled.flags import integer, number
-from decoupled.metrics import evaluate
-from decoupled.runs import Run
+from decoupled import InputError, logs
+from decoupled.networks.evaluation import evaluate
+from decoupled.training import flags
+from decoupled.training.flags import integer, number
+from decoupled.training.run import Run
 
 
 def slow_down(text):
@@ -90,16 +91,17 @@ def forward_only(run, module, representation):
 
 def main():
     args = parse_args()
-    run = Run(args, several=True, elsewhere=("slow", "turn"))
+    run = Run(args, distributed=True, free_on_resume=("slow", "turn"))
     size = run.processes.size
     if size == 1:
         raise InputError("one process has nobody to be asynchronous with: start it with torchrun --nproc-per-node 2 …")
     if args.slow and args.slow[0] >= size:
         raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g} names no process: there are {size}, from 0")
     train, test, classes = run.data(drop_last=True)
-    stage = run.share(build(args, classes), kind=ReplayStage)
+    stage = run.distribute(build(args, classes), kind=ReplayStage)
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in stage.modules
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        for module in stage.modules_here
     ]
     # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
@@ -108,8 +110,10 @@ def main():
     pace = Pace(stage.lengths, len(images), args.epochs)
     slow = args.slow[1] if args.slow and args.slow[0] == run.processes.rank else 1.0
     stage.connect(pace, images, buffer, args.batch_size, args.turn / 1000, slow)
-    tallies = [Tally() for _ in stage.modules]
-    inner = [HandOver(run.device) for _ in stage.modules[1:]]  # within a process a module hands over as in Algorithm 1
+    tallies = [Tally() for _ in stage.modules_here]
+    inner = [
+        HandOver(run.device) for _ in stage.modules_here[1:]
+    ]  # within a process a module hands over as in Algorithm 1
     state = {"pace": [pace] * len(tallies), "net": stage, "optimizers": optimizers, "schedules": schedules}
     state |= {"train": images, "test": test, "tallies": tallies, "buffers": [buffer or HandOver(run.device), *inner]}
 
@@ -119,7 +123,7 @@ def main():
             if sample is None:  # nothing has come yet, all was read as often as allowed, or nobody needs more
                 continue
             representation, labels, learns = sample.representation, sample.labels, pace.learns
-            for module, optimizer, tally in zip(stage.modules, optimizers, tallies, strict=True):
+            for module, optimizer, tally in zip(stage.modules_here, optimizers, tallies, strict=True):
                 tally.turns += 1
                 if learns:
                     representation, loss, logits = learn(run, module, optimizer, representation, labels)
@@ -133,7 +137,7 @@ def main():
                     schedule.step()
             stage.send(representation, labels)
 
-        heads, arrivals = stage.heads, stage.receive(test, totals=args.ensemble)
+        heads, arrivals = stage.heads, stage.inputs(test, totals=args.ensemble)
         if args.ensemble:
             heads = stage.ensembles(probabilities=False)
         with run.autocast():

@@ -11,10 +11,12 @@ from replay_buffer import Sample
 from torch import distributed
 
 from decoupled import InputError
-from decoupled.processes import GRACE
-from decoupled.stages import Stage
+from decoupled.parallel.processes import GRACE
+from decoupled.parallel.stages import Stage
 
-EPOCH = -1  # why all meet: the slowest has finished an epoch; or else what decoupled.runs.Run.wish asks for
+EPOCH = (
+    -1
+)  # why all meet: the slowest has finished an epoch; or else what decoupled.training.run.Run.pending_request asks for
 MEET, END = -1, -2  # instead of a mini-batch's step: what was sent before has all come; nothing more will
 IDLE = 0.005  # seconds between looks of a process that has nothing to do
 BEAT = 1.0  # seconds between looks at the others' heartbeats
@@ -23,7 +25,7 @@ FOREVER = timedelta(days=365)  # a lower module may be as slow as it likes; who 
 
 class Inbox(threading.Thread):
     """Writes into ``buffer`` whatever has come from process ``other``, as soon as it comes: mini-batches of so many
-    ``samples`` in the form of ``layout`` (decoupled.partition.Layout).
+    ``samples`` in the form of ``layout`` (decoupled.parallel.balance.Layout).
     """
 
     def __init__(self, buffer, layout, samples, other, link):
@@ -221,12 +223,12 @@ class ReplayStage(Stage):
 
     # Meetings
 
-    def take_mark(self):
+    def take_tag(self):
         """What is to be done after this turn; where it is anything, after a meeting of all."""
         if not self.learning:
-            return super().take_mark()
+            return super().take_tag()
         self.look_after_others()
-        asked = self.wish()  # counts in the lowest, whom the others tell of their signals
+        asked = self.pending_request()  # counts in the lowest, whom the others tell of their signals
         name = f"meeting {self.meetings}"
         if self.lowest:
             finished = [f"finished {self.epoch} {rank}" for rank in range(self.processes.size)]

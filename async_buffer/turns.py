@@ -9,7 +9,7 @@ import torch
 from replay_buffer import Sample
 
 from decoupled import InputError
-from decoupled.metrics import Meter
+from decoupled.networks.evaluation import Meter
 
 SEQUENCES = ("random", "sequential")
 WARM_UP = 2  # turns of each module, from the lowest up, before the first draw: then every buffer holds something

@@ -19,7 +19,7 @@ or 4.01 % of module and auxiliary together.
 
 FLOPs, parameters and memory are exact and the same on every machine: a
 multiply-add is 2 FLOPs, memory is in fp32 without kernels' workspaces
-(decoupled.costs). Time is measured: the median over rounds that take every step
+(decoupled.analysis.costs). Time is measured: the median over rounds that take every step
 in turn. At full size a round costs 4 TFLOP.
 """
 
@@ -30,11 +30,13 @@ import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import checkpoints, flags
-from decoupled.auxiliary import AUXILIARIES
-from decoupled.costs import Ones, costs, count_flops, peak_memory, step_seconds, training_step
-from decoupled.network import layerwise_cnn
-from decoupled.runs import Run
+from decoupled.analysis.costs import Ones, costs, peak_memory, step_seconds, training_step
+from decoupled.networks.auxiliary import AUXILIARIES
+from decoupled.networks.flops import count_flops
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 HEAD = "head"  # the last module's, whatever the type
 PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxiliary in % of the module's

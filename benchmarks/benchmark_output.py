@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from decoupled.checkpoints import writing
+from decoupled.errors import writing
 
 WAY_OUT = "name a file that can"
 

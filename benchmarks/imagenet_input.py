@@ -20,8 +20,9 @@ import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import flags, provenance
-from decoupled.costs import step_seconds
+from decoupled.analysis.costs import step_seconds
+from decoupled.training import environment as provenance
+from decoupled.training import flags
 
 sys.path.append(str(Path(__file__).parent.parent / "imagenet"))
 import imagenet_folders

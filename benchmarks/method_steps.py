@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import InputError
-from decoupled.network import layerwise_cnn, output_shape
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import output_shape
 from dni import BackwardInterface
 from dni.dni_backbone import ConvSynthesizer
 

@@ -39,14 +39,16 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import flags, provenance
-from decoupled.images import Batches
-from decoupled.mesh import Mesh
-from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
-from decoupled.partition import cut, survey
-from decoupled.processes import Processes
-from decoupled.stages import Stage
-from decoupled.steps import Steps
+from decoupled.data.batches import Batches
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
+from decoupled.parallel.balance import cut, survey
+from decoupled.parallel.mesh import Mesh
+from decoupled.parallel.processes import Processes
+from decoupled.parallel.stages import Stage
+from decoupled.training import environment as provenance
+from decoupled.training import flags
+from decoupled.training.precision import Steps
 
 WARM = 3  # mini-batches before the clock starts
 # Row → (method, processes, threads of each, micro-batches)
@@ -111,12 +113,12 @@ class Clock:
 def greedy(args, net, steps, mesh):
     """DGL's steps by the modules of this process, in ``mesh``."""
     stage = Stage(net, (3, 32, 32), mesh, queue=args.queue, autocast=steps.autocast)
-    modules, optimizers = mesh.parallel(stage.modules), [sgd(module) for module in stage.modules]
+    modules, optimizers = mesh.parallel(stage.modules_here), [sgd(module) for module in stage.modules_here]
     clock, sent = Clock(stage), 0
     stage.train()
     whole = mini_batches(WARM + args.steps, args.batch_size // mesh.replicas)
     train, *_ = mesh.images(lambda: (whole, whole, 10))
-    for representation, labels in clock.over(stage.receive(train), len(modules)):
+    for representation, labels in clock.over(stage.inputs(train), len(modules)):
         for index, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             since = time.process_time()
             with steps.autocast():

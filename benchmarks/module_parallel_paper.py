@@ -22,7 +22,7 @@ Modules are torchvision's network cut in G of about equal FLOPs
 counts as three forward passes.
 
 The second table has the memory of the fullest GPU in GiB: weights, gradients,
-momentum and the peak of a step (decoupled.costs); 1F1B keeps at most G
+momentum and the peak of a step (decoupled.analysis.costs); 1F1B keeps at most G
 micro-batches of the lowest stage; DGL's queue of two on both sides counts.
 """
 
@@ -35,8 +35,9 @@ from benchmark_output import check_output, publish
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled import flags, provenance
-from decoupled.costs import LiveStorages, costs, peak_memory, training_step
+from decoupled.analysis.costs import LiveStorages, costs, peak_memory, training_step
+from decoupled.training import environment as provenance
+from decoupled.training import flags
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))  # for what its scripts import beside them
 from greedy_torchvision import greedy_torchvision

@@ -23,7 +23,7 @@ Columns:
   ms/step, images/s  median over the rounds, on one device, where modules take
                      turns; a row has a process of its own, for networks that
                      share one slow each other
-  GFLOP/image        of a step; a multiply-add is 2 (decoupled.costs)
+  GFLOP/image        of a step; a multiply-add is 2 (decoupled.analysis.costs)
   fixed MiB          parameters and buffers, gradients, momentum: of auxiliaries
                      and synthesizers too
   peak MiB           all tensors alive at the worst moment of a step, network
@@ -60,9 +60,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from decoupled import InputError, flags, provenance
-from decoupled.costs import LiveStorages, count_flops, step_seconds
-from decoupled.runs import Run
+from decoupled import InputError
+from decoupled.analysis.costs import LiveStorages, step_seconds
+from decoupled.networks.flops import count_flops
+from decoupled.training import environment as provenance
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_output import check_output, publish

@@ -16,7 +16,7 @@ needs.
 Columns:
   images/s      median over the rounds
   % of DGL      time an image takes, DGL's step being 100
-  GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.costs)
+  GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.analysis.costs)
   GFLOP/s       the product of both
   % of ceiling  GFLOP/s beside the best large square matrix product of the same
                 precision, measured before and after each round
@@ -26,7 +26,7 @@ Columns:
                 the memory bandwidth, whichever takes longer. Small tensors stay
                 in caches, which are faster: there it can be above 100
   peak MiB      made by two steps from the start on, momentum included, on top
-                of network and images (decoupled.costs.peak_memory)
+                of network and images (decoupled.analysis.costs.peak_memory)
 Rows, a table for each network: training steps on one batch, already on the
 device; "stage n" learns module n on the frozen ones below, their mean is that
 of sequential training as a whole (and its largest peak). Evaluation includes
@@ -55,13 +55,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from decoupled import flags, provenance
-from decoupled.costs import costs, count_flops, peak_memory, step_seconds
-from decoupled.datasets import CIFAR10_MEAN, CIFAR10_STD
-from decoupled.images import Batches
-from decoupled.metrics import Meter, evaluate
-from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
-from decoupled.runs import Run
+from decoupled.analysis.costs import costs, peak_memory, step_seconds
+from decoupled.data.batches import Batches
+from decoupled.data.datasets import CIFAR10_MEAN, CIFAR10_STD
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.networks.flops import count_flops
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
+from decoupled.training import environment as provenance
+from decoupled.training import flags
+from decoupled.training.run import Run
 from dni import synthesizer_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "dni"))  # for what its scripts import beside them
@@ -96,7 +99,9 @@ def parse_args():
         help="images a step (default: the experiment's, 128 or, for dni, 256)",
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
-    parser.add_argument("--plain-malloc", action="store_true", help="without decoupled.memory.keep_freed_memory")
+    parser.add_argument(
+        "--plain-malloc", action="store_true", help="without decoupled.training.precision.keep_freed_memory"
+    )
     parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
     return parser.parse_args()
 

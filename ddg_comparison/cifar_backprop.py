@@ -20,9 +20,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.checkpoint import checkpoint
 
-from decoupled import flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.runs import Run
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():

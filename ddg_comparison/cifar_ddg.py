@@ -38,9 +38,10 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from decoupled import InputError, flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.runs import Run
+from decoupled import InputError
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from decoupled import flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.runs import Run
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():
@@ -61,27 +61,27 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run = Run(args, several=True)
+    run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.share(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
     optimizers = [
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
-        for module in stage.modules
+        for module in stage.modules_here
     ]
     falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
     schedules = [MultiStepLR(optimizer, falls, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter() for _ in stage.modules]
+    meters = [Meter() for _ in stage.modules_here]
 
     state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "meters": meters}
     for epoch in run.epochs(net=stage, **state):
         stage.train()
-        for representation, labels in run.progress(stage.receive(train)):  # images, or what the module below sends
-            representation, heads = step(run, stage.modules, optimizers, representation, labels)
+        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
+            representation, heads = step(run, stage.modules_here, optimizers, representation, labels)
             stage.send(representation, labels)  # to the module above, where another process has it
             for meter, (loss, logits) in zip(meters, heads, strict=True):
                 meter.update(loss, logits, labels)
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
+            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoupled import InputError
-from decoupled.auxiliary import mlp_sr_auxiliary
-from decoupled.network import DecoupledModule, DecoupledNetwork, draw_batch_norm_weights, output_shape, split
+from decoupled.networks.auxiliary import mlp_sr_auxiliary
+from decoupled.networks.layerwise import draw_batch_norm_weights
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, output_shape, split
 
 STAGES = 3  # of constant size: 32×32, 16×16, 8×8
 
@@ -100,7 +101,7 @@ class ChainedNetwork(nn.ModuleList):
     """Modules from the image up, the last of which gives the logits."""
 
     def forward(self, images, heads=None):
-        """[logits (B, classes)]: a list, as decoupled.metrics.evaluate asks for. There is one head, so ``heads`` says
+        """[logits (B, classes)]: a list, as decoupled.networks.evaluation.evaluate asks for. There is one head, so ``heads`` says
         nothing.
         """
         for module in self:

@@ -4,14 +4,10 @@ plots.
 The algorithms are not here. Each experiment's script holds its own, top to bottom.
 """
 
+from decoupled.errors import InputError
+from decoupled.networks.decouple import cuts, decouple
+from decoupled.networks.evaluation import evaluate
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
+from decoupled.training.checkpoint import load
 
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names it and says the way out; scripts exit
-    with code 2.
-    """
-
-
-from decoupled.loading import load  # noqa: E402, they need InputError
-from decoupled.splitting import cuts, decouple  # noqa: E402
-
-__all__ = ["InputError", "cuts", "decouple", "load"]
+__all__ = ["DecoupledModule", "DecoupledNetwork", "InputError", "cuts", "decouple", "evaluate", "load"]

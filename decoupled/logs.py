@@ -6,8 +6,8 @@ from 0); loss, the mean training cross-entropy; accuracies in %. A log starts wi
 ``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where and how the run was made and how long
 each epoch took; the authors' notebooks pass over them, as over every line they do not know.
 
-python -m decoupled.logs LOG… --csv FILE            rows: log, n, epoch, results
-python -m decoupled.logs LOG… --tensorboard DIR     a run for each log
+python -m decoupled export LOG… --csv FILE            rows: log, n, epoch, results
+python -m decoupled export LOG… --tensorboard DIR     a run for each log
 """
 
 import ast
@@ -16,9 +16,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from decoupled import InputError
+from decoupled.errors import InputError
+
+STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
+
+
+EDITED = re.compile(r"\.edited(-\d+)?\.log$")  # the names of logs that were changed, and are kept beside the run's
+
 
 INTEGERS = ("n", "epoch", "own_epoch")
+
+
 INTEGER, NUMBER = r"(\d{1,9})", r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
 
 
@@ -33,6 +41,8 @@ def pattern(template, columns):
 
 
 LOWER_HEAD = "# head {}, epoch {}: loss {}, train top-1 {}, test top-1 {}"
+
+
 LINES = (
     pattern(
         "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")
@@ -51,8 +61,14 @@ LINES = (
     ),
     pattern(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
 )
+
+
 RESULT = ("n: ", "lr: ", "# head ")  # how lines of results begin
+
+
 LOSS = pattern("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))[0]
+
+
 SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took (\d+(?:\.\d+)?) s", re.ASCII)
 
 
@@ -157,55 +173,3 @@ def parse_namespace(line):
 def final(frame):
     """The result of each head: its row at the last epoch, never the best."""
     return frame.sort_values("epoch", kind="stable").groupby("n").tail(1).sort_values("n").set_index("n")
-
-
-def to_csv(frames, path):
-    """Writes ``frames``, {path: frame from read_log}, as one table: read_log's columns after "log", the file's name."""
-    names = [Path(log).name for log in frames]
-    pd.concat(frames.values(), keys=names, names=["log"]).reset_index("log").to_csv(path, index=False)
-
-
-def to_tensorboard(frames, folder):
-    """Writes ``frames``, {path: frame from read_log}, as scalars "column/head n" by epoch, each log a run in a folder
-    of its own under ``folder``. Raises InputError where tensorboard is not installed or such a folder is there already.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs a package: pip install tensorboard, or export with --csv") from error
-    runs = {Path(folder) / Path(log).stem: frame for log, frame in frames.items()}
-    for run in runs:
-        if run.exists():
-            raise InputError(f"--tensorboard: {run} is there already: remove it, or name another folder")
-    for run, frame in runs.items():
-        with SummaryWriter(str(run)) as writer:
-            for row in frame.to_dict("records"):
-                for column in row.keys() - {"n", "epoch"}:
-                    writer.add_scalar(f"{column}/head {row['n']}", row[column], row["epoch"])
-
-
-def main():
-    from decoupled import flags
-    from decoupled.checkpoints import writing
-
-    parser = flags.Parser("Exports logs, as one table or for TensorBoard.")
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--csv", metavar="FILE", type=flags.path, help="a table: log, n, epoch and the log's results")
-    tensorboard = "scalars by epoch, each log a run in a folder under DIR; needs the package tensorboard"
-    way.add_argument("--tensorboard", metavar="DIR", type=flags.path, help=tensorboard)
-    args = parser.parse_args()
-    frames = {log: read_log(log) for log in args.logs}
-    names = [Path(log).name for log in frames]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"two of the logs are called {min(repeated)}: export them one by one, or rename one")
-    target = args.csv or args.tensorboard
-    with writing(target, "name another place, or make room or access there"):
-        (to_csv if args.csv else to_tensorboard)(frames, target)
-    print(f"exported: {target}")
-
-
-if __name__ == "__main__":
-    from decoupled import flags
-
-    flags.start(main)

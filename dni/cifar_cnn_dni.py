@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
 import dni
-from decoupled import InputError, flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.runs import Run
+from decoupled import InputError
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 N = 3  # the head's number in the log, as in the authors' logs
 

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from decoupled import flags, logs
-from decoupled.metrics import Meter, evaluate
-from decoupled.network import DecoupledModule, DecoupledNetwork
-from decoupled.runs import Run
+from decoupled import logs
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():
@@ -52,16 +53,16 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run = Run(args, several=True)
+    run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.share(build(args, classes))  # the modules of this process: all of them, but under torchrun
-    optimizers = [Adam(module.parameters(), lr=args.lr, fused=True) for module in stage.modules]
-    meters = [Meter() for _ in stage.modules]
+    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    optimizers = [Adam(module.parameters(), lr=args.lr, fused=True) for module in stage.modules_here]
+    meters = [Meter() for _ in stage.modules_here]
 
     for epoch in run.epochs(net=stage, optimizers=optimizers, train=train, test=test, meters=meters):
         stage.train()
-        for representation, labels in run.progress(stage.receive(train)):  # images, or what the module below sends
-            for module, optimizer, meter in zip(stage.modules, optimizers, meters, strict=True):
+        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
@@ -73,7 +74,7 @@ def main():
                 losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
                 run.terminal.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
+            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             # The published log has the last head only.
             line = logs.head_line if n == len(stage.net) else logs.lower_head_line

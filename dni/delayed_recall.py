@@ -29,8 +29,10 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 import dni
-from decoupled import checkpoints, flags, provenance
-from decoupled.costs import count_flops
+from decoupled.networks.flops import count_flops
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import environment as provenance
+from decoupled.training import flags
 
 
 class Method(NamedTuple):

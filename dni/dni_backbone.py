@@ -4,7 +4,7 @@ compared here share.
 
 from torch import nn
 
-from decoupled.network import draw_batch_norm_weights
+from decoupled.networks.layerwise import draw_batch_norm_weights
 
 
 def backbone(channels, classes):

@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, conv1x1
 
 from decoupled import InputError
-from decoupled.network import split
+from decoupled.networks.modules import split
 
 # At 56×56, 28×28, 14×14, 7×7
 BLOCKS = {

@@ -1,4 +1,4 @@
-"""Any classifier of torchvision as DGL learns it: cut into modules of about equal FLOPs (decoupled.splitting)."""
+"""Any classifier of torchvision as DGL learns it: cut into modules of about equal FLOPs (decoupled.networks.decouple)."""
 
 import torch
 from torchvision import models

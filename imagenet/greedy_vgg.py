@@ -5,8 +5,9 @@ convolutions a module.
 from torch import nn
 
 from decoupled import InputError
-from decoupled.auxiliary import mlp_sr_auxiliary
-from decoupled.network import DecoupledModule, DecoupledNetwork, conv_layer, group, output_shape
+from decoupled.networks.auxiliary import mlp_sr_auxiliary
+from decoupled.networks.layerwise import conv_layer
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group, output_shape
 
 # Convolutions at each size
 STAGES = {

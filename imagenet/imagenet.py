@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 from torchvision import models
 
-from decoupled import InputError, flags, logs
-from decoupled.metrics import Meter, added, evaluate
+from decoupled import InputError, logs
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.parallel.mesh import all_reduce_meters
+from decoupled.training import flags
 
 ARCHS = models.list_models(models, include=("resnet*", "resnext*", "wide_resnet*", "vgg*"))
 
@@ -30,7 +32,7 @@ def parse_args():
 
 
 class EndToEnd(nn.ModuleList):
-    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.metrics.evaluate asks."""
+    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.networks.evaluation.evaluate asks."""
 
     def forward(self, images, heads=None):
         return [self[0](images)]
@@ -66,7 +68,7 @@ def main():
             meter.update(loss, logits, labels)
         run.mesh.same_buffers(net)
         with run.autocast():
-            score, trained = added([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.mesh)
+            score, trained = all_reduce_meters([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.mesh)
         rate = schedule.get_last_lr()[0]
         line = logs.imagenet_backprop_line(rate, epoch, (trained.top1, trained.top5), (score.top1, score.top5))
         run.report(line, logs.loss_line(1, epoch, trained.loss))

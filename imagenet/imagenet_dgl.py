@@ -36,9 +36,10 @@ from imagenet_flags import TOPK, reported, sgd
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import flags, logs
-from decoupled.flags import integer
-from decoupled.metrics import Meter, evaluate
+from decoupled import logs
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.training import flags
+from decoupled.training.flags import integer
 
 
 def parse_args():
@@ -93,23 +94,23 @@ def step(run, modules, optimizers, representation, labels):
 def main():
     args = parse_args()
     run, train, val, stage, modules = imagenet_flags.begin(args, build)
-    optimizers = [sgd(args, module) for module in stage.modules]
+    optimizers = [sgd(args, module) for module in stage.modules_here]
     schedules = [StepLR(optimizer, args.epochdecay, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter(TOPK) for _ in stage.modules]
+    meters = [Meter(TOPK) for _ in stage.modules_here]
 
     state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": val, "meters": meters}
     for epoch in run.epochs(net=stage, **state):
         stage.train()
-        for representation, labels in reported(run, run.progress(stage.receive(train)), len(train)):
+        for representation, labels in reported(run, run.progress(stage.inputs(train)), len(train)):
             representation, heads = step(run, modules, optimizers, representation, labels)
             for meter, (loss, logits) in zip(meters, heads, strict=True):
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the stage above, where there is one
-        run.mesh.same_buffers(stage.modules)
+        run.mesh.same_buffers(stage.modules_here)
         heads = stage.ensembles() if args.ensemble else stage.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(stage.receive(val, totals=args.ensemble)), topk=TOPK)
-        count = len(stage.modules)
+            scores = evaluate(heads, run.evaluation(stage.inputs(val, totals=args.ensemble)), topk=TOPK)
+        count = len(stage.modules_here)
         every = stage.gather(meters, scores[:count], scores[count:])  # in process 0, of all stages and replicas
         for n, (meter, score, ensemble) in enumerate(zip_longest(*every), start=1):
             together = (ensemble.top1, ensemble.top5) if ensemble else (nan, nan)

@@ -5,11 +5,12 @@ import time
 import imagenet_folders
 from torch.optim import SGD
 
-from decoupled import InputError, flags
-from decoupled.flags import integer, number
-from decoupled.global_batch_norm import globalize
-from decoupled.processes import launched
-from decoupled.runs import Run
+from decoupled import InputError
+from decoupled.parallel.batch_norm import globalize
+from decoupled.parallel.processes import launched
+from decoupled.training import flags
+from decoupled.training.flags import integer, number
+from decoupled.training.run import Run
 
 TOPK = (1, 5)
 DEBUG_BATCHES = 50  # an epoch with --debug 1
@@ -112,11 +113,11 @@ def sgd(args, module):
 
 
 def begin(args, build):
-    """(run, train, val, stage, modules): a Run of an ImageNet script, its images, this process's decoupled.stages.Stage
+    """(run, train, val, stage, modules): a Run of an ImageNet script, its images, this process's decoupled.parallel.stages.Stage
     of the network ``build(args, classes)``, and what a step calls instead of the stage's modules.
     """
-    elsewhere, stages = ("data", "workers", "print_freq"), getattr(args, "stages", 1)
-    run = Run(args, several=True, stages=stages, loss_scale=args.static_loss_scale, elsewhere=elsewhere)
+    free_on_resume, stages = ("data", "workers", "print_freq"), getattr(args, "stages", 1)
+    run = Run(args, distributed=True, stages=stages, loss_scale=args.static_loss_scale, free_on_resume=free_on_resume)
     mesh = run.mesh
     names = ("train_samples", "val_samples", "image_size", "batch_size", "workers", "seed")
     share = {"rank": mesh.replica, "processes": mesh.replicas, "least": 1 + args.local_batch_norm}
@@ -129,8 +130,8 @@ def begin(args, build):
         among = "all processes" if mesh.stages == 1 else "the replicas of each module"
         run.describe(f"batch norm: {'of each process' if args.local_batch_norm else f'over {among}'}")
         net = net if args.local_batch_norm else globalize(net, run.device, mesh.group)
-    stage = run.share(net, (3, args.image_size, args.image_size))
-    return run, train, val, stage, mesh.parallel(stage.modules, args.local_batch_norm)
+    stage = run.distribute(net, (3, args.image_size, args.image_size))
+    return run, train, val, stage, mesh.parallel(stage.modules_here, args.local_batch_norm)
 
 
 def reported(run, batches, total):

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from decoupled import InputError
-from decoupled.flags import shortage
-from decoupled.image_folders import list_images, read_image, same_classes
-from decoupled.images import InputForm, mix_seed
+from decoupled.data.batches import mix_seed
+from decoupled.data.folders import list_images, same_classes
+from decoupled.data.images import InputForm, read_image
+from decoupled.training.flags import shortage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in [0, 1]
 LAYOUT = "image folders are {train,val}/<class>/<image>"
@@ -148,7 +149,7 @@ class ImageBatches:
 
     @property
     def outline(self):
-        """What a decoupled.images.Outline is made from."""
+        """What a decoupled.data.batches.Outline is made from."""
         return self.share.count, self.share.batch_size, len(self)
 
     @property

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.network import layerwise_cnn
-from decoupled.runs import Run
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():
@@ -38,20 +38,21 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run = Run(args, several=True)
+    run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.share(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in stage.modules
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        for module in stage.modules_here
     ]
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]  # at epochs 16, 31, 46, …
-    meters = [Meter() for _ in stage.modules]
+    meters = [Meter() for _ in stage.modules_here]
 
     state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "meters": meters}
     for epoch in run.epochs(net=stage, **state):
         stage.train()
-        for representation, labels in run.progress(stage.receive(train)):  # images, or what the module below sends
-            for module, optimizer, meter in zip(stage.modules, optimizers, meters, strict=True):
+        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
@@ -60,9 +61,9 @@ def main():
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the module above, where another process has it
         if "precise_statistics" in args:
-            stage.recompute_statistics(train.plain(), run.autocast)
+            stage.recompute_statistics(train.without_augmentation(), run.autocast)
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.receive(test)))
+            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:

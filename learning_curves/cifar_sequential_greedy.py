@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from decoupled import flags
-from decoupled.metrics import Meter, evaluate
-from decoupled.network import layerwise_cnn
-from decoupled.runs import Run
+from decoupled.networks.evaluation import Meter, evaluate
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training import flags
+from decoupled.training.run import Run
 
 
 def parse_args():
@@ -41,9 +41,9 @@ def main():
     meter = Meter()
 
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": train, "test": test}
-    for n, epoch in run.epochs(stages=len(net), **state, meters=meter):
-        *frozen, module = net[:n]
-        optimizer, schedule = optimizers[n - 1], schedules[n - 1]
+    for module_index, epoch in run.epochs(num_modules=len(net), **state, meters=meter):
+        *frozen, module = net[: module_index + 1]
+        optimizer, schedule = optimizers[module_index], schedules[module_index]
         net.eval()  # the modules below normalize with their final statistics and leave them alone
         module.train()
         for images, labels in run.progress(train):
@@ -57,8 +57,8 @@ def main():
             run.step(loss, optimizer)
             meter.update(loss, logits, labels)
         with run.autocast():
-            (score,) = evaluate(net, run.evaluation(test), heads=[n - 1])
-        run.log(n, epoch, meter, score)
+            (score,) = evaluate(net, run.evaluation(test), heads=[module_index])
+        run.log(module_index + 1, epoch, meter, score)
         schedule.step()
 
 

@@ -56,7 +56,9 @@ from result_rows import (
     seconds,
 )
 
-from decoupled import InputError, checkpoints, flags
+from decoupled import InputError
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import flags
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 STATES = ("done", "running", "missing", "superseded", "unknown")
@@ -180,8 +182,9 @@ def speed(row, rows, logs, half):
 
 def probe(half):
     """TFLOP/s of one thread, or the GPU, in training the last module of the learning_curves network for 5 seconds."""
-    from decoupled.costs import count_flops, training_step
-    from decoupled.network import layerwise_cnn
+    from decoupled.analysis.costs import training_step
+    from decoupled.networks.flops import count_flops
+    from decoupled.networks.layerwise import layerwise_cnn
 
     device = flags.pick_device("auto")
     torch.set_num_threads(1)

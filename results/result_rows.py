@@ -18,8 +18,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from decoupled import InputError
-from decoupled.checkpoints import EDITED
-from decoupled.logs import read_log
+from decoupled.logs import EDITED, read_log
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent

@@ -13,7 +13,7 @@ import torch
 from gpu_commands import image_folders, on_gpu, overflow  # noqa: F401  fixtures
 from running import ROOT, Finished, load_script
 
-from decoupled.flags import start
+from decoupled.training.flags import start
 
 
 @pytest.fixture

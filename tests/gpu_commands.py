@@ -12,9 +12,10 @@ from running import PARALLEL, SEQUENTIAL, load_script, small
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled import datasets
-from decoupled.network import eval_mode, layerwise_cnn
-from decoupled.steps import Steps
+from decoupled.data import datasets
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import eval_mode
+from decoupled.training.precision import Steps
 
 TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
 RESNET = (*TOY, "--depth", 14, "--splits", 3)

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from running import ROOT, load_script, small
 
-from decoupled import checkpoints, runs
-from decoupled.flags import start
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import run as runs
+from decoupled.training.flags import start
 
 moment, count, script, *words = sys.argv[1:]
 left = int(count)

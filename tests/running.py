@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from decoupled.network import layerwise_cnn
+from decoupled.networks.layerwise import layerwise_cnn
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import torch
 from running import ROOT, load_script
 from torch import nn
 
-from decoupled.flags import start
+from decoupled.training.flags import start
 
 DGL, BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
 

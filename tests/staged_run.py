@@ -28,8 +28,12 @@ from running import ROOT, load_script, small
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from decoupled import InputError, images, partition, processes, runs, stages  # noqa: F401
-from decoupled.flags import start
+from decoupled import InputError
+from decoupled.data import batches as images
+from decoupled.parallel import balance as partition
+from decoupled.parallel import processes, stages
+from decoupled.training import run as runs  # noqa: F401
+from decoupled.training.flags import start
 
 PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
 

@@ -11,13 +11,16 @@ from PIL import Image
 from running import PARALLEL, ROOT, SEQUENTIAL, load_script
 
 import decoupled
-from decoupled import InputError, datasets, predict
-from decoupled.costs import costs
-from decoupled.flags import start
-from decoupled.images import Batches, InputForm
+from decoupled import InputError
+from decoupled.analysis import predict
+from decoupled.analysis.costs import costs
+from decoupled.data import datasets
+from decoupled.data.batches import Batches
+from decoupled.data.images import InputForm
 from decoupled.logs import final, read_log
-from decoupled.metrics import WithEnsembles, evaluate
-from decoupled.network import layerwise_cnn
+from decoupled.networks.evaluation import WithEnsembles, evaluate
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training.flags import start
 
 DIGITS = "--dataset digits --train-samples 16 --batch-size 8 --epochs 1 --device cpu"
 IMAGES = "IMAGES --image-size 32 -b 6 -j 0 --nepochs 1 --lr 0.01 --device cpu"
@@ -106,7 +109,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def say(monkeypatch, capsys):
-    """say(*words): the lines that python -m decoupled.predict prints."""
+    """say(*words): the lines that python -m decoupled predict prints."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])

@@ -10,10 +10,10 @@ from naive_buffer import NaiveBuffer
 from running import load_script
 from torch.nn import functional as F
 
-from decoupled import runs
-from decoupled.datasets import load
+from decoupled.data.datasets import load
 from decoupled.logs import read_log
-from decoupled.metrics import evaluate
+from decoupled.networks.evaluation import evaluate
+from decoupled.training import run as runs
 
 SCRIPT = "async_buffer/cifar_buffer.py"
 load_script(SCRIPT)  # its folder can be imported from now on

@@ -11,8 +11,8 @@ import torch
 from running import Finished, launch, load_script
 
 from decoupled import load
-from decoupled.datasets import load as load_data
-from decoupled.metrics import WithEnsembles, evaluate
+from decoupled.data.datasets import load as load_data
+from decoupled.networks.evaluation import WithEnsembles, evaluate
 
 SCRIPT = "async_buffer/cifar_buffer_distributed.py"
 DATA = "--dataset digits --train-samples 48 --batch-size 16 --test-batch-size 100 --device cpu --epochs 2"
@@ -159,7 +159,7 @@ def test_what_is_read_stays_when_the_buffer_is_written_again():
     from replay_buffer import ReplayBuffer
     from replay_stage import Inbox
 
-    from decoupled.partition import Layout
+    from decoupled.parallel.balance import Layout
 
     buffer = ReplayBuffer(1, 2, (3, 4, 4))
     inbox = Inbox(buffer, Layout(torch.zeros(2, 3, 4, 4)), 2, 0, None)

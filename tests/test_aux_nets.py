@@ -9,12 +9,12 @@ from running import load_script
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled import runs
-from decoupled.datasets import load
-from decoupled.flags import start
+from decoupled.data.datasets import load
 from decoupled.logs import read_log
-from decoupled.metrics import evaluate
-from decoupled.network import layerwise_cnn
+from decoupled.networks.evaluation import evaluate
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training import run as runs
+from decoupled.training.flags import start
 
 SCRIPT = "aux_nets/cifar_dgl.py"
 COSTS = "aux_nets/auxiliary_costs.py"

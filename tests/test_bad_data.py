@@ -20,8 +20,11 @@ from PIL import Image
 from running import PARALLEL, ROOT, load_script
 from torchvision import datasets as published
 
-from decoupled import InputError, datasets, downloads, image_folders
-from decoupled.datasets import load
+from decoupled import InputError
+from decoupled.data import datasets
+from decoupled.data import datasets as downloads
+from decoupled.data import folders as image_folders
+from decoupled.data.datasets import load
 
 load_script("imagenet/imagenet_dgl.py")
 import imagenet_folders  # noqa: E402

@@ -10,8 +10,8 @@ import pytest
 import torch
 from running import PARALLEL, ROOT, load_script, small
 
-from decoupled import flags
-from decoupled.checkpoints import Checkpoint
+from decoupled.training import flags
+from decoupled.training.checkpoint import Checkpoint
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled.costs import costs, peak_memory, relative_cost
-from decoupled.network import DecoupledModule, DecoupledNetwork, layerwise_cnn
+from decoupled.analysis.costs import costs, peak_memory, relative_cost
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
 
 KIB = 1024
 

@@ -11,11 +11,11 @@ from running import PARALLEL, SEQUENTIAL, load_script
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled.costs import peak_memory
+from decoupled.analysis.costs import peak_memory
 from decoupled.logs import read_log
-from decoupled.network import layerwise_cnn
-from decoupled.runs import Run
-from decoupled.steps import Steps
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training.precision import Steps
+from decoupled.training.run import Run
 
 load_script(ASYNC)  # its folder can be imported from now on
 from replay_buffer import ReplayBuffer  # noqa: E402

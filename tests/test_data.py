@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from decoupled import InputError, datasets
-from decoupled.datasets import load
-from decoupled.images import Batches
+from decoupled import InputError
+from decoupled.data import datasets
+from decoupled.data.batches import Batches
+from decoupled.data.datasets import load
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled import InputError
-from decoupled.datasets import load
-from decoupled.metrics import evaluate
+from decoupled.data.datasets import load
+from decoupled.networks.evaluation import evaluate
 
 DGL, DDG, BACKPROP = (f"ddg_comparison/{name}.py" for name in ("cifar_dgl", "cifar_ddg", "cifar_backprop"))
 resnet = load_script("ddg_comparison/cifar_resnet.py")

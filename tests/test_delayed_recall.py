@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from running import ROOT, load_script
 
-from decoupled.flags import start
+from decoupled.training.flags import start
 
 script = load_script("dni/delayed_recall.py")
 

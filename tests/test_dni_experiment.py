@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import dni
-from decoupled import runs
-from decoupled.datasets import load
+from decoupled.data.datasets import load
 from decoupled.logs import read_log
+from decoupled.training import run as runs
 
 DNI, DGL = "dni/cifar_cnn_dni.py", "dni/cifar_dgl.py"
 METHODS = {"back-prop": (DNI,), "dni": (DNI, "--dni"), "cdni": (DNI, "--dni", "--context"), "dgl": (DGL,)}

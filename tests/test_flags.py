@@ -6,7 +6,7 @@ import sys
 import pytest
 from running import load_script
 
-from decoupled.flags import Parser
+from decoupled.training.flags import Parser
 
 COMMON = {"batch_size": 128, "epochs": 50, "seed": 1, "name": ""}
 IMAGENET = {

@@ -6,10 +6,10 @@ from gpu_commands import check_compiled
 from running import PARALLEL, SEQUENTIAL, small
 from torch.nn import functional as F
 
-from decoupled import runs
-from decoupled.datasets import load
-from decoupled.metrics import evaluate
-from decoupled.steps import Steps, compile_graphs
+from decoupled.data.datasets import load
+from decoupled.networks.evaluation import evaluate
+from decoupled.training import run as runs
+from decoupled.training.precision import Steps, compile_graphs
 
 SHORT = ("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--epochs", 2, "--device", "cpu")
 

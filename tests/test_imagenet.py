@@ -21,9 +21,9 @@ from small_imagenet import BACKPROP, DGL, small
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from decoupled import global_batch_norm
 from decoupled.logs import read_log
-from decoupled.metrics import Meter, ensembles, evaluate
+from decoupled.networks.evaluation import Meter, ensembles, evaluate
+from decoupled.parallel import batch_norm as global_batch_norm
 
 vgg, resnet = load_script("imagenet/greedy_vgg.py"), load_script("imagenet/greedy_resnet.py")
 script = load_script(DGL)

@@ -8,8 +8,8 @@ import pytest
 from running import PARALLEL, SEQUENTIAL, published_series, small
 
 from decoupled import InputError, logs
-from decoupled.flags import start
 from decoupled.logs import final, head_line, read_log
+from decoupled.training.flags import start
 
 # The expression of the authors' notebooks.
 AUTHORS = re.compile(r"n\: (\d{1,2}), epoch (\d{1,4}), loss: (.*), train top1:(.*) test top1:(.*)")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decoupled.metrics import Meter, count_hits, ensembles, evaluate, ranks
-from decoupled.network import layerwise_cnn
+from decoupled.networks.evaluation import Meter, count_hits, ensembles, evaluate, ranks
+from decoupled.networks.layerwise import layerwise_cnn
 
 
 def test_meter_weighs_batches_by_their_size():

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from matplotlib import pyplot
 from running import PARALLEL, small
 
-from decoupled import InputError, logs, plots, runs
-from decoupled.checkpoints import read_checkpoint
+from decoupled import InputError, logs
+from decoupled.analysis import plots
 from decoupled.logs import read_log
+from decoupled.training import run as runs
+from decoupled.training.checkpoint import read_checkpoint
 
 TOY = ("--dataset", "digits", "--train-samples", "64", "--batch-size", "32", "--device", "cpu", "--epochs", "1")
 NAMES = {"layerwise_cnn": small(channels=1, depth=2, downsample=(1,))}
@@ -142,8 +144,8 @@ def test_a_log_that_is_changed_while_the_run_goes_is_written_anew(run_script, tm
     whole = run_script(PARALLEL, *TOY, folder=tmp_path / "whole", **NAMES)
 
     class Changing(runs.Run):
-        def pause(self):
-            super().pause()
+        def checkpoint_or_stop(self):
+            super().checkpoint_or_stop()
             log = self.checkpoint.path(".log")
             if self.within and self.batch == 1 and not [*log.parent.glob("*.edited.log")]:
                 if change in ("gone", "a folder"):

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from decoupled import InputError
-from decoupled.auxiliary import AveragePool, auxiliary
-from decoupled.costs import peak_memory
-from decoupled.network import DecoupledModule, DecoupledNetwork, eval_mode, group, layerwise_cnn, output_shape, split
+from decoupled.analysis.costs import peak_memory
+from decoupled.networks.auxiliary import AveragePool, auxiliary
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode, group, output_shape, split
 
 
 def count(module):

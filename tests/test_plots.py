@@ -6,9 +6,10 @@ import pandas
 import pytest
 from matplotlib import pyplot
 
-from decoupled import InputError, plots
-from decoupled.flags import start
+from decoupled import InputError
+from decoupled.analysis import plots
 from decoupled.logs import head_line, read_log
+from decoupled.training.flags import start
 
 
 @pytest.fixture

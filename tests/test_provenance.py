@@ -8,7 +8,9 @@ import zipfile
 import pytest
 from running import ROOT
 
-from decoupled import InputError, plots, provenance
+from decoupled import InputError
+from decoupled.analysis import plots
+from decoupled.training import environment as provenance
 
 
 def git(folder, *words):

@@ -12,8 +12,8 @@ import torch
 from running import PARALLEL, ROOT, load_script, small
 from torch.nn import functional as F
 
-from decoupled.flags import start
-from decoupled.network import layerwise_cnn
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training.flags import start
 
 PAGES = [page for page in (ROOT / "README.md", *ROOT.glob("*/README.md")) if not page.parent.name.startswith(".")]
 PAGES += sorted(ROOT.glob("docs/*.md"))

@@ -10,10 +10,10 @@ import torch
 from running import ROOT, load_script
 
 from decoupled import InputError
-from decoupled.costs import costs
-from decoupled.flags import start
+from decoupled.analysis.costs import costs
 from decoupled.logs import read_log
-from decoupled.network import layerwise_cnn
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.training.flags import start
 
 reproduce = load_script("results/reproduce.py")
 import result_rows  # noqa: E402

@@ -14,10 +14,13 @@ import pytest
 import torch
 from running import PARALLEL, ROOT, SEQUENTIAL, Finished, load_script, small
 
-from decoupled import InputError, checkpoints, flags, runs
-from decoupled.flags import start
+from decoupled import InputError
 from decoupled.logs import read_log
-from decoupled.steps import Steps, momentum_from_zeros
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import flags
+from decoupled.training import run as runs
+from decoupled.training.flags import start
+from decoupled.training.precision import Steps, momentum_from_zeros
 
 FLAGS = ("--dataset", "digits", "--train-samples", "100", "--batch-size", "50", "--epochs", "3", "--device", "cpu")
 

@@ -12,7 +12,7 @@ from running import PARALLEL, SEQUENTIAL
 from simulated_cuda import DeviceError, simulated_cuda
 
 from decoupled.logs import read_log
-from decoupled.runs import Run
+from decoupled.training.run import Run
 
 
 @pytest.fixture

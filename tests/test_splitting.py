@@ -14,8 +14,9 @@ from running import load_script
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled import InputError, costs, cuts, decouple
-from decoupled.metrics import evaluate
+from decoupled import InputError, cuts, decouple
+from decoupled.analysis import costs
+from decoupled.networks.evaluation import evaluate
 
 CLASSES = 10
 TORCHVISION = load_script("imagenet/greedy_torchvision.py")

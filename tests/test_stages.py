@@ -12,10 +12,10 @@ from running import PARALLEL, ROOT, Finished, launch, small
 from test_stopping import assert_same
 
 from decoupled import InputError
-from decoupled.images import Outline
-from decoupled.mesh import Mesh
-from decoupled.network import layerwise_cnn
-from decoupled.partition import Layout, check_lengths, cut, survey
+from decoupled.data.batches import Outline
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.parallel.balance import Layout, check_lengths, cut, survey
+from decoupled.parallel.mesh import Mesh
 
 # 3 batches an epoch, the last of 8; 4 of test images, the last of 59: a process sends 7 mini-batches an epoch.
 TOY = "--dataset digits --train-samples 40 --batch-size 16 --test-batch-size 100 --device cpu --epochs 2"
@@ -67,7 +67,7 @@ def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp
     script = (ROOT / PARALLEL).read_text()
     (tmp_path / "own").mkdir()
     own = tmp_path / "own/own_dgl.py"
-    own.write_text(script.replace("from decoupled.network import layerwise_cnn\n", OWN))
+    own.write_text(script.replace("from decoupled.networks.modules import layerwise_cnn\n", OWN))
     same = [*SAME, (2, str(own), "")]
     runs = []
     for number, (processes, script, flags) in enumerate(same):
@@ -154,7 +154,7 @@ def test_costs_are_cut_where_the_busiest_has_least():
 def test_the_survey_counts_as_costs_does_and_leaves_the_network_alone():
     from contextlib import nullcontext
 
-    from decoupled.costs import costs
+    from decoupled.analysis.costs import costs
 
     net = layerwise_cnn(channels=4, depth=3)
     before = {key: value.clone() for key, value in net.state_dict().items()}

@@ -10,8 +10,8 @@ from running import load_script
 from torch import nn
 
 from decoupled import InputError
-from decoupled.flags import start
-from decoupled.network import DecoupledModule, DecoupledNetwork
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
+from decoupled.training.flags import start
 
 script = load_script("benchmarks/step_costs.py")
 import method_steps  # noqa: E402  in its folder

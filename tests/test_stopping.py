@@ -11,8 +11,8 @@ import pytest
 import torch
 from running import PARALLEL, ROOT, SEQUENTIAL, small
 
-from decoupled import runs
-from decoupled.checkpoints import Checkpoint, read_checkpoint
+from decoupled.training import run as runs
+from decoupled.training.checkpoint import Checkpoint, read_checkpoint
 
 TOY = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 100 --device cpu"  # 5 batches; test: 4
 SCRIPTS = [  # script, flags, calls of pause an epoch
@@ -43,11 +43,11 @@ def signalled(call, number):
     class Signalled(runs.Run):
         calls = 0
 
-        def pause(self):
+        def checkpoint_or_stop(self):
             Signalled.calls += 1
             if Signalled.calls == call:
                 os.kill(os.getpid(), number)
-            super().pause()
+            super().checkpoint_or_stop()
 
     return Signalled
 
@@ -99,8 +99,8 @@ def test_killed_within_an_epoch_a_run_goes_on_from_its_last_minutes(run_script, 
         pass
 
     class Dying(runs.Run):
-        def pause(self):
-            super().pause()
+        def checkpoint_or_stop(self):
+            super().checkpoint_or_stop()
             if (self.epoch, self.batch) == (2, 3):
                 raise Killed
 

@@ -10,10 +10,12 @@ from running import PARALLEL, SEQUENTIAL, small
 from test_stopping import signalled
 from tqdm import tqdm
 
-from decoupled import InputError, runs, terminal
+from decoupled import InputError
 from decoupled.logs import read_log
-from decoupled.metrics import Meter
-from decoupled.terminal import Terminal
+from decoupled.networks.evaluation import Meter
+from decoupled.training import console as terminal
+from decoupled.training import run as runs
+from decoupled.training.console import Terminal
 
 TOY = "--dataset digits --train-samples 100 --batch-size 20 --test-batch-size 100 --device cpu"
 FLAGS = (*TOY.split(), "--epochs", "3")

@@ -12,51 +12,59 @@ from pathlib import Path
 
 import torch
 
-from decoupled import InputError, datasets, logs, provenance
-from decoupled.checkpoints import Checkpoint, check
-from decoupled.flags import pick_device
-from decoupled.images import mix_seed
-from decoupled.mesh import Mesh
-from decoupled.processes import Processes, launched
-from decoupled.signals import Signals
-from decoupled.stages import Stage
-from decoupled.state import State
-from decoupled.steps import Steps, choose_kernels
-from decoupled.terminal import Terminal
+from decoupled import logs
+from decoupled.data import datasets
+from decoupled.data.batches import mix_seed
+from decoupled.errors import InputError
+from decoupled.parallel.mesh import Mesh
+from decoupled.parallel.processes import Processes, launched
+from decoupled.parallel.stages import Stage
+from decoupled.training import environment as provenance
+from decoupled.training.checkpoint import Checkpoint, State, check
+from decoupled.training.console import Signals, Terminal
+from decoupled.training.precision import Steps, choose_kernels, pick_device
 
 WATCH_EVERY = 100  # batches between looks at the losses: each look waits for the device
+
+
 # Flags that may differ on resume; images are compared.
-ELSEWHERE = ("resume", "save_every", "log_dir", "data_dir")
-ELSEWHERE += ("modules_per_stage", "stages", "queue", "timeout", "backend")
-PLACE = ("stage", "epoch", "within", "batch", "seconds")  # of a Run, where it is
+FLAGS_FREE_ON_RESUME = ("resume", "save_every", "log_dir", "data_dir")
+
+
+FLAGS_FREE_ON_RESUME += ("modules_per_stage", "stages", "queue", "timeout", "backend")
+
+
+PLACE = ("module_index", "epoch", "within", "batch", "seconds")  # of a Run, where it is
+
+
 SAVE = 1  # what is to be done after a mini-batch: go on (0), save, or the number of a signal (from 2)
 
 
 class Run:
     """A run of the script that is being executed, with its parsed ``args``. Nothing is written before ``epochs``.
 
-    several     whether the script can share its work among the processes of torchrun
+    distributed     whether the script can share its work among the processes of torchrun
     stages      into how many the modules are shared out; None: as many as there are processes
     loss_scale  of fp16: constant; None: as large as gradients allow
-    elsewhere   further flags that may differ on resume
+    free_on_resume  further flags that may differ on resume
 
     Raises InputError for a device that is not there, a folder that cannot be written to, processes that will not do.
     """
 
-    def __init__(self, args, *, several=False, stages=None, loss_scale=None, elsewhere=()):
-        self.args, self.elsewhere = args, (*ELSEWHERE, *elsewhere)
+    def __init__(self, args, *, distributed=False, stages=None, loss_scale=None, free_on_resume=()):
+        self.args, self.free_on_resume = args, (*FLAGS_FREE_ON_RESUME, *free_on_resume)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         self.checkpoint = Checkpoint(args.log_dir, self.script.removesuffix(".py").replace("/", "-"), args.name)
-        if not several and (size := launched()[1]) > 1:
+        if not distributed and (size := launched()[1]) > 1:
             raise InputError(f"{self.script} runs on one process, not on {size}: start it without torchrun")
         how = {name: getattr(args, name) for name in ("backend", "timeout") if hasattr(args, name)}
         self.processes = Processes(pick_device(args.device), **how)
         self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.terminal = Terminal(quiet=self.processes.rank > 0)
-        self.line = None  # this process's Stage where modules are shared out
+        self.stage = None  # this process's Stage where modules are shared out
         self.device = self.processes.device
-        self.stages, self.header = None, []
-        self.stage, self.epoch, self.batch, self.within, self.seconds = 1, 0, 0, False, 0.0
+        self.num_modules, self.header = None, []
+        self.module_index, self.epoch, self.batch, self.within, self.seconds = 0, 0, 0, False, 0.0
         self.steps = Steps(self.device, args.half, loss_scale)
         self.saves = not getattr(args, "debug", 0)  # checkpoints: not with --debug 1
         self.signals = Signals(quiet=self.processes.rank > 0)
@@ -65,7 +73,7 @@ class Run:
         torch.manual_seed(args.seed)
 
     def data(self, **options):
-        """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.datasets.load."""
+        """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.data.datasets.load."""
         names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
         options |= {name: getattr(self.args, name) for name in names} | {"device": self.device}
         with self.terminal.reading():
@@ -75,14 +83,21 @@ class Run:
         """``net`` on the run's device in channels-last memory, its modules compiled with --compile: see Steps."""
         return self.steps.prepare(net, self.args.compile, graphs)
 
-    def share(self, net, shape=(3, 32, 32), kind=Stage):
-        """This process's modules of ``net``, prepared: a decoupled.stages.Stage, or another ``kind`` of it. ``shape``:
+    def distribute(self, net, shape=(3, 32, 32), kind=Stage):
+        """This process's modules of ``net``, prepared: a decoupled.parallel.stages.Stage, or another ``kind`` of it. ``shape``:
         of an image.
         """
         how = {"lengths": getattr(self.args, "modules_per_stage", None), "queue": getattr(self.args, "queue", 1)}
-        stage = kind(self.steps.prepare(net, False), shape, self.mesh, autocast=self.autocast, wish=self.wish, **how)
-        self.prepare(stage.modules)
-        self.line, self.steps.first = stage if self.mesh.stages > 1 else None, stage.first
+        stage = kind(
+            self.steps.prepare(net, False),
+            shape,
+            self.mesh,
+            autocast=self.autocast,
+            pending_request=self.pending_request,
+            **how,
+        )
+        self.prepare(stage.modules_here)
+        self.stage, self.steps.first = stage if self.mesh.stages > 1 else None, stage.first
         return stage
 
     def autocast(self):
@@ -111,17 +126,17 @@ class Run:
 
     # Epochs
 
-    def epochs(self, stages=None, **state):
-        """Yields the epochs left to do, from 1; with ``stages``, (stage, epoch) for each stage from 1 to ``stages`` in
-        turn, all epochs each.
+    def epochs(self, num_modules=None, **state):
+        """Yields the epochs left to do, from 1; with ``num_modules``, (module_index, epoch): for
+        each module in turn, from 0, all epochs.
 
         ``state`` is all that must survive: objects with state_dict, or lists of them, under names of your choice
         (optimizers under "optimizers", in the modules' order; what is counted on several processes, under "meters").
         An epoch begins by ``begin`` of those that have one, images and meters. State is saved before the first epoch,
         after each, and within, where the run stops or --save-every minutes have passed; --resume restores it.
         """
-        self.stages = stages
-        self.state = State(state, self.scaler, self.mesh, self.line)
+        self.num_modules = num_modules
+        self.state = State(state, self.scaler, self.mesh, self.stage)
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
@@ -130,10 +145,10 @@ class Run:
                     if not self.within:
                         self.begin_epoch()
                     self.started = time.perf_counter() - self.seconds
-                    self.terminal.begin_epoch(self.epoch, self.args.epochs, self.stage, self.stages)
-                    yield (self.stage, self.epoch) if stages else self.epoch
+                    self.terminal.begin_epoch(self.epoch, self.args.epochs, self.module_index + 1, self.num_modules)
+                    yield (self.module_index, self.epoch) if num_modules else self.epoch
                     self.end_epoch()
-                    self.pause()
+                    self.checkpoint_or_stop()
                 self.terminal.write(f"finished: {self.checkpoint.path('.log')}")
             finally:
                 self.state.each("close")
@@ -141,11 +156,11 @@ class Run:
         self.processes.close()
 
     def finished(self):
-        return (self.stage, self.epoch) == (self.stages or 1, self.args.epochs)
+        return (self.module_index, self.epoch) == ((self.num_modules or 1) - 1, self.args.epochs)
 
     def begin_epoch(self):
         if self.epoch == self.args.epochs:
-            self.stage, self.epoch = self.stage + 1, 0
+            self.module_index, self.epoch = self.module_index + 1, 0
         self.epoch, self.batch, self.seconds, self.within = self.epoch + 1, 0, 0.0, True
         self.state.each("begin")
 
@@ -158,7 +173,7 @@ class Run:
         self.save()
 
     def where(self):
-        epoch = f"module {self.stage}, epoch {self.epoch}" if self.stages else f"epoch {self.epoch}"
+        epoch = f"module {self.module_index + 1}, epoch {self.epoch}" if self.num_modules else f"epoch {self.epoch}"
         return f"{epoch}, batch {self.batch}" if self.within else epoch
 
     def progress(self, batches):
@@ -166,7 +181,7 @@ class Run:
         or save. What a step draws from PyTorch's generator, as dropout does, depends on seed and place alone.
         """
         left = batches.rest() if hasattr(batches, "rest") else batches
-        stage = (self.stage,) if self.stages else ()
+        stage = (self.module_index + 1,) if self.num_modules else ()
         for batch in self.terminal.training(left, batches, self.batch, self.args.batch_size):
             self.batch += 1
             self.weight = batches.weight if self.mesh.replicas > 1 else None
@@ -175,7 +190,7 @@ class Run:
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
                 self.terminal.note(self.state)
-            self.pause()
+            self.checkpoint_or_stop()
         self.check_losses()
 
     def evaluation(self, batches):
@@ -184,21 +199,21 @@ class Run:
         for number, batch in enumerate(self.terminal.evaluation(batches), start=1):
             yield batch
             if number <= common:
-                self.pause()
+                self.checkpoint_or_stop()
 
     # Stopping
 
-    def wish(self):
+    def pending_request(self):
         """What is to be done after a mini-batch: nothing (0), save, or the number of a signal."""
-        received = self.processes.tell_first(self.signals.received) if self.line else self.signals.received
+        received = self.processes.tell_first(self.signals.received) if self.stage else self.signals.received
         due = time.perf_counter() - self.saved_at > 60 * self.args.save_every
         return received or due * SAVE
 
-    def pause(self):
+    def checkpoint_or_stop(self):
         """Between two mini-batches: saves when it is time to; after a signal to any process leaves, with exit code
         128 + its number. Replicas agree; stages stop or save behind the mini-batch that the lowest has marked.
         """
-        asked = self.line.take_mark() if self.line else self.mesh.agree(self.wish())
+        asked = self.stage.take_tag() if self.stage else self.mesh.agree(self.pending_request())
         if not asked:
             return
         if self.within:
@@ -243,7 +258,7 @@ class Run:
 
     def environment(self):
         """The lines that say how and where this run goes."""
-        cut = f", modules {self.line}" if self.line else ""
+        cut = f", modules {self.stage}" if self.stage else ""
         processes = [f"# processes: {self.processes}{cut}"] if self.processes.size > 1 else []
         return provenance.environment(self.device, self.args.half) + processes
 
@@ -265,7 +280,7 @@ class Run:
         asked = self.processes.remembered or asked  # this job's own, where torchrun starts it anew
         if asked is None and self.args.resume == "auto" and self.processes.from_first(self.checkpoint.newest) is None:
             return self.begin()
-        expected = (self.script, vars(self.args), self.elsewhere, self.stages or 1)
+        expected = (self.script, vars(self.args), self.free_on_resume, self.num_modules or 1)
         found = self.processes.from_first(lambda: self.checkpoint.read(asked, lambda *saved: check(*saved, *expected)))
         saved, self.checkpoint.folder, self.checkpoint.stem = found
         self.state.restore(saved["state"], self.checkpoint.path(".pt"))

@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoupled import InputError
-from decoupled.network import eval_mode
+from decoupled.errors import InputError
+from decoupled.networks.modules import eval_mode
 
 
 class Layout:

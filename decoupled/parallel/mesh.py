@@ -6,8 +6,9 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from decoupled import InputError
-from decoupled.images import Outline
+from decoupled.data.batches import Outline
+from decoupled.errors import InputError
+from decoupled.networks.evaluation import Meter
 
 
 class Mesh:
@@ -103,3 +104,14 @@ class Mesh:
     def to_first(self, value):
         """The ``value`` of replica 0 of every stage, from the lowest up, in process 0; an empty list in the others."""
         return self.processes.to_first(value, range(0, self.processes.size, self.replicas))
+
+
+def all_reduce_meters(meters, mesh):
+    """The Meters of what all replicas of ``mesh`` (decoupled.parallel.mesh.Mesh) have measured, by one reduction."""
+    if mesh.replicas == 1 or not meters:
+        return meters
+    totals = mesh.sum(torch.stack([meter.sums() for meter in meters]))
+    everywhere = [Meter(meter.topk) for meter in meters]
+    for meter, sums in zip(everywhere, totals, strict=True):
+        meter.load_state_dict({"sums": sums})
+    return everywhere

@@ -1,26 +1,39 @@
-"""The files of one run: its log, the checkpoint beside it, and a lock while a process is at work on them."""
+"""The files of one run: its log, the checkpoint beside it, and a lock while a process is at work on them. What of a run
+survives in a checkpoint, and the network of one, whichever script made it: ``decoupled.load``.
+"""
 
+import argparse
 import contextlib
 import errno
+import importlib.util
 import itertools
 import os
 import re
+import sys
+import warnings
 import zipfile
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch.optim import Optimizer
 
-from decoupled import InputError
+from decoupled.data.images import InputForm
+from decoupled.errors import InputError, writing
+from decoupled.logs import STAMP
+from decoupled.parallel.mesh import all_reduce_meters
+from decoupled.training.precision import pick_device
 
-FORMAT = 3
-STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
-EDITED = re.compile(r"\.edited(-\d+)?\.log$")  # the names of logs that were changed, and are kept beside the run's
+FORMAT = 4
+
+
 FIELDS = {  # of a checkpoint: name → type
-    "format": int, "script": str, "arguments": dict, "stage": int, "epoch": int, "within": bool, "batch": int,
+    "format": int, "script": str, "arguments": dict, "module_index": int, "epoch": int, "within": bool, "batch": int,
     "seconds": float, "data": dict, "log": str, "state": dict,
 }  # fmt: skip
+
+
 OTHERWISE = "resume another one, or start without --resume"
 
 
@@ -241,24 +254,24 @@ def read_checkpoint(path, otherwise=OTHERWISE):
     return checkpoint
 
 
-def check(saved, path, script, now, free, stages):
+def check(saved, path, script, now, free, num_modules):
     """Raises InputError when the checkpoint ``saved``, read from ``path``, is of another script than ``script`` or of
     other arguments than ``now`` (a dict) in more than those called as in ``free`` and a larger epochs, and when it says
-    that it was left where a run of so many ``stages`` never is.
+    that it was left where a run of so many ``num_modules`` never is.
     """
     before = saved["arguments"]
     if saved["script"] != script:
         raise InputError(f"{path} is a checkpoint of {saved['script']}, not of {script}: name one of this script's")
-    longer = type(before.get("epochs")) is int and now["epochs"] > before["epochs"] and saved["stage"] == 1
+    longer = type(before.get("epochs")) is int and now["epochs"] > before["epochs"] and saved["module_index"] == 0
     free = (*free, "epochs") if longer else free
     # As text: in a foreign file they may be anything
     differing = [name for name in now | before if name not in free and repr(now.get(name)) != repr(before.get(name))]
     if differing:
         what = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})" for name in differing)
         raise InputError(f"{path} is of a run with {' '.join(what.split())}: resume it with the same arguments")
-    reached = 1 <= saved["stage"] <= stages and saved["within"] <= saved["epoch"] <= now["epochs"]
+    reached = 0 <= saved["module_index"] < num_modules and saved["within"] <= saved["epoch"] <= now["epochs"]
     if not (reached and saved["batch"] >= 0 and 0 <= saved["seconds"] < float("inf")):
-        place = f"stage {saved['stage']}, epoch {saved['epoch']}, batch {saved['batch']}"
+        place = f"module_index {saved['stage']}, epoch {saved['epoch']}, batch {saved['batch']}"
         raise InputError(f"{path} says it was left in {place}, which this run does not have: {OTHERWISE}")
 
 
@@ -271,10 +284,140 @@ def writable_folder(name):
     return folder
 
 
-@contextlib.contextmanager
-def writing(path, way_out="make room or access there, then --resume"):
-    """Turns a failure to write ``path`` into an InputError."""
+class State:
+    """The ``objects`` of a run, {name: object with state_dict, or a list of them}, with a loss scale, ``scaler(it)``,
+    for each optimizer among them.
+
+    Lists have one object for each module; "net" is the network; "meters" count on every replica of ``mesh``. With
+    ``stage``, a decoupled.parallel.stages.Stage of several, this process has its part of the lists and the network.
+    """
+
+    def __init__(self, objects, scaler, mesh, stage=None):
+        self.mesh, self.stage = mesh, stage
+        self.listed = {"scalers", *(key for key, value in objects.items() if isinstance(value, (list, tuple)))}
+        self.objects = {key: list(value) if key in self.listed else [value] for key, value in objects.items()}
+        optimizers = [value for value in self if isinstance(value, Optimizer)]
+        self.objects["scalers"] = [scaler(optimizer) for optimizer in optimizers]
+
+    def __iter__(self):
+        return (value for values in self.objects.values() for value in values)
+
+    def __getitem__(self, key):
+        return self.objects[key]
+
+    def __contains__(self, key):
+        return key in self.objects
+
+    def each(self, method):
+        """Calls ``method`` of all objects that have it."""
+        for value in self:
+            getattr(value, method, lambda: None)()
+
+    def gather(self):
+        """{name: [state_dict, …]} of the whole run in process 0. All processes call this after the same mini-batch."""
+        objects = self.objects | {"meters": all_reduce_meters(self.objects.get("meters", []), self.mesh)}
+        state = {key: [value.state_dict() for value in values] for key, values in objects.items()}
+        return state if self.stage is None else self.join(self.mesh.to_first(state))
+
+    def join(self, parts):
+        """One state of those of all stages: lists one after the other, the network's parts together, and of what each
+        has, as of the images, the lowest's.
+        """
+        whole = {}
+        for part in parts:
+            for key, values in part.items():
+                if key in self.listed:
+                    whole[key] = whole.get(key, []) + values
+                elif key == "net":
+                    whole[key] = [whole.get(key, [{}])[0] | values[0]]
+                else:
+                    whole.setdefault(key, values)
+        return whole
+
+    def restore(self, saved, path):
+        """Brings all objects back to what ``gather`` gave. Raises InputError, naming its file ``path``, where that is
+        of other modules.
+        """
+        try:
+            for key, values in self.objects.items():
+                states = saved[key]
+                if self.stage is not None and key in self.listed:
+                    states = self.stage.own(states)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # another stage's
+                    for value, state in zip(values, states, strict=True):
+                        value.load_state_dict(state)
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # whatever a state that is another object's leads to
+            reason = str(error).strip().split("\n")[-1].strip()
+            what = f"{path} is a checkpoint of another network ({reason})"
+            raise InputError(f"{what}: name one of this network's") from error
+        for meter in self.objects.get("meters", ()) if self.mesh.replica else ():
+            meter.begin()  # replica 0 has the sum over all
+
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository, which the scripts' names in checkpoints start from
+
+
+def load(checkpoint, *, script=None, device="cpu"):
+    """The trained network of the file ``checkpoint``, in eval mode on ``device``: images as InputForm reads them,
+    normalized, → a list of logits (B, classes), one for each head.
+
+    It is what ``build(args, classes)`` of the script that made the checkpoint makes, with the checkpoint's weights.
+    ``script`` is where that script is, for one that is not in this repository. Raises InputError for a file that is no
+    checkpoint, for a script that is not there or has no ``build``, and where that builds another network.
+    """
+    return rebuild(read(checkpoint), checkpoint, script=script, device=device)
+
+
+def read(path):
+    """The checkpoint at ``path``: a dict, see decoupled.training.checkpoint. Raises InputError as ``load`` does."""
+    path = Path(path)
+    if not path.is_file() or path.suffix == ".log":
+        raise InputError(f"{path} is no checkpoint: name the .pt file beside a run's log")
+    return read_checkpoint(path, "name another one")
+
+
+def input_form(saved, path):
+    """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError where it has none."""
+    if set(saved["data"]) != set(InputForm._fields):
+        raise InputError(f"{path} does not say what images its network reads: its run had no test images with a form")
+    return InputForm(**saved["data"])
+
+
+def rebuild(saved, path, *, script=None, device="cpu"):
+    """As ``load``, from the checkpoint ``saved`` that was read from ``path``."""
+    module, args = load_script(saved["script"], script), argparse.Namespace(**saved["arguments"])
+    if not hasattr(module, "build"):
+        raise InputError(f"{module.__file__} has no build(args, classes): give it one that makes the network")
+    states = saved["state"].get("net", [])
+    if len(states) != 1:
+        raise InputError(f"{path} holds no network: its script has to call it net in run.epochs(net=…)")
+    with torch.random.fork_rng(devices=[]):
+        net = module.build(args, len(input_form(saved, path).classes))
     try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): {way_out}") from error
+        net.load_state_dict(states[0])
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise InputError(f"{path} is of another network than {module.__file__} builds now ({reason})") from error
+    return net.to(pick_device(device), memory_format=torch.channels_last).eval()
+
+
+def load_script(name, path=None):
+    """The script ``path``, by default ``name`` (FOLDER/SCRIPT.py) in the repository, as a module; its own folder can be
+    imported from meanwhile, as when it runs.
+    """
+    if path is None and not re.fullmatch(r"[\w-]+/[\w-]+\.py", name):
+        raise InputError(f"{name!r} is the name of no script: say where the script is")
+    path = ROOT / name if path is None else Path(path)
+    if not path.is_file():
+        raise InputError(f"the script {path}, which builds the network, is missing: say where it is (--script)")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module

@@ -1,6 +1,6 @@
 """Figures of logs, in one style for the notebooks and the command line:
 
-python -m decoupled.plots LOG… [--heads all|last|1,4] [--output curves.png]
+python -m decoupled plot LOG… [--heads all|last|1,4] [--output curves.png]
 
 Logs that differ in the seed only are drawn as one: the mean, and a band from
 the lowest to the highest. --output's suffix says the format: .png, .pdf, .svg.
@@ -15,10 +15,10 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.ticker import MaxNLocator
 
-from decoupled import InputError, flags
-from decoupled.checkpoints import EDITED, STAMP, writing
-from decoupled.logs import final, read_log
-from decoupled.runs import ELSEWHERE
+from decoupled.errors import InputError, writing
+from decoupled.logs import EDITED, STAMP, final, read_log
+from decoupled.training import flags
+from decoupled.training.run import FLAGS_FREE_ON_RESUME
 
 LABELS = {
     "loss": "training loss",
@@ -26,10 +26,18 @@ LABELS = {
     "test_top1": "test top-1 (%)",
     "ensemble_top1": "ensemble test top-1 (%)",
 }
+
+
 # Okabe and Ito's colors, which the color-blind can tell apart, without the yellow, and a marker for each: in print too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
 MARKERS = "osD^vPX"
+
+
 LINES = ("-", "--", ":", "-.")  # of curves beneath others
+
+
 STYLE = {  # pyplot.style.use(STYLE)
     "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
     "axes.grid": True,
@@ -156,7 +164,9 @@ def about(frame):
     """What a run is, as text by name, of a frame from read_log: script, images, flags; not where it was made, nor its
     seed.
     """
-    arguments = {key: value for key, value in frame.attrs["arguments"].items() if key not in (*ELSEWHERE, "device")}
+    arguments = {
+        key: value for key, value in frame.attrs["arguments"].items() if key not in (*FLAGS_FREE_ON_RESUME, "device")
+    }
     arguments["name"] = without_seed(str(arguments.get("name", "")))
     lines = dict(line.split(": ", 1) for line in frame.attrs["comments"] if ": " in line)
     script = re.search(r"([\w-]+)/(\w+)\.py", lines.get("command", "")) or ("", "", "")

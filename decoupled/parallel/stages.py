@@ -1,4 +1,4 @@
-"""Modules that learn at the same time, each in its process: the stages of a decoupled.mesh.Mesh, lowest first, hold
+"""Modules that learn at the same time, each in its process: the stages of a decoupled.parallel.mesh.Mesh, lowest first, hold
 consecutive modules. Representations and labels flow forward only, and nothing flows back, as in Algorithm 1 nothing has
 to: no module waits for one above, except where more mini-batches than the queue holds wait there.
 
@@ -12,27 +12,34 @@ from contextlib import nullcontext
 import torch
 from torch import distributed, nn
 
-from decoupled.metrics import Meter, WithEnsembles, added, means, weighted_sums
-from decoupled.partition import check_lengths, cut, survey
+from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
+from decoupled.parallel.balance import check_lengths, cut, survey
+from decoupled.parallel.mesh import all_reduce_meters
 
 
 class Stage:
-    """This process's ``modules`` of ``net``, which all processes have built alike: ``first`` is the number of the
+    """This process's ``modules_here`` of ``net``, which all processes have built alike: ``first`` is the number of the
     lowest, from 0. The others' parameters are given up. ``heads`` are what evaluates: they send on, as training does.
 
     shape     of an image, (3, h, w)
     lengths   modules of each stage, or None: as their FLOPs say
     queue     mini-batches that are on their way to the next process, or wait there, before ``send`` waits
-    wish      called before each mini-batch: what the run is to do after it, an integer, 0 for nothing. What it gives
-              in the lowest stage, the greatest of its replicas', becomes the ``mark`` of that mini-batch in every stage
+    pending_request      called before each mini-batch: what the run is to do after it, an integer, 0 for nothing. What it gives
+              in the lowest stage, the greatest of its replicas', becomes the ``tag`` of that mini-batch in every stage
     """
 
-    def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, wish=int):
+    def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=int):
         check_lengths(lengths, len(net), mesh.stages)
-        self.net, self.mesh, self.processes, self.queue, self.wish = net, mesh, mesh.processes, queue, wish
-        self.first, self.modules, self.heads, self.lengths = 0, net, net, lengths or [len(net)]
+        self.net, self.mesh, self.processes, self.queue, self.pending_request = (
+            net,
+            mesh,
+            mesh.processes,
+            queue,
+            pending_request,
+        )
+        self.first, self.modules_here, self.heads, self.lengths = 0, net, net, lengths or [len(net)]
         self.lowest, self.last = mesh.stage == 0, mesh.stage == mesh.stages - 1
-        self.mark, self.total, self.waited, self.sending = 0, 0, 0.0, deque()
+        self.tag, self.total, self.waited, self.sending = 0, 0, 0.0, deque()
         if mesh.stages > 1:
             self.part(shape, lengths, autocast)
 
@@ -44,7 +51,7 @@ class Stage:
         self.lengths = lengths or cut(flops, self.mesh.stages)
         self.first = sum(self.lengths[: self.mesh.stage])
         above = self.first + self.lengths[self.mesh.stage]
-        self.modules = self.net[self.first : above]
+        self.modules_here = self.net[self.first : above]
         self.heads = Heads(self)
         for number, module in enumerate(self.net):
             if not self.first <= number < above:
@@ -65,15 +72,15 @@ class Stage:
     def train(self):
         self.net.train()
 
-    def take_mark(self):
+    def take_tag(self):
         """The mark of the mini-batch that was received last, once."""
-        mark, self.mark = self.mark, 0
+        mark, self.tag = self.tag, 0
         return mark
 
     # Mini-batches
 
-    def receive(self, batches, totals=False):
-        """What ``batches`` (decoupled.images.Batches) become on their way to this process's lowest module, in the form
+    def inputs(self, batches, totals=False):
+        """What ``batches`` (decoupled.data.batches.Batches) become on their way to this process's lowest module, in the form
         of Batches: (representation (B, …), labels (B,)) for each. ``totals``: for ``ensembles``.
         """
         return batches if self.mesh.stages == 1 else Arrivals(self, batches, totals)
@@ -82,7 +89,7 @@ class Stage:
         """Iterates over what is left of the epoch, in the lowest stage."""
         for number, (images, labels) in enumerate(arrivals.batches.rest(), start=arrivals.batches.place):
             common = number < arrivals.common  # where replicas have no share, they have no say
-            self.mark, self.labels = self.mesh.agree(self.wish()) if common else 0, labels
+            self.tag, self.labels = self.mesh.agree(self.pending_request()) if common else 0, labels
             yield images, labels
 
     def representations(self, arrivals):
@@ -95,9 +102,9 @@ class Stage:
             if number + self.queue < len(sizes):
                 posted.append(self.post(sizes[number + self.queue], arrivals.totals))
             arrivals.batches.advance()
-            self.mark, self.labels = int(mark), labels.to(self.device)
+            self.tag, self.labels = int(mark), labels.to(self.device)
             self.total = totals[0].to(self.device) if totals else 0
-            self.wish()
+            self.pending_request()
             yield self.below.unpack(representation.to(self.device)), self.labels
 
     def post(self, samples, totals):
@@ -133,25 +140,25 @@ class Stage:
             return
         while len(self.sending) >= self.queue:
             self.wait(self.sending.popleft()[0], self.mesh.above)
-        tensors = torch.tensor(self.mark), labels, self.above.pack(representation), *totals
+        tensors = torch.tensor(self.tag), labels, self.above.pack(representation), *totals
         tensors = [tensors[0], *(tensor.to(self.wire) for tensor in tensors[1:])]
         self.sending.append((self.each(distributed.isend, tensors, self.mesh.above, self.up), tensors))
 
     def recompute_statistics(self, images, autocast=nullcontext):
-        """Batch norm's running means and variances anew, of ``images`` (Batches.plain) by the weights of now: the means
+        """Batch norm's running means and variances anew, of ``images`` (Batches.without_augmentation) by the weights of now: the means
         of the mini-batches' own. Training does not read them, evaluation does.
 
         The usual ones average the latest mini-batches, whose weights were others: where an epoch has few, test top-1
         jumps from epoch to epoch. "Precise" statistics: Wu and Johnson (2021, arXiv 2105.07576), Sec. 3.
         """
-        norms = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in batch_norms(self.modules)]
+        norms = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in batch_norms(self.modules_here)]
         self.train()
         for norm, *_ in norms:
             norm.reset_running_stats()
             norm.momentum = None  # equal weights
         with torch.no_grad(), autocast():
-            for representation, labels in self.receive(images):
-                for module in self.modules:
+            for representation, labels in self.inputs(images):
+                for module in self.modules_here:
                     representation, _ = module(representation)
                 self.send(representation, labels)
         for norm, momentum, batches in norms:
@@ -159,7 +166,7 @@ class Stage:
             norm.num_batches_tracked.copy_(batches)
 
     def ensembles(self, probabilities=True):
-        """``heads`` with the ensembles up to each (decoupled.metrics.WithEnsembles): the sum over the heads below comes
+        """``heads`` with the ensembles up to each (decoupled.networks.evaluation.WithEnsembles): the sum over the heads below comes
         with the representation.
         """
         kind = "probabilities" if probabilities else "logits"
@@ -171,7 +178,7 @@ class Stage:
         """For each list of this process's Meters, that of all modules, over all replicas, in process 0; with several
         stages an empty one in the others.
         """
-        every_meters = [added(meters, self.mesh) for meters in every_meters]
+        every_meters = [all_reduce_meters(meters, self.mesh) for meters in every_meters]
         if self.mesh.stages == 1:
             return every_meters
         states = [[(meter.topk, meter.state_dict()) for meter in meters] for meters in every_meters]
@@ -187,7 +194,7 @@ class Stage:
         """Of a list with one value for each module, those of this process. Raises ValueError for another number."""
         if len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
-        return values[self.first : self.first + len(self.modules)]
+        return values[self.first : self.first + len(self.modules_here)]
 
     def state_dict(self):
         """The parameters and buffers of this process's modules, under their names in the whole network."""
@@ -205,13 +212,13 @@ def batch_norms(net):
 
 
 class Heads(nn.Module):
-    """The heads of ``stage`` for decoupled.metrics.evaluate: representation (B, …) → [logits (B, classes), …] of its
+    """The heads of ``stage`` for decoupled.networks.evaluation.evaluate: representation (B, …) → [logits (B, classes), …] of its
     modules, and the ensembles up to each of their "probabilities" or "logits"; the last representation is sent on.
     """
 
     def __init__(self, stage, ensembles=None):
         super().__init__()
-        self.stage, self.net, self.ensembles = stage, stage.modules, ensembles
+        self.stage, self.net, self.ensembles = stage, stage.modules_here, ensembles
 
     def forward(self, representation, heads=None):
         stage, every_logits, totals = self.stage, [], []
@@ -246,7 +253,7 @@ class Arrivals:
 
     @property
     def weight(self):
-        """See decoupled.images.Outline; so ``common``."""
+        """See decoupled.data.batches.Outline; so ``common``."""
         return self.batches.weight
 
     @property

@@ -1,14 +1,56 @@
-"""How modules take their steps: precision, a loss scale for each module, and a watch on their losses."""
+"""The device, and how modules take their steps on it: precision, a loss scale for each module, and a watch on their
+losses.
+"""
 
+import ctypes
 import logging
 import os
+import platform
 import sys
 
 import torch
 from torch.optim import SGD
 from torch.utils._pytree import tree_map
 
-from decoupled import InputError
+from decoupled.errors import InputError
+
+
+def pick_device(name):
+    """The torch.device called ``name``; auto takes CUDA, then MPS, then the CPU. Raises InputError for one that is not
+    there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"--device {name} is not on this machine ({count} such device{'s' * (count != 1)}): "
+            f"--device cpu always works"
+        )
+    return device
+
+
+def keep_freed_memory():
+    """Lets the process keep the memory of freed CPU tensors, in huge pages, for the next step's.
+
+    glibc gives the largest blocks back to the kernel at once, and each step then pays for mapping and clearing them
+    again. On two cores the DGL step of learning_curves deals with 465 images/s with this and 407 without in fp32, and
+    with as many in bf16, whose blocks are half as large (benchmarks/throughput.py, with and without --plain-malloc). No
+    effect on results, nor on other C libraries.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first large allocation
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**28)
 
 
 def choose_kernels(device, deterministic):

@@ -1,8 +1,8 @@
 """What a trained network says of images, and what leaving it early saves.
 
-    python -m decoupled.predict CHECKPOINT cat.png dog.png --early-exit 0.9
-    python -m decoupled.predict CHECKPOINT DIR
-    python -m decoupled.predict CHECKPOINT
+    python -m decoupled predict CHECKPOINT cat.png dog.png --early-exit 0.9
+    python -m decoupled predict CHECKPOINT DIR
+    python -m decoupled predict CHECKPOINT
 
 CHECKPOINT is a run's .pt file, or a folder, whose newest is taken. For each
 image: class, confidence (the softmax of the head's logits), head, and FLOPs
@@ -20,14 +20,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from decoupled import InputError, checkpoints, flags, loading
-from decoupled.costs import count_flops
-from decoupled.datasets import load as load_images
-from decoupled.images import Batches
-from decoupled.network import DecoupledNetwork, eval_mode
-from decoupled.plots import STYLE, styles
+from decoupled.analysis.plots import STYLE, styles
+from decoupled.data.batches import Batches
+from decoupled.data.datasets import load as load_images
+from decoupled.errors import InputError
+from decoupled.networks.flops import count_flops
+from decoupled.networks.modules import DecoupledNetwork, eval_mode
+from decoupled.training import checkpoint as checkpoints
+from decoupled.training import checkpoint as loading
+from decoupled.training import flags
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+
 BATCH = 100  # images at once
 
 

@@ -3,6 +3,8 @@ and the time to its end. Elsewhere nothing of this; the lines of results, on std
 """
 
 import contextlib
+import os
+import signal
 import statistics
 import sys
 import threading
@@ -12,10 +14,20 @@ from collections import deque
 from tqdm import tqdm
 
 PATIENCE = 1.0  # seconds of reading images before that is said
+
+
 TOLD = tuple(f"# {name}: " for name in ("device", "processes", "train", "test"))  # of the first lines of a log
+
+
 LATEST = 5  # epochs by which the time to the end is judged
+
+
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
+
+
 EVALUATION = "{desc}: {percentage:3.0f}%|{bar}|"
+
+
 COUNT = "{desc}: {n_fmt} mini-batches, {rate_fmt}{postfix}"  # where nobody knows how many there will be
 
 
@@ -125,3 +137,108 @@ class Terminal:
             saved = "nothing is saved with --debug 1"
             saved = saved if checkpoint is None else f"saved in {checkpoint}: --resume continues there"
             print(f"{what}, {saved}", file=sys.stderr)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """Inside ``with``, ``received`` is the number of the first signal, 0 before; a second one ends the process at once,
+    with exit code 128 + its number. ``quiet``: without a word.
+    """
+
+    def __init__(self, quiet=False):
+        self.quiet, self.received, self.before = quiet, 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        return self
+
+    def note(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if not self.quiet:
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing this batch, then saving; again: ending at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Unfailing:
+    """A text stream that shows what it can: characters that its encoding lacks as escapes, and nothing more once it is
+    closed, full, or nobody reads it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding or "ascii"
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: closed
+            self.silence()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+    def silence(self):
+        """Lets what is still buffered go nowhere, or Python would fail on it when it ends."""
+        with contextlib.suppress(OSError, ValueError):
+            number = self.stream.fileno()
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), number)
+
+
+@contextlib.contextmanager
+def unfailing_output():
+    """Inside, print and the like write to stdout and stderr as long as that works, and never raise."""
+    before = sys.stdout, sys.stderr
+    for number in (0, 1, 2):  # closed ones would be the next files' numbers: C code would write its warnings there
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+    sys.stdout, sys.stderr = (
+        Unfailing(open(os.devnull, "w") if stream is None else stream)  # noqa: SIM115
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def silent_libraries():
+    """Inside, what C code writes to stderr goes nowhere: errors arrive as exceptions too, and in one line."""
+    try:
+        before = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

@@ -10,14 +10,20 @@ import pandas as pd
 import torch
 from torch import fx, nn
 
-from decoupled import InputError, tracing
-from decoupled.auxiliary import auxiliary_for
-from decoupled.network import DecoupledModule, DecoupledNetwork, eval_mode
-from decoupled.tracing import Flow, Untraceable, listing, same
+from decoupled.errors import InputError
+from decoupled.networks import graph as tracing
+from decoupled.networks.auxiliary import auxiliary_for
+from decoupled.networks.graph import Flow, Untraceable, listing, same
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
 
 LAYOUTS = ("channels_first", "channels_last")
+
+
 TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
+
+
 ADAPTER = "write a module whose forward calls its parts in order, from one tensor to logits (README, Your own network)"
+
 
 INSIDE = "to cut inside one of its parts, " + ADAPTER
 
@@ -48,7 +54,7 @@ def decouple(
       example_input  a batch of inputs, on the model's device; two are used. On the meta device nothing is computed, and
                      shapes alone are checked
       classes        number of classes of the model's head, checked; by default read from it
-      auxiliary      mlp, mlp-sr or cnn, with ``auxiliary_options`` (decoupled.auxiliary), or a callable: (shape of the
+      auxiliary      mlp, mlp-sr or cnn, with ``auxiliary_options`` (decoupled.networks.auxiliary), or a callable: (shape of the
                      representation without B, classes, **auxiliary_options) → module, (B, *shape) → (B, classes)
       layout         of the representations: channels_first, (B, C, h, w), or channels_last, (B, h, w, C) and (B, N, C);
                      needed only where shapes do not tell: maps of square inputs are square, rank 3 is tokens (B, N, C)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled import InputError
+from decoupled.errors import InputError
 
 
 class EvenWindows(torch.autograd.Function):

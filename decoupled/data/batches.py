@@ -6,54 +6,15 @@ the seed's alone. What has begun can stop after any mini-batch, and goes on ther
 
 import copy
 import zlib
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from decoupled import InputError
+from decoupled.data.images import SIDE
+from decoupled.errors import InputError
 
-SIDE = 32  # every data set here is brought to 32×32
 PADDING = 4  # of the random crop
-
-
-class InputForm(NamedTuple):
-    """What a network reads and what it tells: saved with it, so that it can be used on other images.
-
-    classes    their names, in the order of the logits
-    mean, std  of each channel in [0, 1], by which images are normalized
-    resize     the shorter side of an image is brought to this,
-    crop       the centre of this side kept,
-    size       and zeros put around it up to this
-    grey       color is taken away; the three channels are the same
-    """
-
-    classes: list
-    mean: tuple
-    std: tuple
-    resize: int = SIDE
-    crop: int = SIDE
-    size: int = SIDE
-    grey: bool = False
-
-    def read(self, path):
-        """The image at ``path``: uint8 (size, size, 3). Raises InputError for a file that is missing or no image."""
-        from PIL import Image, ImageOps
-        from torchvision.transforms.v2 import functional as transforms
-
-        from decoupled.image_folders import read_image
-
-        if not Path(path).is_file():
-            raise InputError(f"{path} is missing: name an image file")
-        image = read_image(path).convert("L" if self.grey else "RGB")
-        square = self.crop, self.crop
-        if self.resize == self.crop and image.size != square:  # as image folders of small images are read
-            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
-        pixels = transforms.pil_to_tensor(image)
-        pixels = transforms.center_crop(transforms.resize(pixels, self.resize, antialias=True), self.crop)
-        return F.pad(pixels, ((self.size - self.crop) // 2,) * 4).expand(3, -1, -1).permute(1, 2, 0)
 
 
 class Batches:
@@ -141,7 +102,7 @@ class Batches:
         """uint8 (B, 32, 32, 3) → float32 (B, 3, 32, 32) in channels-last memory, zero mean and unit variance."""
         return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
-    def plain(self):
+    def without_augmentation(self):
         """The same images, in order and not augmented: Batches of the same memory."""
         plain = copy.copy(self)
         if self.augment:
@@ -193,7 +154,7 @@ class Outline:
         """Begins a new epoch."""
         self.place = 0
 
-    def plain(self):
+    def without_augmentation(self):
         """See Batches."""
         return copy.copy(self)
 

@@ -11,12 +11,18 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from decoupled import InputError
-from decoupled.streams import silent_libraries
+from decoupled.errors import InputError
+from decoupled.training.console import silent_libraries
 
 TIMEOUT = 600.0  # seconds until a process that waits for another gives up
+
+
 GRACE = 3.0  # seconds in which a process that ends for a reason lets the others know
+
+
 LOOK = 0.5  # seconds between looks whether torchrun lives
+
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 

@@ -10,21 +10,30 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
-
-from decoupled import InputError
-from decoupled.datasets import DATASETS
-from decoupled.memory import keep_freed_memory
-from decoupled.processes import TIMEOUT, first_to_say
-from decoupled.streams import one_line, unfailing_output
+from decoupled.data.datasets import DATASETS
+from decoupled.errors import InputError, one_line
+from decoupled.parallel.processes import TIMEOUT, first_to_say
+from decoupled.training.console import unfailing_output
+from decoupled.training.precision import keep_freed_memory
 
 EXIT_BAD_INPUT = 2
+
+
 NAME_BYTES = 160  # of a file's 255: the rest is for the script, the time and a suffix
+
+
 FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
 
+
 MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+
+
 WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
+
+
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENAMETOOLONG)  # of a file
+
+
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can run out of
 
 
@@ -32,7 +41,7 @@ def start(main, keep_memory=True):
     """Runs a script's ``main``: what cannot be used, and what the machine has too little of, ends in one line on stderr
     and exit code 2, Ctrl-C in one line and 130. Output that cannot be written ends nothing.
 
-    ``keep_memory``: see decoupled.memory.
+    ``keep_memory``: see decoupled.training.precision.
     """
     if keep_memory:
         keep_freed_memory()
@@ -143,6 +152,8 @@ def integer(least, most=2**63 - 1):
 
 
 WIDTH = integer(1, 2**13)  # channels: wider ones' weights alone would not fit a machine
+
+
 LAYERS = integer(0, 1000)
 
 
@@ -226,6 +237,8 @@ def add_processes(parser, title):
 
 
 DEVICE = "auto, cpu, cuda, cuda:N or mps "
+
+
 HALF = "mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere"
 
 
@@ -257,24 +270,3 @@ def add_log(parser, *names):
     resume = "continue this checkpoint; without one, or with auto, this script's newest of that --name in --log-dir"
     group.add_argument("--resume", nargs="?", type=path, const="newest", metavar="CHECKPOINT", help=resume)
     return group
-
-
-def pick_device(name):
-    """The torch.device called ``name``; auto takes CUDA, then MPS, then the CPU. Raises InputError for one that is not
-    there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= count:
-        raise InputError(
-            f"--device {name} is not on this machine ({count} such device{'s' * (count != 1)}): "
-            f"--device cpu always works"
-        )
-    return device

@@ -1,31 +1,48 @@
 """The data sets of the CIFAR experiments, read as uint8 tensors of 32×32 RGB images."""
 
+import contextlib
 import gzip
 import hashlib
+import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.nn import functional as F
 
-from decoupled import InputError
-from decoupled.downloads import download
-from decoupled.image_folders import read_folders
-from decoupled.images import SIDE, Batches, InputForm
-from decoupled.streams import one_line
+from decoupled.data.batches import Batches
+from decoupled.data.folders import read_folders
+from decoupled.data.images import SIDE, InputForm
+from decoupled.errors import InputError, one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
+
+
 CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
 # Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
 # from their training images.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
 # What the readers make of an image, where it is not a color image of 32×32.
 FORMS = {"fashion-mnist": {"resize": 28, "crop": 28, "grey": True}, "digits": {"grey": True}}
+
+
 FASHION_MNIST = {"train": 60_000, "t10k": 10_000}  # images
+
+
 IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
+
+
 IDX_FILES = "its four idx files (Debian's package dataset-fashion-mnist has them)"
+
+
 AGAIN = "remove it and fetch it again"
 
 
@@ -255,3 +272,54 @@ READERS = {
     "digits": read_digits,
     "folder": read_own,
 }
+
+
+WITHOUT_DOWNLOAD = "--dataset digits needs no download"
+
+
+def download(dataset, data_dir, fetch, there, otherwise):
+    """Has ``fetch(folder)`` put the files of ``dataset`` into an empty folder in ``data_dir``, and moves them up.
+
+    One process fetches at a time; those that wait use what it got, which ``there()`` sees. Nothing else in ``data_dir``
+    is touched. Raises InputError, naming what would do as well (``otherwise``), where the set cannot be had.
+    """
+    if not data_dir.is_dir() and str(data_dir) != "data":
+        raise InputError(
+            f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it"
+        )
+    created = not data_dir.exists()
+    own, lock = data_dir / f".download-{dataset}", data_dir / f".download-{dataset}.lock"
+    try:
+        data_dir.mkdir(exist_ok=True)
+        with FileLock(lock):
+            try:
+                if not there():
+                    shutil.rmtree(own, ignore_errors=True)  # of a download that was killed
+                    own.mkdir()
+                    fetch(own)
+                    move_up(own, data_dir)
+            finally:
+                shutil.rmtree(own, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # whatever a server, a proxy or an archive leads to
+        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+        raise InputError(
+            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as {otherwise}; "
+            f"{WITHOUT_DOWNLOAD}"
+        ) from error
+    finally:
+        if created:
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()
+
+
+def move_up(own, data_dir):
+    """Moves every file in the folder ``own`` to its place in ``data_dir``."""
+    for path in sorted(own.rglob("*")):
+        target = data_dir / path.relative_to(own)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(path, target)

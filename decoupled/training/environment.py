@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from decoupled.streams import one_line
+from decoupled.errors import one_line
 
 
 def environment(device, half):

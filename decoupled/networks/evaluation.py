@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled.network import eval_mode
+from decoupled.networks.modules import eval_mode
 
 
 def ranks(logits, labels):
@@ -83,17 +83,6 @@ class Meter:
         """Takes over what state_dict gave; further batches may be on another device."""
         count, losses, *hits = state["sums"]
         self.count, self.losses, self.hits = int(count), losses, hits
-
-
-def added(meters, mesh):
-    """The Meters of what all replicas of ``mesh`` (decoupled.mesh.Mesh) have measured, by one reduction."""
-    if mesh.replicas == 1 or not meters:
-        return meters
-    totals = mesh.sum(torch.stack([meter.sums() for meter in meters]))
-    everywhere = [Meter(meter.topk) for meter in meters]
-    for meter, sums in zip(everywhere, totals, strict=True):
-        meter.load_state_dict({"sums": sums})
-    return everywhere
 
 
 @torch.inference_mode()

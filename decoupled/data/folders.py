@@ -1,18 +1,16 @@
-"""Image folders: their listing, the reading of one image, and folders of small images, decoded once and cached."""
+"""Image folders: their listing, and folders of small images, decoded once and cached."""
 
 import hashlib
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from decoupled import InputError
-from decoupled.images import SIDE
+from decoupled.data.images import SIDE, read_image
+from decoupled.errors import InputError
 
-EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}  # modes
 CACHE = f".decoded-{SIDE}.npz"
 
 
@@ -45,29 +43,6 @@ def same_classes(folder, splits, listings):
     names = [set(listing.classes) for listing in listings]
     if odd := sorted(names[0] ^ names[1]):
         raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of {' and '.join(splits)}")
-
-
-def read_image(path):
-    """The image at ``path`` as Pillow's RGB. Raises InputError, naming it, for one that is damaged, cannot be read, is
-    too large for Pillow, or has more than the 8 bits a channel that would be kept of it.
-    """
-    try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # of large images, odd transparency, damaged metadata
-            with Image.open(file) as image:
-                if image.mode in EIGHT_BITS:
-                    return image.convert("RGB")
-                mode = image.mode
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has more pixels than Pillow reads ({error}): make it smaller") from error
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a decoder stumbles over in a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is damaged or no image ({reason}): replace it") from error
-    raise InputError(f"{path} has values of more than 8 bits (mode {mode}), most of which would be lost: convert it")
 
 
 def read_folders(folder, splits=("train", "test"), resize=False):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from decoupled.network import eval_mode
+from decoupled.networks.flops import count_flops
+from decoupled.networks.modules import eval_mode
 
 
 class LiveStorages(TorchDispatchMode):
@@ -84,13 +84,6 @@ def peak_memory(step, device="cpu"):
     with LiveStorages() as storages:
         step()
     return storages.peak
-
-
-def count_flops(step):
-    """FLOPs of ``step()``, backward passes in it included."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def step_seconds(step, calls=1, device="cpu"):

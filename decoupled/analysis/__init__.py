@@ -1,0 +1,1 @@
+"""After a run: figures, predictions, costs, exports."""

@@ -1,0 +1,1 @@
+"""What DGL trains on: images, mini-batches, data sets. Knows nothing of networks."""

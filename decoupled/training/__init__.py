@@ -1,0 +1,1 @@
+"""A run: epochs, precision, checkpoints, the command line."""
