@@ -27,7 +27,7 @@ from decoupled.training.run import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=50, batch_size=128, stages=True)
+    parser = flags.parser(__doc__, epochs=50, batch_size=128, distributed=True)
     group = parser.add_argument_group("network")
     group.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last")
     group.add_argument(

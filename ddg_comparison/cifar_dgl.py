@@ -23,7 +23,7 @@ from decoupled.training.run import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01, stages=True)
+    parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01, distributed=True)
     group = parser.add_argument_group("network and recipe")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
     group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")

@@ -115,7 +115,7 @@ def main():
             meter.update(loss, logits, labels)
             if run.batch % args.log_interval == 0:
                 loss = run.latest_losses()[0]
-                run.terminal.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss:.5f}")
+                run.console.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss:.5f}")
         with run.autocast():
             (score,) = evaluate(net, run.evaluation(test))
         run.log(N, epoch, meter, score)

@@ -25,7 +25,7 @@ from decoupled.training.run import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256, stages=True)
+    parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256, distributed=True)
     group = parser.add_argument_group("network and output")
     group.add_argument("--channels", type=flags.WIDTH, default=128, help="of every block and auxiliary")
     group.add_argument(
@@ -72,7 +72,7 @@ def main():
             stage.send(representation, labels)  # to the module above, where another process has it
             if run.batch % args.log_interval == 0:
                 losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
-                run.terminal.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
+                run.console.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

@@ -45,7 +45,7 @@ from decoupled.training.flags import integer
 def parse_args():
     published = (*STAGES, *BLOCKS)
     others = (name for name in CLASSIFIERS if name not in published)
-    parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152", stages=True)
+    parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152", distributed=True)
     group = parser.add_argument_group("modules and auxiliaries")
     group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
     group.add_argument("--splits", type=integer(1), metavar="K", help="others: modules (default: 2, the published cut)")

@@ -17,9 +17,9 @@ DEBUG_BATCHES = 50  # an epoch with --debug 1
 APEX = "https://github.com/NVIDIA/apex"
 
 
-def parser(doc, archs, default, stages=False):
+def parser(doc, archs, default, distributed=False):
     """The parser of an ImageNet script whose docstring is ``doc``, with the released scripts' flags that both have, and
-    ours; with ``stages``, those of a script whose modules learn in several processes too.
+    ours; with ``distributed``, those of a script whose modules learn in several processes too.
     """
     parser, positive = flags.Parser(doc), integer(1)
     parser.add_argument(
@@ -61,7 +61,7 @@ def parser(doc, archs, default, stages=False):
     group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node N")
     local = "normalize each replica's share by itself: faster, and another method for each number of them"
     group.add_argument("--local-batch-norm", action="store_true", help=local)
-    if stages:
+    if distributed:
         share = "share the modules out to K stages of N/K processes, which share each mini-batch"
         group.add_argument("--stages", type=positive, default=1, metavar="K", help=share)
         flags.add_stages(group)
@@ -123,7 +123,7 @@ def begin(args, build):
     share = {"rank": mesh.replica, "processes": mesh.replicas, "least": 1 + args.local_batch_norm}
     limit = DEBUG_BATCHES if args.debug else None
     options = {name: getattr(args, name) for name in names} | share | {"limit": limit, "device": run.device}
-    with run.terminal.reading():
+    with run.console.reading():
         train, val, classes = mesh.images(lambda: imagenet_folders.load(args.data, **options))
     net = build(args, classes)
     if mesh.replicas > 1:
@@ -148,6 +148,6 @@ def reported(run, batches, total):
             losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share and modules
             seconds = time.perf_counter() - since
             speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for them"
-            run.terminal.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")
+            run.console.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")
             since, images, waited = time.perf_counter(), 0, 0.0
         asked = time.perf_counter()

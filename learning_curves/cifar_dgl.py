@@ -24,7 +24,7 @@ from decoupled.training.run import Run
 
 
 def parse_args():
-    parser = flags.parser(__doc__, epochs=50, batch_size=128, stages=True)
+    parser = flags.parser(__doc__, epochs=50, batch_size=128, distributed=True)
     statistics = "evaluate with batch norm statistics of all training images: where an epoch has few mini-batches"
     # No default: a run that was begun before this flag existed has none either, and resumes.
     parser.add_argument("--precise-statistics", action="store_true", default=argparse.SUPPRESS, help=statistics)

@@ -196,9 +196,9 @@ def integers(text):
     return [integer(1)(word) for word in text.split(",")]
 
 
-def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, stages=False):
+def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False):
     """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; with
-    ``stages``, those of a script whose modules learn in several processes too. A script adds its own groups.
+    ``distributed``, those of a script whose modules learn in several processes too. A script adds its own groups.
     """
     parser, count = Parser(doc), integer(1)
     group = parser.add_argument_group("training")
@@ -214,7 +214,7 @@ def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, sta
     validation = "hold out N training images, and evaluate on these instead of the test set"
     group.add_argument("--validation", type=integer(0), default=0, metavar="N", help=validation)
     add_device(parser)
-    if stages:
+    if distributed:
         add_stages(add_processes(parser, "several processes: torchrun --nproc-per-node K"))
     add_log(parser)
     return parser

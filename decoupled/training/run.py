@@ -60,7 +60,7 @@ class Run:
         how = {name: getattr(args, name) for name in ("backend", "timeout") if hasattr(args, name)}
         self.processes = Processes(pick_device(args.device), **how)
         self.mesh = Mesh(self.processes, stages or self.processes.size)
-        self.terminal = Terminal(quiet=self.processes.rank > 0)
+        self.console = Terminal(quiet=self.processes.rank > 0)
         self.stage = None  # this process's Stage where modules are shared out
         self.device = self.processes.device
         self.num_modules, self.header = None, []
@@ -76,7 +76,7 @@ class Run:
         """(train, test, number of classes) of the flags' data set, on the run's device: see decoupled.data.datasets.load."""
         names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
         options |= {name: getattr(self.args, name) for name in names} | {"device": self.device}
-        with self.terminal.reading():
+        with self.console.reading():
             return self.mesh.images(lambda: datasets.load(**options))
 
     def prepare(self, net, graphs=True):
@@ -145,11 +145,11 @@ class Run:
                     if not self.within:
                         self.begin_epoch()
                     self.started = time.perf_counter() - self.seconds
-                    self.terminal.begin_epoch(self.epoch, self.args.epochs, self.module_index + 1, self.num_modules)
+                    self.console.begin_epoch(self.epoch, self.args.epochs, self.module_index + 1, self.num_modules)
                     yield (self.module_index, self.epoch) if num_modules else self.epoch
                     self.end_epoch()
                     self.checkpoint_or_stop()
-                self.terminal.write(f"finished: {self.checkpoint.path('.log')}")
+                self.console.write(f"finished: {self.checkpoint.path('.log')}")
             finally:
                 self.state.each("close")
                 self.checkpoint.close()
@@ -169,7 +169,7 @@ class Run:
         self.within = False
         seconds = time.perf_counter() - self.started
         self.write(f"# {self.where()} took {seconds:.2f} s\n")
-        self.terminal.end_epoch(seconds)
+        self.console.end_epoch(seconds)
         self.save()
 
     def where(self):
@@ -182,21 +182,21 @@ class Run:
         """
         left = batches.rest() if hasattr(batches, "rest") else batches
         stage = (self.module_index + 1,) if self.num_modules else ()
-        for batch in self.terminal.training(left, batches, self.batch, self.args.batch_size):
+        for batch in self.console.training(left, batches, self.batch, self.args.batch_size):
             self.batch += 1
             self.weight = batches.weight if self.mesh.replicas > 1 else None
             torch.manual_seed(mix_seed(self.args.seed, *stage, self.epoch, self.batch, self.mesh.replica))
             yield batch
             if self.batch % WATCH_EVERY == 0:
                 self.check_losses()
-                self.terminal.note(self.state)
+                self.console.note(self.state)
             self.checkpoint_or_stop()
         self.check_losses()
 
     def evaluation(self, batches):
         """Iterates over all of ``batches``; a run that stops meanwhile evaluates again when it resumes."""
         common = len(batches) if self.mesh.replicas == 1 else batches.common  # of which every replica has a share
-        for number, batch in enumerate(self.terminal.evaluation(batches), start=1):
+        for number, batch in enumerate(self.console.evaluation(batches), start=1):
             yield batch
             if number <= common:
                 self.checkpoint_or_stop()
@@ -221,7 +221,7 @@ class Run:
             self.save()
         if asked > SAVE:
             what = f"{self.script}: stopped after {self.where()}"
-            self.terminal.stopped(what, self.checkpoint.path(".pt") if self.saves else None)
+            self.console.stopped(what, self.checkpoint.path(".pt") if self.saves else None)
             self.state.each("close")
             self.processes.wait()  # torchrun ends those that are left when one has ended like this
             self.processes.close()
@@ -252,7 +252,7 @@ class Run:
         about = [f"# {key}: {self.state[key][0]}" for key in ("train", "test") if key in self.state]
         header = [repr(self.args), *self.environment(), *about, *self.header, *map(repr, self.state["net"])]
         self.checkpoint.stem = self.processes.from_first(lambda: self.checkpoint.create("\n".join(header) + "\n"))
-        self.terminal.start(header, self.checkpoint.path(".log"))
+        self.console.start(header, self.checkpoint.path(".log"))
         self.save()
         self.processes.remember(self.checkpoint.path(".pt"))
 
@@ -291,4 +291,4 @@ class Run:
             self.checkpoint.reopen(saved["log"])
             self.write("\n".join(header := [f"# resumed after {self.where()}", *self.environment()]) + "\n")
             print(f"resuming {self.checkpoint.path('.pt')} after {self.where()}")
-            self.terminal.start(header, self.checkpoint.path(".log"))
+            self.console.start(header, self.checkpoint.path(".log"))
