@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from decoupled import InputError
 from decoupled.data.batches import mix_seed
-from decoupled.data.folders import list_images, same_classes
+from decoupled.data.folders import check_classes, list_images
 from decoupled.data.images import InputForm, read_image
 from decoupled.training.flags import shortage
 
@@ -221,7 +221,7 @@ def load(
     epoch has at most ``limit`` mini-batches. Raises InputError for folders or numbers that will not do.
     """
     train, val = (list_images(Path(folder) / split, LAYOUT) for split in ("train", "val"))
-    same_classes(folder, ("train", "val"), (train, val))
+    check_classes(folder, ("train", "val"), (train, val))
     samples = spread(train.samples, train_samples, "--train-samples"), spread(val.samples, val_samples, "--val-samples")
     check_batches(len(samples[0]), batch_size, max(2, processes * least))
     if len(samples[1]) < processes:
