@@ -5,6 +5,7 @@ Training, testing, predict and ImageNet all list labeled images with ``list_imag
 
 import os
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informati
 NAMED = 3  # of the files left out, so many are named in the log
 
 
-class Listing(NamedTuple):
+@dataclass
+class Listing:
     """The images in a folder of class folders.
 
     classes   their names, sorted, in Unicode's composed form (NFC): systems store one name in different forms
