@@ -5,7 +5,7 @@ import re
 import warnings
 from typing import NamedTuple
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
 from decoupled.errors import InputError
@@ -91,11 +91,13 @@ def read_image(path):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more pixels than Pillow reads ({error}): make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is damaged or no image: replace it") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{path} cannot be read ({error.strerror}): name a readable image file") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is damaged or no image ({reason}): replace it") from error
+        raise InputError(f"{path} is damaged ({reason}): replace it") from error
 
 
 @functools.cache
@@ -118,6 +120,9 @@ def check_kind(image, path):
         raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
     if image.mode not in EIGHT_BIT_MODES:
         raise InputError(f"{path} has the color mode {image.mode}: convert it to RGB")
+    if image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4") and "transparency" in image.info:
+        # Pillow scales the gray values to 8 bits, but not the transparent one
+        raise InputError(f"{path} is of transparent gray of fewer than 8 bits: convert it to 8 bits")
     if getattr(image, "is_animated", False) and image.format not in FIRST_FRAME_ONLY:
         raise InputError(f"{path} has {image.n_frames} frames: save the one to learn from as an image of its own")
 
