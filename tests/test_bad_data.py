@@ -439,7 +439,8 @@ def test_cifar_in_a_folder_or_as_the_folder_itself(pickles):
         assert torch.equal(train.images, above[0].images)
 
 
-def test_a_damaged_file_of_cifar_is_named_and_kept(pickles):
+def test_a_damaged_file_of_cifar_is_named_and_kept(pickles, archive):
+    load("cifar10", archive.parent, batch_size=2)
     flip(pickles / "data_batch_3", 500)
     data = (pickles / "data_batch_3").read_bytes()
     with pytest.raises(InputError, match="data_batch_3"):
