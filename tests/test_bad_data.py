@@ -233,7 +233,8 @@ def test_files_of_systems_are_left_out_and_named(tmp_path):
     (root / "test" / "a" / "0.svg").write_text("x")
     train, test, classes = load("folder", root, batch_size=2)
     assert classes == 2 and torch.equal(train.images, plain[0].images) and torch.equal(test.images, plain[1].images)
-    assert str(train).startswith(str(plain[0])) and "12 files left out" in str(train)
+    assert str(train).startswith(str(plain[0]))
+    assert "12 files left out: b/notes.txt, stray.png, " in str(train)
     assert "1 file left out: a/0.svg" in str(test)
     assert len(list_images(root / "train", "layout").left_out) == 12
 

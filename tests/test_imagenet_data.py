@@ -165,7 +165,7 @@ def test_what_is_left_out_is_in_the_description(own):
     assert str(train) == f"{TRAIN} images of {CLASSES} classes"
     (own / "train/class1/.DS_Store").touch()
     (own / "train/class1/notes.txt").touch()
-    assert "class1/.DS_Store, class1/notes.txt" in str(load(own)[0])
+    assert "class1/notes.txt, class1/.DS_Store" in str(load(own)[0])
     assert str(load(own)[1]) == str(val)
 
 

@@ -16,7 +16,15 @@ from PIL import Image, ImageOps
 from decoupled.data.images import SIDE, read_image, suffixes
 from decoupled.errors import InputError, one_line
 
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SYSTEM_NAMES = {
+    "__MACOSX",
+    "Thumbs.db",
+    "desktop.ini",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
 
 NAMED = 3  # of the files left out, so many are named in the log
 
@@ -27,8 +35,8 @@ class Listing:
 
     classes   their names, sorted, in Unicode's composed form (NFC): systems store one name in different forms
     samples   [(path, class index)], in the order of class folders, subfolders and file names
-    left_out  paths of the files that are not read, sorted: hidden files and files of the operating system, files
-              outside the class folders, and those with a suffix of no image format
+    left_out  paths of the files that are not read: those outside the class folders or with a suffix of no image
+              format, then hidden files and files of the operating system
     """
 
     classes: list
@@ -55,21 +63,8 @@ def list_images(path, layout):
     from torchvision.datasets.folder import make_dataset
 
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path} is missing: {layout}")
-    try:
-        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     left_out = []
-    names = {}  # of the classes, by folder
-    for entry in entries:
-        if entry.is_dir() and not is_of_system(entry.name):
-            names[entry.name] = unicodedata.normalize("NFC", entry.name)
-        else:
-            left_out.append(entry.path)
-    if not names:
-        raise InputError(f"{path} has no class folders: {layout}")
+    names = class_folders(path, layout, left_out)
     classes = sorted(set(names.values()))
     indices = {name: index for index, name in enumerate(classes)}
     choice = Choice(path, left_out)
@@ -79,18 +74,43 @@ def list_images(path, layout):
         is_valid_file=choice.is_image,
         allow_empty=True,
     )
+    left_out.sort(key=lambda file: (is_any_of_system(file, path), file))
+    listing = Listing(classes, samples, left_out)
     with_images = {index for _, index in samples}
-    empty = [name for index, name in enumerate(classes) if index not in with_images]
-    listing = Listing(classes, samples, sorted(left_out))
-    if empty:
-        note = listing.describe_left_out(path)
-        raise InputError(f"{path} has no image of class {empty[0]!r}{note}: add some, or remove the folder")
+    for index, name in enumerate(classes):
+        if index not in with_images:
+            note = listing.describe_left_out(path)
+            raise InputError(f"{path} has no image of class {name!r}{note}: add some, or remove the folder")
     return listing
+
+
+def class_folders(path, layout, left_out):
+    """Returns {folder: class name} of the class folders in ``path``; adds everything else there to ``left_out``."""
+    if not path.is_dir():
+        raise InputError(f"{path} is missing: {layout}")
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    names = {}
+    for entry in entries:
+        if entry.is_dir() and not is_of_system(entry.name):
+            names[entry.name] = unicodedata.normalize("NFC", entry.name)
+        else:
+            left_out.append(entry.path)
+    if not names:
+        raise InputError(f"{path} has no class folders: {layout}")
+    return names
 
 
 def is_of_system(name):
     """Whether a file or folder is hidden or the operating system's: .DS_Store, ._0.png, __MACOSX."""
-    return name.startswith(".") or name in SYSTEM_FOLDERS
+    return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def is_any_of_system(path, root):
+    """Whether ``path``, or a folder between it and ``root``, is."""
+    return any(is_of_system(part) for part in Path(path).relative_to(root).parts)
 
 
 class Choice:
@@ -116,7 +136,7 @@ class Choice:
         first = self.real.setdefault(os.path.realpath(folder), folder)
         if first != folder:
             raise InputError(f"{first} and {folder} are the same folder: remove the link")
-        return not any(is_of_system(part) for part in Path(folder).relative_to(self.root).parts)
+        return not is_any_of_system(folder, self.root)
 
 
 def check_classes(folder, splits, listings):
