@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decoupled.networks.evaluation import Meter, count_hits, ensembles, evaluate, ranks
+from decoupled.networks.evaluation import Meter, WithEnsembles, count_hits, ensembles, evaluate, ranks
 from decoupled.networks.layerwise import layerwise_cnn
 
 
@@ -58,6 +58,16 @@ def test_a_meter_without_samples_is_nan():
     again = Meter(topk=(1, 5))
     again.load_state_dict(meter.state_dict())
     assert math.isnan(again.loss) and math.isnan(again.top1)
+
+
+def test_top_5_with_ties_against_numpy():
+    logits, labels = torch.randint(3, (200, 9)).float(), torch.randint(9, (200,))
+    meter = Meter((1, 5))
+    meter.update(torch.tensor(0.0), logits, labels)
+    order = np.argsort(-logits.numpy(), axis=1, kind="stable")  # of equal logits the lower class first
+    for k in (1, 5):
+        hits = [label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)]
+        assert meter.top(k) == pytest.approx(100 * np.mean(hits))
 
 
 def test_ties_go_to_the_lower_class_and_nan_is_never_correct():
@@ -138,6 +148,20 @@ def test_evaluation_changes_nothing():
     evaluate(net, batches(8, 8))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not net[0].body[1].training and net[1].training
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_heads_and_their_ensembles_in_one_pass(probabilities):
+    """Of probabilities, not logits, or the other way round: here the two have other values."""
+    logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 3.9]]), torch.tensor([[-50.0, 0.0, 0.1]])]
+    outputs = WithEnsembles(lambda_module(lambda images: logits), probabilities)(None)
+    of_heads = [head.numpy().astype(float) for head in logits]
+    if probabilities:
+        of_heads = [np.exp(head) / np.exp(head).sum() for head in of_heads]
+    first, second, third = of_heads
+    expected = [first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7]
+    for mine, its in zip(outputs, [*logits, *expected], strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5)
 
 
 def test_ensembles_against_numpy():
