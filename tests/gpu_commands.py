@@ -45,7 +45,7 @@ COMMANDS = {
     (*VGG, "--static-loss-scale", 64): [399],
     (IMAGENET, *FOLDERS, "--arch", "resnet50", "--channels", 2, "--dynamic-loss-scale"): [669],
     (IMAGENET, *FOLDERS, "--arch", "shufflenet_v2_x0_5"): [695],
-    (IMAGENET_BACKPROP, *FOLDERS, "--arch", "resnet18"): [64],
+    (IMAGENET_BACKPROP, *FOLDERS, "--arch", "resnet18"): [243],
 }
 LAYERS = 6  # of the asynchronous network
 
