@@ -434,7 +434,7 @@ STOPS = [(1, False), (4, False), (6, False), (4, True)]  # of 3 mini-batches in 
 
 @pytest.mark.parametrize(
     ("method", "stop"),
-    [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("end to end", STOPS[3]), ("dropout", STOPS[1])],
+    [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("dropout", STOPS[1])],
 )
 def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, whole, capsys, method, stop):
     method = METHODS[method]
@@ -451,7 +451,7 @@ def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, who
     assert_same(left, whole(method))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["vgg", "resnet", "end to end"])
 def test_an_epochs_end_resumes_exactly(train_small, whole, method):
     method = METHODS[method]
     first = train_small(method, "--nepochs", 1)

@@ -106,9 +106,9 @@ class Meter:
 def evaluate(net, batches, heads=None, topk=(1,)):
     """One Meter per head of ``net``, from a single pass over ``batches`` in eval mode: a list.
 
-    ``net(images)`` returns a list of logits (B, classes), as DecoupledNetwork does, or the logits of its only head. Where
-    ``heads`` (indices from 0) are given, ``net(images, heads)`` returns theirs. Every submodule of ``net`` is afterwards
-    in the mode it had.
+    ``net(images)`` returns a list of logits (B, classes), as DecoupledNetwork does, or the logits of its only head.
+    With ``heads``, ``net(images, heads)`` returns those of these heads (indices from 0). Afterwards every submodule of
+    ``net`` is in the mode it had.
     """
     meters = []
     with eval_mode(net):
