@@ -19,7 +19,7 @@ from decoupled import InputError
 load_script(DGL)  # its folder can be imported from now on
 import imagenet_folders  # noqa: E402
 
-FLAGS = ("--arch", "vgg11", "--block_size", 8, "--image-size", 32, "-b", 8, "--device", "cpu")
+FLAGS = ("--arch", "vgg11", "--block_size", 8, "--channels", 2, "--image-size", 32, "-b", 8, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def load(folder, **settings):
 
 def run_small(*flags, **settings):
     """Starts imagenet_dgl.py with a small network as a process."""
-    command = [sys.executable, ROOT / "tests/small_imagenet.py", DGL, *map(str, flags)]
+    command = [sys.executable, ROOT / DGL, *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **settings)
 

@@ -1,12 +1,10 @@
-"""FLOPs of a step. One multiply-add is 2 FLOPs; matrix products and convolutions count, nothing else does
-(torch.utils.flop_counter).
-"""
+"""FLOPs by torch.utils.flop_counter: a multiply-add is 2 FLOPs; only matrix products and convolutions count."""
 
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(step):
-    """FLOPs of ``step()``, backward passes in it included."""
+    """The FLOPs of ``step()``, including its backward passes."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
