@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from decoupled.training.precision import momentum_from_zeros
 from dni import synthesizer_context
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ddg_comparison"))
@@ -38,9 +37,8 @@ def autocast_on(device, half):
 def sgd(module, lr=1e-4, weight_decay=0.0):
     """SGD with momentum, fused as in the scripts where there is such a kernel: not on meta or for FakeTensors."""
     parameters = list(module.parameters())
-    if parameters[0].is_meta or isinstance(parameters[0], FakeTensor):
-        return SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, foreach=False)
-    return SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    fused = not (parameters[0].is_meta or isinstance(parameters[0], FakeTensor))
+    return SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused, foreach=False)
 
 
 class ScaledOptimizer:
@@ -49,11 +47,11 @@ class ScaledOptimizer:
     """
 
     def __init__(self, optimizer, half=False):
-        momentum_from_zeros(optimizer)
         self.optimizer = optimizer
         self.zero_grad = optimizer.zero_grad
         device_type = optimizer.param_groups[0]["params"][0].device.type
-        self.scaler = torch.amp.GradScaler(device_type, enabled=half and device_type == "cuda")
+        # A scale of 1 costs as much as a larger one and cannot overflow, which would leave momentum without a value
+        self.scaler = torch.amp.GradScaler(device_type, init_scale=1.0, enabled=half and device_type == "cuda")
 
     def update(self, loss):
         """zero_grad, backward, step."""

@@ -104,8 +104,8 @@ def parse_args():
 
 
 class Clock:
-    """What a process spends from mini-batch WARM_UP on: wall time, CPU time, the time it waits, and the CPU time of each
-    of ``num_modules`` modules, in seconds.
+    """The seconds that a process spends from mini-batch WARM_UP on: wall time, CPU time, waiting, and the CPU time of
+    each of ``num_modules`` modules.
     """
 
     def __init__(self, stage=None, num_modules=0):
