@@ -521,7 +521,7 @@ COLUMNS = [
 ]
 
 
-def make_tables(args):
+def make_tables(args, measure_row=measure_in_process):
     """(main frame, {(method, K, "counted" or "CUDA"): MiB of each device}). Reports progress on stderr."""
     todo = [("back-propagation", 1)]
     for name in METHODS:
@@ -534,7 +534,7 @@ def make_tables(args):
         rows[name, splits] = counted.columns
         devices[name, splits, "counted"] = counted.devices
         if not args.count:
-            measured = measure_in_process(args, name, splits, counted.columns)
+            measured = measure_row(args, name, splits, counted.columns)
             rows[name, splits] = counted.columns | measured.columns
             devices[name, splits, "CUDA"] = measured.devices
         print(f"# {name}, K = {splits}: done", file=sys.stderr, flush=True)
