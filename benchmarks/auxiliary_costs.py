@@ -83,7 +83,9 @@ def batch(batch_size, device="meta"):
 def network_costs(type_aux, batch_size=2, **settings):
     """The frame of decoupled.analysis.costs for ``network(type_aux, **settings)``, without computing it."""
     with torch.device("meta"):
-        return costs(network(type_aux, **settings), batch(batch_size)[0])
+        net = network(type_aux, **settings)
+    images, _ = batch(batch_size)
+    return costs(net, images)
 
 
 def largest(frame):

@@ -116,8 +116,8 @@ def test_ddg_by_hand():
 
 def test_dni_by_hand():
     """On one device and in the upper part, in the backward pass of its convolution: the true gradients on both sides
-    of it, the loss and its gradient; above these the gradients of all weights but the synthesizer's, what enters the
-    interface, leaves it, and the synthetic gradient. In the lower part, when its synthesizer learns: what enters the
+    of it, the logits, the loss and its gradient; above these the gradients of all weights but the synthesizer's, what
+    enters the interface, leaves it, and the synthetic gradient. In the lower part, when its synthesizer learns: what enters the
     interface and leaves it, the synthetic and the true gradient, their difference, and that over the batch.
     """
     row, devices = count_by_hand("DNI", 2)
@@ -126,7 +126,7 @@ def test_dni_by_hand():
     peak = 3 * weights + 2 * SYNTHESIZER + IMAGES + LABELS + 3 * R1 + true + LOGITS
     assert row["peak MiB"] == peak / 2**20
     lower = 3 * CONV1 + 2 * SYNTHESIZER + IMAGES + 6 * R1
-    assert devices == mebibytes(lower, 3 * (CONV2 + HEAD2) + R1 + LABELS + true)
+    assert devices == mebibytes(lower, 3 * (CONV2 + HEAD2) + R1 + LABELS + true + LOGITS)
 
 
 def test_pipeline_by_hand():
@@ -213,7 +213,7 @@ def test_the_largest_batch_is_found_from_any_guess(limit, guess):
 
 def test_every_row_is_measured_and_told(arguments):
     """DGL and checkpointing take less memory than back-propagation, DDG more, and the tables say so."""
-    args = arguments("--depth", "14", "--batch-size", "4", "--splits", "2")
+    args = arguments("--depth", "8", "--batch-size", "16", "--splits", "2")
 
     def measure_here(args, name, splits, counted):
         return script.measure(args, script.METHODS[name], splits, 0)
@@ -228,7 +228,7 @@ def test_every_row_is_measured_and_told(arguments):
     assert max(devices["DGL", 2, "counted"]) == fullest["DGL"]
 
     about, main, _, listed, _, saved = script.report(args, frame, devices).rstrip("\n").split("\n\n")
-    assert about.endswith("\n# ResNet-14, 32×32, batch 4, 1 rounds") and "largest" not in main
+    assert about.endswith("\n# ResNet-8, 32×32, batch 16, 1 rounds") and "largest" not in main
     assert f"\nDGL, 2: {' '.join(f'{mib:.1f}' for mib in devices['DGL', 2, 'counted'])}\n" in listed
     told = {line.split()[0]: line for line in saved.splitlines()}
     assert script.describe_saving(peak["DGL"], peak["back-propagation"]) in told["DGL"]
@@ -277,8 +277,8 @@ def test_savings_in_words(peak, text):
 
 def test_the_largest_batch_in_a_budget():
     """Every image needs as much again, so the peak of the next larger batch is over a budget that one just fits in."""
-    peak = 2**20 * count_by_hand("DGL", 2, batch_size=300).columns["peak MiB"]
-    for budget, expected in ((peak, 300), (peak - 1, 299)):
+    peak = 2**20 * count_by_hand("DGL", 2, batch_size=30).columns["peak MiB"]
+    for budget, expected in ((peak, 30), (peak - 1, 29)):
         assert count_by_hand("DGL", 2, budget=budget / 2**30).columns["largest"] == expected
 
 
