@@ -120,8 +120,8 @@ def step_speed(args, classes, device):
 
 def load_images(args, workers, device):
     """(training batches, validation batches, number of classes) of at most --samples images, in whole batches."""
-    available = len(imagenet_folders.list_images(Path(args.data) / "train", imagenet_folders.LAYOUT))
-    count = min(args.samples, available)
+    listing = imagenet_folders.list_images(Path(args.data) / "train", imagenet_folders.LAYOUT)
+    count = min(args.samples, len(listing.samples))
     batch_size = min(args.batch_size, count)
     return imagenet_folders.load(
         args.data,

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from decoupled.data.batches import Batches
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
-from decoupled.parallel.balance import cut, survey
+from decoupled.parallel.balance import balance, survey
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes
 from decoupled.parallel.stages import Stage
@@ -229,8 +229,8 @@ def end_to_end(args, net, autocast, mesh):
 def pipeline(args, net, autocast, mesh, row):
     """Back-propagation in a pipeline, balanced by FLOPs: a Result."""
     net = without_lower_heads(net)
-    flops, layouts, _ = survey(net, torch.zeros(2, 3, 32, 32), autocast)
-    lengths = cut(flops, mesh.stages)
+    surveyed = survey(net, torch.zeros(2, 3, 32, 32), autocast)
+    lengths = balance(surveyed.flops, mesh.stages)
     first = sum(lengths[: mesh.stage])
     end = first + lengths[mesh.stage]
     is_first = mesh.stage == 0
@@ -248,7 +248,7 @@ def pipeline(args, net, autocast, mesh, row):
         optimizer.step()
     sent = 0
     if not is_last:
-        sent = layouts[end].room(args.batch_size, "cpu").nbytes
+        sent = surveyed.inputs[end].empty(args.batch_size, "cpu").nbytes
     return result_of(clock, sent, lengths)
 
 

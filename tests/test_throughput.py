@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from running import load_script
 
 script = load_script("benchmarks/throughput.py")
@@ -83,9 +84,11 @@ def test_traffic_by_hand():
 
 
 def test_input_benchmark(monkeypatch, capsys, tmp_path):
-    from test_imagenet import write_folders
-
-    write_folders(tmp_path)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(8):
+                Image.new("RGB", (40, 36), (index, 128, 0)).save(tmp_path / split / name / f"{index}.png")
     script = load_script("benchmarks/imagenet_input.py")
     words = "--arch resnet50 --channels 2 --image-size 32 -b 8 -j 0 1 --device cpu --samples 16 --steps 1"
     monkeypatch.setattr(sys, "argv", ["imagenet_input.py", str(tmp_path), *words.split()])
