@@ -117,8 +117,8 @@ def test_ddg_by_hand():
 def test_dni_by_hand():
     """On one device and in the upper part, in the backward pass of its convolution: the true gradients on both sides
     of it, the logits, the loss and its gradient; above these the gradients of all weights but the synthesizer's, what
-    enters the interface, leaves it, and the synthetic gradient. In the lower part, when its synthesizer learns: what enters the
-    interface and leaves it, the synthetic and the true gradient, their difference, and that over the batch.
+    enters the interface, leaves it, and the synthetic gradient. In the lower part, when its synthesizer learns: what
+    enters the interface and leaves it, the synthetic and the true gradient, their difference, and that over the batch.
     """
     row, devices = count_by_hand("DNI", 2)
     weights, true = CONV1 + CONV2 + HEAD2, R1 + R2 + 2 * SCALAR
