@@ -9,18 +9,11 @@ from PIL import Image
 from running import load_script
 
 script = load_script("benchmarks/throughput.py")
-CPU = torch.device("cpu")
-
-
-def measure(network, half=False):
-    """The frame to print and the lines below it, for a batch of 4."""
-    setting = script.random_setting(CPU, half, 4, script.SMOKE)
-    _, frame, conclusion = script.benchmark(network, setting, script.SMOKE, repeats=1)
-    return frame, conclusion
 
 
 def test_learning_curves():
-    frame, conclusion = measure("learning_curves")
+    setting = script.random_setting(torch.device("cpu"), half=False, batch_size=4, sizes=script.SMOKE)
+    _, frame, conclusion = script.benchmark("learning_curves", setting, script.SMOKE, repeats=1)
     steps = [name for name in frame.index if "step" in name]
     stages = [f"sequential step, stage {n}" for n in (1, 2, 3, 4)]
     assert steps == ["DGL step", *stages, "sequential step, mean", "back-propagation step"]
@@ -50,23 +43,18 @@ def dni_flops():
     }
 
 
-def test_dni_steps_cost_their_parts_in_bf16():
-    frame, conclusion = measure("dni", half=True)
-    assert frame["GFLOP/image"].to_dict() == pytest.approx(dni_flops())
-    assert (frame > 0).all(axis=None) and frame["% of DGL"]["DGL step"] == 100
-    total, step = re.search(r"= ([\d.]+) GFLOP/image; its step counts ([\d.]+)\.$", conclusion[0]).groups()
-    assert total == step and float(step) == pytest.approx(dni_flops()["DGL step"], abs=1e-3)
-    assert "back-propagation 0, DGL 2, DNI 3, cDNI 3." in conclusion[2]
-
-
-def test_the_command(monkeypatch, capsys):
-    flags = ("--smoke", "--network", "dni", "--batch-size", "4", "--repeats", "1", "--device", "cpu")
+def test_dni_steps_cost_their_parts(monkeypatch, capsys):
+    """By the command, in bf16."""
+    flags = ("--smoke", "--network", "dni", "--half", "--batch-size", "4", "--repeats", "1", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
     script.main()
     output = capsys.readouterr().out
     assert output.index("# commit: ") < output.index("# dni, batch 4, 1 rounds; ") and "learning_curves" not in output
     for name, flops in dni_flops().items():
         assert re.search(rf"^{name} .* {flops:.3f} ", output, re.MULTILINE)
+    total, step = re.search(r"= ([\d.]+) GFLOP/image; its step counts ([\d.]+)\.\n", output).groups()
+    assert total == step and float(step) == pytest.approx(dni_flops()["DGL step"], abs=1e-3)
+    assert "back-propagation 0, DGL 2, DNI 3, cDNI 3." in output
 
 
 def test_traffic_by_hand():
