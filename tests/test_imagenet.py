@@ -247,93 +247,17 @@ def test_resnets_linear_layers_keep_pytorchs_default_and_only_bn1d_is_drawn():
             assert layer.bias is None
 
 
-<<<<<<< HEAD
-=======
-# Data
-
-
-def make(folder, **settings):
-    return imagenet_folders.load(folder, **{"image_size": 32, "batch_size": 8, "workers": 0, **settings})
-
-
-def test_an_images_augmentation_is_the_seeds_the_epochs_and_its_own(folder):
-    train, val, classes = make(folder)
-    assert (len(train.images), len(val.images), classes) == (TRAIN, VAL, CLASSES)
-    first = train.images[1, 4][0]
-    torch.rand(3)
-    assert first.dtype == torch.uint8 and first.shape == (3, 32, 32)
-    assert torch.equal(train.images[1, 4][0], first)
-    others = [train.images[2, 4][0], make(folder, seed=2)[0].images[1, 4][0]]
-    assert not any(torch.equal(first, other) for other in others)
-    assert torch.equal(val.images[1, 4][0], val.images[2, 4][0])
-    state = torch.get_rng_state()
-    _ = train.images[1, 5]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def flat(lists):
-    return [element for each in lists for element in each]
-
-
-def test_processes_share_each_mini_batch(folder):
-    def keys(share, epoch=1, start=0):
-        share.epoch, share.start = epoch, start
-        return [[index for _, index in batch] for batch in share]
-
-    whole = keys(make(folder)[0].share)
-    assert [len(batch) for batch in whole] == [8, 8, 5] and sorted(flat(whole)) == list(range(TRAIN))
-    assert keys(make(folder)[0].share, epoch=2) != whole
-    assert keys(make(folder)[0].share, start=2) == whole[2:]
-    for processes in (2, 3):
-        shares = [keys(make(folder, rank=rank, processes=processes)[0].share) for rank in range(processes)]
-        assert [flat(parts) for parts in zip(*shares, strict=True)] == whole
-        tests = [keys(make(folder, rank=rank, processes=processes)[1].share) for rank in range(processes)]
-        assert sorted(flat(flat(test) for test in tests)) == list(range(VAL))  # each image once, none twice
-
-
-def test_normalization_is_imagenets(folder):
-    _, val, _ = make(folder)
-    image = val.images[1, 3][0]
-    expected = torchvision.transforms.v2.functional.normalize(
-        image.double() / 255, imagenet_folders.MEAN, imagenet_folders.STD
-    )
-    images, labels = next(iter(val))
-    torch.testing.assert_close(images[3].double(), expected, rtol=0, atol=1e-5)
-    assert images.shape == (8, 3, 32, 32) and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_centre_crop_is_the_middle_of_the_image_resized(folder):
-    _, val, _ = make(folder)
-    image = val.images.decode(5)
-    resized = torchvision.transforms.v2.functional.resize(image, 36, antialias=True)
-    top, left = (round((side - 32) / 2) for side in resized.shape[1:])
-    assert torch.equal(val.images[1, 5][0], resized[:, top : top + 32, left : left + 32])
-
-
-def test_neither_workers_nor_their_number_matter(train_small):
-    assert_same(train_small(VGG, "--nepochs", 1, "-j", 2, to="workers"), train_small(VGG, "--nepochs", 1))
-
-
->>>>>>> networks
 # The algorithm and the numbers
 
 
 def test_dgl_is_each_module_learning_alone(whole, folder):
     """To the bit, by SGD on each module's own loss, by the images the data give."""
     torch.manual_seed(1)
-<<<<<<< HEAD
-    net = vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).double()
-    train, _, _ = imagenet_folders.load(folder, image_size=32, batch_size=8, workers=0, seed=1)
-    velocity = [torch.zeros_like(parameter) for parameter in net.parameters()]
-    for epoch in (1, 2):
-=======
     net = vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).to(memory_format=torch.channels_last)
     start = {name: value.clone() for name, value in net.state_dict().items()}
-    train, _, _ = make(folder, seed=1)
+    train, _, _ = imagenet_folders.load(folder, image_size=32, batch_size=8, workers=0, seed=1)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True) for m in net]
     for rate in (0.01, 0.1 * 0.01):
->>>>>>> networks
         for images, labels in train:
             losses = []
             representation = images
@@ -640,76 +564,6 @@ def test_bad_flags(fails, folder, method, flags):
     assert names.get(flag, flag.lstrip("-")) in message
 
 
-<<<<<<< HEAD
-=======
-@pytest.fixture
-def own(folder, tmp_path):
-    """A copy of the image folders, to spoil."""
-    return shutil.copytree(folder, tmp_path / "own")
-
-
-def spoil(own, what):
-    if what in ("train", "val"):
-        shutil.rmtree(own / what)
-    elif what == "empty class":
-        for path in (own / "train/class3").iterdir():
-            path.unlink()
-    elif what == "other classes":
-        (own / "val/class3").rename(own / "val/class30")
-    elif what == "no class":
-        for path in (own / "val").iterdir():
-            shutil.rmtree(path)
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("train", "/train is missing: image folders are {train,val}/<class>/<image>"),
-        ("val", "/val is missing: image folders are {train,val}/<class>/<image>"),
-        ("empty class", "/train cannot be read as image folders (Found no valid file for the classes class3)"),
-        ("no class", "/val cannot be read as image folders (Couldn't find any class folder in"),
-        ("other classes", "class folder 'class3' is in only one of train and val"),
-    ],
-)
-def test_bad_folders(fails, own, what, message):
-    spoil(own, what)
-    assert message in fails(DGL, own, *FLAGS, *VGG[1:])
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_image_is_named(train_small, own, capsys, split):
-    path = own / split / "class4/1.JPEG"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(SystemExit) as stop:
-        train_small(VGG, data=own)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert message.startswith(f"imagenet_dgl.py: error: {path} is damaged or no image (")
-
-
-def test_a_damaged_image_ends_the_process_at_once(own, tmp_path):
-    """With its workers, for which Python would wait."""
-    path = own / "train/class4/1.JPEG"
-    path.write_bytes(path.read_bytes()[:200])
-    flags = map(str, (own, *FLAGS, *VGG[1:], "-j", 2, "--save_folder", tmp_path / "logs"))
-    command = [sys.executable, ROOT / DGL, *flags]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and str(path) in ended.stderr
-
-
-def test_other_images_are_not_resumed(train_small, fails, own, folder, tmp_path):
-    train_small(VGG, "--nepochs", 1)
-    (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    assert "the run was trained on other images than these 21 images of 7 classes" in fails(
-        DGL, own, *FLAGS, *VGG[1:], "--resume"
-    )
-    moved = shutil.copytree(folder, tmp_path / "moved")
-    assert train_small(VGG, "--resume", data=moved).log.is_file()
-
-
->>>>>>> networks
 def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
     with pytest.raises(SystemExit) as stop:
         train_small(VGG, "--lr", 1e38)
