@@ -42,7 +42,7 @@ from torch.optim import SGD
 from decoupled.data.batches import Batches
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
-from decoupled.parallel.balance import cut, survey
+from decoupled.parallel.balance import balance, survey
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes
 from decoupled.parallel.stages import Stage
@@ -171,7 +171,7 @@ def pipeline(args, net, steps, mesh, schedule, parts):
     heads = [*(nn.Identity() for _ in net[:-1]), net[-1].auxiliary]
     net = DecoupledNetwork([DecoupledModule(module.body, head) for module, head in zip(net, heads, strict=True)])
     flops, layouts, _ = survey(net, torch.zeros(2, 3, 32, 32), steps.autocast)
-    lengths = cut(flops, mesh.stages)
+    lengths = balance(flops, mesh.stages)
     first = sum(lengths[: mesh.stage])
     lowest, last = mesh.stage == 0, mesh.stage == mesh.stages - 1
     piece = Piece(net[first : first + lengths[mesh.stage]], steps.autocast, lowest, last)
@@ -182,7 +182,7 @@ def pipeline(args, net, steps, mesh, schedule, parts):
         run.step(*([images] if lowest else []), **({"target": labels} if last else {}))
         optimizer.step()
     layout = None if last else layouts[first + lengths[mesh.stage]]
-    sent = 0 if last else layout.room(args.batch_size, "cpu").nbytes
+    sent = 0 if last else layout.empty(args.batch_size, "cpu").nbytes
     return clock, sent, lengths
 
 

@@ -205,7 +205,7 @@ class Run:
 
     def pending_request(self):
         """What is to be done after a mini-batch: nothing (0), save, or the number of a signal."""
-        received = self.processes.tell_first(self.signals.received) if self.stage else self.signals.received
+        received = self.signals.received
         due = time.perf_counter() - self.saved_at > 60 * self.args.save_every
         return received or due * SAVE
 
