@@ -176,7 +176,7 @@ class Run:
         epoch = f"module {self.module_index + 1}, epoch {self.epoch}" if self.num_modules else f"epoch {self.epoch}"
         return f"{epoch}, batch {self.batch}" if self.within else epoch
 
-    def progress(self, batches):
+    def progress(self, batches, resumes=False):
         """Iterates over what is left of an epoch of ``batches``, and shows that on a terminal. After each it may stop
         or save. What a step draws from PyTorch's generator, as dropout does, depends on seed and place alone.
         """
