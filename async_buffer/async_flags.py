@@ -1,7 +1,7 @@
 """What cifar_buffer.py, the simulation, and cifar_buffer_distributed.py share: flags, network, options of buffers."""
 
 import torch
-from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, layer_list
+from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, module_list
 from replay_buffer import BITS, SAMPLING
 
 from decoupled.training import flags
@@ -31,7 +31,7 @@ def parser(doc):
     )
     group.add_argument(
         "--down",
-        type=layer_list,
+        type=module_list,
         default=(1, 3),
         help="modules, from 0, after which height and width are halved (default: [1,3])",
     )
