@@ -159,13 +159,17 @@ class Stage:
         if self.last:
             return
         while len(self.sending) >= self.queue:
-            works, _ = self.sending.popleft()
-            self.wait_for(works, self.mesh.above)
+            self.finish_oldest_send()
         tag = torch.tensor(self.tag)
         packed = self.output_format.pack(representation)
         tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (labels, packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
+
+    def finish_oldest_send(self):
+        """Waits until the oldest mini-batch in the queue is sent, and frees it."""
+        works, _ = self.sending.popleft()
+        self.wait_for(works, self.mesh.above)
 
     def transfer(self, begin, tensors, other, group):
         """Begins to send ``tensors``, a mini-batch's, to process ``other``, or to receive them: a list of works.
