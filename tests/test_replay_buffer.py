@@ -158,9 +158,6 @@ def test_the_memory_stated_is_the_memory_taken(bits):
     buffers, lines = make_buffers(5, 32, shapes, storage_device=torch.device("cpu"), dtype=torch.float32, bits=bits)
     kind = QuantizedStorage if bits else PlainStorage
     assert [type(buffer.storage) for buffer in buffers] == [kind, kind]
-        True,
-        True,
-    ]
     values = 5 * 32 * (8 * 16 * 16 + 16 * 8 * 8)
     ranges = 5 * (8 + 16) * 2 * 4 if bits else 0
     total = values * (bits or 32) // 8 + ranges + 2 * 5 * 32 * 8
