@@ -56,7 +56,7 @@ RUNS = {  # name → (processes, folder, flags, faults and restarts)
     "more": (3, "stopped", (*COMPRESSED, "--resume"), {}),
     "goes on": (2, "stopped", (*COMPRESSED, "--resume"), {}),
     "killed": (2, "killed", (), {"faults": {"1": [4, "SIGKILL"]}, "restarts": 1}),
-    "hangs": (3, "hangs", ("--timeout", 2), {"faults": {"1": [2, "SIGSTOP"]}}),
+    "hangs": (2, "hangs", ("--timeout", 2), {"faults": {"1": [2, "SIGSTOP"]}}),
     "slow stranger": (2, "nothing", ("--slow", "2:3"), {}),
 }
 

@@ -245,10 +245,10 @@ class Stage:
         return gathered
 
     def own(self, values):
-        """The part of ``values``, one for each module of the network, that belongs to this process's modules. Raises
-        ValueError for another number of values.
+        """The part of ``values``, one for each module of the network, that belongs to this process's modules; [] if
+        there are none. Raises ValueError for another number of values.
         """
-        if len(values) != len(self.net):
+        if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
         return values[self.first : self.first + len(self.modules_here)]
 
