@@ -12,7 +12,7 @@ from pathlib import Path
 
 from decoupled.data.datasets import DATASETS
 from decoupled.errors import InputError, one_line
-from decoupled.parallel.processes import TIMEOUT, first_to_say
+from decoupled.parallel.processes import TIMEOUT
 from decoupled.training.console import unfailing_output
 from decoupled.training.precision import keep_freed_memory
 
@@ -82,9 +82,8 @@ def shortage(error):
 
 
 def fail(script, message):
-    """The exit code for bad input, after ``message``; of several processes that end for it, one prints it."""
-    if first_to_say(message):
-        print(f"{script}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    """The exit code for bad input, after ``message``."""
+    print(f"{script}: error: {one_line(message)}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 

@@ -176,7 +176,7 @@ class Run:
         epoch = f"module {self.module_index + 1}, epoch {self.epoch}" if self.num_modules else f"epoch {self.epoch}"
         return f"{epoch}, batch {self.batch}" if self.within else epoch
 
-    def progress(self, batches):
+    def progress(self, batches, resumes=False):
         """Iterates over what is left of an epoch of ``batches``, and shows that on a terminal. After each it may stop
         or save. What a step draws from PyTorch's generator, as dropout does, depends on seed and place alone.
         """
@@ -205,7 +205,7 @@ class Run:
 
     def pending_request(self):
         """What is to be done after a mini-batch: nothing (0), save, or the number of a signal."""
-        received = self.processes.tell_first(self.signals.received) if self.stage else self.signals.received
+        received = self.signals.received
         due = time.perf_counter() - self.saved_at > 60 * self.args.save_every
         return received or due * SAVE
 
