@@ -90,10 +90,10 @@ def left(folder):
 
 
 def complaint(folder, whole):
-    """What is wrong with a finished run in ``folder``, compared with what the ``whole`` one left; None if nothing is."""
-    names = sorted(path.name for path in folder.iterdir())
+    """What is wrong with a finished run in ``folder``, compared with the ``whole`` one; None if nothing is."""
+    names = [path.name for path in folder.iterdir()]
     if sorted(Path(name).suffix for name in names) != ["", ".log", ".pt"]:  # the first one is "output"
-        return f"files left behind: {names}"
+        return f"files left behind: {sorted(names)}"
     if "Traceback" in (folder / "output").read_text(errors="replace"):
         return "a traceback"
     found = left(folder)
