@@ -28,8 +28,7 @@ from decoupled.errors import InputError
 from decoupled.networks.flops import count_flops
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
 from decoupled.training import checkpoint as checkpoints
-from decoupled.training import checkpoint as loading
-from decoupled.training import flags
+from decoupled.training import flags, loading
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
