@@ -125,7 +125,8 @@ def main():
     torch.backends.cudnn.benchmark = True
 
     def load(workers):
-        count = min(args.samples, len(imagenet_folders.list_images(Path(args.data) / "train", imagenet_folders.LAYOUT)))
+        listing = imagenet_folders.list_images(Path(args.data) / "train", imagenet_folders.LAYOUT)
+        count = min(args.samples, len(listing.samples))
         batch_size = min(args.batch_size, count)
         count -= count % batch_size  # whole batches
         settings = {"image_size": args.image_size, "batch_size": batch_size, "train_samples": count}
