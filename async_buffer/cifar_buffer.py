@@ -105,7 +105,7 @@ def main():
 
     for epoch in run.epochs(**state):  # over when the slowest module has finished its own
         net.train()
-        for n in run.progress(turns.until(epoch)):  # one turn of one module
+        for n in run.progress(turns.until(epoch), resumes=True):  # one turn of one module
             tally = tallies[n]
             tally.turns += 1
             if not turns.learns(n) and not turns.feeds(n):  # nobody needs what it makes

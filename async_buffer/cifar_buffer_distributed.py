@@ -119,7 +119,7 @@ def main():
 
     for epoch in run.epochs(**state):  # over when the slowest process has finished its own
         stage.train()
-        for sample, age in run.progress(stage.turns(epoch)):  # turns of this process
+        for sample, age in run.progress(stage.turns(epoch), resumes=True):  # turns of this process
             if sample is None:  # nothing has come yet, all was read as often as allowed, or nobody needs more
                 continue
             representation, labels, learns = sample.representation, sample.labels, pace.learns

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import small_imagenet
 import torch
-from running import PARALLEL, SEQUENTIAL, load_script, small
+from running import PARALLEL, SEQUENTIAL, load_script
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -18,6 +18,7 @@ from decoupled.networks.modules import eval_mode
 from decoupled.training.precision import Steps
 
 TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
+NARROW = ("--channels", 4)
 RESNET = (*TOY, "--depth", 14, "--splits", 3)
 BUFFER = (*TOY, "--feature_size", 4, "--layer-sequence", "sequential", "--buffer", 3)
 FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three
@@ -27,13 +28,13 @@ DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", 
 # The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
 # layer; for DDG of the first epoch, in which the lowest module takes its first step late, and of another.
 COMMANDS = {
-    (PARALLEL, *TOY): [446],
-    (SEQUENTIAL, *TOY): [130, 136, 141, 104],
-    (AUX, *TOY, "--channels", 4): [684],
-    (AUX, *TOY, "--channels", 4, "--type_aux", "cnn"): [439],
-    ("dni/cifar_dgl.py", *TOY, "--channels", 4): [224],
-    (DNI, *TOY, "--channels", 4): [56],
-    (DNI, *TOY, "--channels", 4, "--dni", "--context"): [132],
+    (PARALLEL, *TOY, *NARROW): [446],
+    (SEQUENTIAL, *TOY, *NARROW): [130, 136, 141, 104],
+    (AUX, *TOY, *NARROW): [684],
+    (AUX, *TOY, *NARROW, "--type_aux", "cnn"): [439],
+    ("dni/cifar_dgl.py", *TOY, *NARROW): [224],
+    (DNI, *TOY, *NARROW): [56],
+    (DNI, *TOY, *NARROW, "--dni", "--context"): [132],
     (DGL, *RESNET): [398],
     (DDG, *RESNET): [248, 246],
     (BACKPROP, *RESNET[:-2]): [184],
@@ -53,10 +54,10 @@ LAYERS = 6  # of the asynchronous network
 
 # Where the overflow is put: the module and its loss, from 0; and the steps that must be skipped, (module, its step).
 OVERFLOWS = {
-    (PARALLEL, *TOY): ((1, 1), {(1, 1)}),
-    (SEQUENTIAL, *TOY): ((1, 1), {(1, 1)}),
-    (AUX, *TOY, "--channels", 4): ((5, 0), {(5, 0)}),
-    ("dni/cifar_dgl.py", *TOY, "--channels", 4): ((1, 1), {(1, 1)}),
+    (PARALLEL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
+    (SEQUENTIAL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
+    (AUX, *TOY, *NARROW): ((5, 0), {(5, 0)}),
+    ("dni/cifar_dgl.py", *TOY, *NARROW): ((1, 1), {(1, 1)}),
     (DGL, *RESNET): ((0, 2), {(0, 2)}),
     # A gradient that overflowed goes down, iteration by iteration. The middle module's first step is its second
     # iteration's, and so on: all three skip the same step of theirs.
@@ -82,7 +83,7 @@ def narrow(script):
         return {name: lambda *args, build=build, **settings: build(*args, **settings).float() for name, build in builds}
     names = {name: getattr(module, name) for name in ("decoupled_resnet", "chained_resnet") if hasattr(module, name)}
     names = {name: partial(build, width=4) for name, build in names.items()}
-    return names | ({"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {})
+    return names
 
 
 def few_images(dataset, folder):

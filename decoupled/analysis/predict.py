@@ -34,8 +34,7 @@ from decoupled.errors import InputError, writing
 from decoupled.logs import newest
 from decoupled.networks.flops import count_flops
 from decoupled.networks.modules import DecoupledNetwork, eval_mode
-from decoupled.training import checkpoint as checkpoints
-from decoupled.training import flags
+from decoupled.training import flags, loading
 from decoupled.training.precision import pick_device
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -390,9 +389,9 @@ def main():
     args = parse_args()
     args.device = pick_device(args.device)
     path = find_checkpoint(Path(args.checkpoint))
-    saved = checkpoints.read(path)
-    net = checkpoints.rebuild(saved, path, script=args.script, device=args.device)
-    form = checkpoints.input_form(saved, path)
+    saved = loading.read(path)
+    net = loading.rebuild(saved, path, script=args.script, device=args.device)
+    form = loading.input_form(saved, path)
     if args.early_exit is not None and count_heads(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
     if args.labeled:
