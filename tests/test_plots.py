@@ -145,9 +145,12 @@ def decoupled(monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, words)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        code = 0
+        try:
             __main__.main()
-        return stop.value.code, *capsys.readouterr()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
 
     return run
 
