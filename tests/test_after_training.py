@@ -1,5 +1,6 @@
 """What one does with a trained network: load it from its checkpoint, predict, leave early, export."""
 
+import os
 import re
 import shutil
 import sys
@@ -108,14 +109,37 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def say(monkeypatch, capsys):
+def stderr():
+    """The lines that say's last command printed to stderr."""
+    return []
+
+
+@pytest.fixture
+def say(monkeypatch, capsys, stderr):
     """say(*words): the lines that python -m decoupled predict prints."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, words), "--device", "cpu"])
         capsys.readouterr()
         start(predict.main)
-        return capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        stderr[:] = printed.err.splitlines()
+        return printed.out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def refused(say, capsys):
+    """refused(*words): the one line on stderr with which python -m decoupled predict ends, with exit code 2."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            say(*words)
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if not line.startswith("checkpoint: ")]
+        assert stop.value.code == 2 and len(lines) == 1 and printed.out == ""
+        return lines[0]
 
     return run
 
@@ -230,48 +254,98 @@ def test_a_script_of_ones_own(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"script": "../evil.py"}, "'../evil.py' is the name of no script"),
-        ({"data": {}}, "does not say what images its network reads"),
-        ({"data": {"classes": ["a"]}}, "does not say what images its network reads"),
-        ({"state": {"optimizers": []}}, "holds no network"),
-        ({"script": PARALLEL}, r"is of another network than .*learning_curves/cifar_dgl\.py builds now"),
-        ({"format": 2}, "is from an earlier version of these scripts"),
-        ({"data": None}, "is no checkpoint of these scripts"),
+        {"script": "../evil.py"},
+        {"data": {}},
+        {"data": {"classes": ["a"]}},
+        {"state": {"optimizers": []}},
+        {"script": PARALLEL},
+        {"format": 2},
+        {"data": None},
     ],
+    ids=str,
 )
-def test_checkpoints_that_will_not_do(run, tmp_path, change, message):
+def test_checkpoints_that_will_not_do(run, tmp_path, change):
     torch.save(torch.load(run[0], weights_only=True) | change, tmp_path / "changed.pt")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         decoupled.load(tmp_path / "changed.pt")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        ("/nonexistent.pt", "/nonexistent.pt is no checkpoint: name the .pt file beside a run's log"),
-        ("RUN /nonexistent.png", "/nonexistent.png is missing: name an image file"),
-        ("RUN LOG", ".log is damaged or no image"),
-        ("RUN LOG --heads 4", "--heads 4: choose all, or one from 1 to 3"),
-        ("RUN LOG --heads 1 --early-exit 0.5", "leave out --heads"),
-        ("RUN LOG --early-exit 90", "--early-exit 90: a confidence is at most 1"),
-        ("RUN LOG --output x.png", "--output is for labeled images"),
-        ("RUN --heads 1", "--heads is for image files"),
-        ("RUN FOLDER LOG", "is a folder: name it alone, or image files"),
-        ("RUN FOLDER", "/val/cat is no class of the network's: 0, 1, 2"),
-        ("RUN FOLDER/cat", "holds no images: labeled images are"),
-        ("FOLDER", "there is no checkpoint in"),
+        ("/nonexistent.pt", "/nonexistent.pt"),
+        ("RUN /nonexistent.png", "/nonexistent.png"),
+        ("RUN LOG", ".log"),
+        ("RUN LOG --heads 4", "--heads"),
+        ("RUN LOG --heads 1 --early-exit 0.5", "--heads"),
+        ("RUN LOG --early-exit 90", "--early-exit"),
+        ("RUN LOG --output x.png", "--output"),
+        ("RUN --output x.xyz", "--output"),
+        ("RUN --heads 1", "--heads"),
+        ("RUN FOLDER LOG", "/val"),
+        ("RUN FOLDER", "/val/cat"),
+        ("RUN FOLDER/cat", "/val/cat"),
+        ("FOLDER", "/val"),
     ],
 )
-def test_what_cannot_be_predicted(run, folder, monkeypatch, capsys, words, message):
+def test_what_cannot_be_predicted(run, folder, refused, words, named):
     val = folder / "val"
     names = {"RUN": run[0], "LOG": run[0].with_suffix(".log"), "FOLDER": val, "FOLDER/cat": val / "cat"}
-    monkeypatch.setattr(sys, "argv", ["predict.py", *(str(names.get(word, word)) for word in words.split())])
-    with pytest.raises(SystemExit) as stop:
-        start(predict.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+    assert named in refused(*(names.get(word, word) for word in words.split()))
+
+
+def test_of_a_folder_of_runs_the_newest_by_name_is_taken_whenever_it_was_copied(run, say, tmp_path):
+    for name in ("a-20260102-000000-1.pt", "a-20260102-000000.pt", "z-20260101-000000.pt", "other.pt"):
+        shutil.copy(run[0], tmp_path / name)
+        os.utime(tmp_path / name, (len(name), len(name)))
+    saved = torch.load(run[0], weights_only=True)
+    torch.save(saved | {"script": "mine/newest.py"}, tmp_path / "a-20260102-000000-1.pt")
+    with pytest.raises(SystemExit):
+        say(tmp_path)  # its script is missing
+    (tmp_path / "a-20260102-000000-1.pt").unlink()
+    assert say(tmp_path)[0].startswith(f"{AUX}, 359 images")
+
+
+def draw_folder(root, splits, classes, count, start=0):
+    """Writes ``count`` images of noise per class, 32×32, as root/SPLIT/CLASS/NUMBER.png."""
+    draw = np.random.default_rng(start)
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(start, start + count):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_a_folder_of_ones_own_is_compared_with_what_the_run_saw(run_script, say, stderr, refused, tmp_path):
+    images = tmp_path / "images"
+    draw_folder(images, ("train", "test"), ("b", "c"), 4)
+    (images / "test/b/.DS_Store").touch()
+    (images / "test/c/Thumbs.db").touch()
+    flags = ("--dataset", "folder", "--data-dir", images, "--batch-size", 4, "--epochs", 1, "--device", "cpu")
+    left = run_script(AUX, *flags, "--channels", 2, "--depth", 2)
+    own = say(left.checkpoint)
+    assert stderr == []
+    named = say(left.checkpoint, images / "test")
+    assert "8 images" in own[0] and "8 images" in named[0] and own[1:] == named[1:]  # read in the same way
+    draw_folder(images, ("test",), ("b",), 1, start=9)
+    say(left.checkpoint)
+    (note,) = stderr  # other images than those that the run was tested on
+    assert str(images) in note
+    for split in ("train", "test"):
+        shutil.move(images / split / "b", images / split / "d")
+    assert "'b'" in refused(left.checkpoint)
+    assert "/test/d" in refused(left.checkpoint, images / "test")
+
+
+def test_flops_of_attention_are_counted():
+    attention = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    (flops,) = predict.exit_flops(attention, torch.zeros(1, 5, 16)).alone
+    assert flops >= 5 * 2 * (4 * 16 * 16 + 2 * 16 * 32)  # projections and the two linear layers
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_network_without_modules_below_has_one_head(tmp_path):

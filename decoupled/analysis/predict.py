@@ -224,8 +224,8 @@ def evaluate_labeled(net, form, saved, args):
     """Prints top-1 and FLOPs at each head and confidence, and draws them with --output."""
     if args.images:
         folder = Path(args.images[0])
-        listing = list_labeled(folder, form)
-        batches = labeled_batches(listing, form, args.device)
+        listing = list_images(folder, f"labeled images are {folder}/<class>/<image>")
+        batches = labeled_batches(match_classes(listing, folder, form), form, args.device)
         description = f"{folder}{listing.describe_left_out(folder)}"
     else:
         batches = own_test_set(saved, form, args.data_dir, args.device)
@@ -244,25 +244,23 @@ def evaluate_labeled(net, form, saved, args):
         print(f"figure: {figure}, numbers: {table}")
 
 
-def list_labeled(folder, form):
-    """The decoupled.data.folders.Listing of ``folder``/<class>/<image>, labeled with the network's classes, by name.
-    Raises InputError for a class that is not the network's.
+def match_classes(listing, folder, form):
+    """The images of ``listing``, a decoupled.data.folders.Listing of ``folder``, as [(path, label)] with the network's
+    labels, which are matched by the classes' names. Raises InputError for a class that is not the network's.
     """
-    listing = list_images(folder, f"labeled images are {folder}/<class>/<image>")
     for name in listing.classes:
         if name not in form.classes:
             some = ", ".join(form.classes[:10])
             raise InputError(f"{folder / name} is no class of the network's: {some}, …")
-    samples = [(path, form.classes.index(listing.classes[label])) for path, label in listing.samples]
-    return listing._replace(classes=form.classes, samples=samples)
+    return [(path, form.classes.index(listing.classes[label])) for path, label in listing.samples]
 
 
-def labeled_batches(listing, form, device):
-    """Iterates over the images of ``listing``, read as ``form`` says: images (B, 3, s, s), labels (B,)."""
-    for start in range(0, len(listing.samples), BATCH_SIZE):
-        samples = listing.samples[start : start + BATCH_SIZE]
-        images = torch.stack([form.read(path) for path, _ in samples])
-        labels = torch.tensor([label for _, label in samples])
+def labeled_batches(samples, form, device):
+    """Iterates over ``samples``, [(path, label)], read as ``form`` says: images (B, 3, s, s), labels (B,)."""
+    for start in range(0, len(samples), BATCH_SIZE):
+        batch = samples[start : start + BATCH_SIZE]
+        images = torch.stack([form.read(path) for path, _ in batch])
+        labels = torch.tensor([label for _, label in batch])
         yield as_batch(images, form, device), labels
 
 
