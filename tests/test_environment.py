@@ -6,11 +6,11 @@ import sys
 import zipfile
 
 import pytest
-from running import ROOT
+from running import PARALLEL, ROOT
 
 from decoupled import InputError
 from decoupled.analysis import plots
-from decoupled.training import environment as provenance
+from decoupled.training import environment
 
 
 def git(folder, *words):
@@ -30,21 +30,49 @@ def clone(tmp_path):
     return folder, git(folder, "rev-parse", "--short=12", "HEAD").strip()
 
 
+def commit_of(monkeypatch, script):
+    """What a log says when ``script`` is run."""
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    return environment.commit()
+
+
 def test_a_script_and_a_package_of_two_clones_are_both_named(clone, monkeypatch):
     folder, commit = clone
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "learning_curves" / "cifar_dgl.py")])
-    assert "script" not in provenance.commit()
-    monkeypatch.setattr(sys, "argv", [str(folder / "learning_curves" / "script.py")])
-    package = provenance.state(ROOT / "decoupled")
-    assert provenance.commit() == f"{commit} (script, {folder}), {package} (package, {ROOT / 'decoupled'})"
-    (folder / "learning_curves" / "script.py").write_text("changed\n")
-    assert provenance.commit().startswith(f"{commit}+ (script, ")
+    package = commit_of(monkeypatch, ROOT / PARALLEL)
+    assert "script" not in package
+    script = folder / "learning_curves" / "script.py"
+    both = commit_of(monkeypatch, script)
+    assert both.startswith(f"{commit} (script, {folder}), ") and both.endswith(f" (package, {ROOT / 'decoupled'})")
+    script.write_text("changed\n")
+    assert commit_of(monkeypatch, script).startswith(f"{commit}+ (script, ")
 
 
-def test_a_script_of_no_repository_is_the_packages_affair(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script.py")])
-    assert provenance.commit() == provenance.state(ROOT / "decoupled")
-    assert provenance.state(tmp_path) == "unknown"
+def test_a_script_that_git_does_not_track_is_marked(clone, monkeypatch, tmp_path):
+    folder, commit = clone
+    new = folder / "learning_curves" / "new.py"
+    new.write_text("pass\n")
+    assert commit_of(monkeypatch, new).startswith(f"{commit}+ (script, ")
+    shutil.copytree(ROOT / "decoupled", folder / "decoupled", ignore=shutil.ignore_patterns("__pycache__"))
+    git(folder, "add", "decoupled")
+    git(folder, "commit", "-qm", "second")
+    commit = git(folder, "rev-parse", "--short=12", "HEAD").strip()
+    monkeypatch.setattr(environment, "__file__", str(folder / "decoupled" / "training" / "environment.py"))
+    assert commit_of(monkeypatch, folder / "learning_curves" / "script.py") == commit
+    assert commit_of(monkeypatch, new) == f"{commit}+"
+    (folder / "mine").mkdir()
+    assert commit_of(monkeypatch, folder / "mine" / "new.py") == f"{commit}+"
+
+
+def test_a_repository_around_a_copy_is_not_named(clone, monkeypatch, tmp_path):
+    folder, commit = clone
+    package = commit_of(monkeypatch, tmp_path / "script.py")  # of no repository
+    assert commit not in package
+    copy = folder / "copy" / "scripts"
+    copy.mkdir(parents=True)
+    (copy / "script.py").write_text("pass\n")
+    assert commit_of(monkeypatch, copy / "script.py") == package
+    monkeypatch.setattr(environment, "__file__", str(folder / "copy" / "decoupled" / "training" / "environment.py"))
+    assert commit_of(monkeypatch, copy / "script.py") == "unknown"
 
 
 def test_the_wheel_has_the_libraries_alone(tmp_path):

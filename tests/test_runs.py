@@ -320,14 +320,13 @@ def test_a_changed_log_is_kept_and_written_anew(run_script, whole, change):
     assert (kept.name in left.log.read_text()) == (changed is not None)
 
 
-def test_scripts_run_from_their_own_folder_and_from_the_root(tmp_path):
-    for folder, script in ((ROOT, PARALLEL), (ROOT / "learning_curves", "cifar_sequential_greedy.py")):
-        words = [*FLAGS, "--epochs", "1", "--channels", "1", "--log-dir", str(tmp_path)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, script, *words], cwd=folder, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(b"n: ") == 4
-    assert len(list(tmp_path.glob("*.log"))) == 2
+def test_a_script_runs_from_its_own_folder(tmp_path):
+    words = [*FLAGS, "--epochs", "1", "--channels", "1", "--log-dir", str(tmp_path)]
+    command = [sys.executable, "cifar_sequential_greedy.py", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT / "learning_curves", env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"n: ") == 4 and not done.stderr
 
 
 # Bad input
@@ -413,7 +412,7 @@ def test_checkpoint_of_another_network(fails, finished):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Files cannot become larger than that: as on a full disk, the write that does not fit is done in part and fails."""
+    """No file can become larger: as on a full disk, the write that does not fit is done in part and fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

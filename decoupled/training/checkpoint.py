@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
+import tempfile
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -223,17 +224,30 @@ def lock_file(path):
     The lock is flock's, which ends with the process. On file systems without flock it is the file itself: filelock then
     takes over the lock of a process of this machine that has died.
     """
-    try:
+    if has_flock(path.parent):
         lock = FileLock(path, timeout=0)
         lock.acquire()
-    except OSError as error:
-        if isinstance(error, Timeout) or error.errno not in NO_FLOCK:
-            raise
-        lock = SoftFileLock(path, timeout=0)
-        lock.acquire()
-    if first_line(path) != str(os.getpid()):  # filelock itself has written it, and more, where there is no flock
         path.write_text(f"{os.getpid()}\n")
+    else:
+        lock = SoftFileLock(path, timeout=0)
+        lock.acquire()  # writes the number of this process, and more
     return lock
+
+
+def has_flock(folder):
+    """Whether files in ``folder`` can be locked: some network file systems cannot."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_FLOCK:
+                return False
+            raise
+    return True
 
 
 def first_line(path):
