@@ -74,11 +74,6 @@ def called(command):
     return " ".join([script.removesuffix(".py"), *map(str, flags[len(common) :])])
 
 
-def narrow(script):
-    """The names to replace in ``script`` for networks that a CPU computes quickly."""
-    return {}
-
-
 def few_images(dataset, folder):
     """A reader of 32 images for training, one of each class and two for testing."""
     images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -89,7 +84,7 @@ def few_images(dataset, folder):
 @pytest.fixture(scope="session")
 def image_folders(tmp_path_factory):
     """Image folders of 7 classes, 21 images for training."""
-    from test_imagenet import write_folders
+    from small_imagenet import write_folders
 
     root = tmp_path_factory.mktemp("images")
     write_folders(root)
@@ -104,7 +99,7 @@ def on_gpu(run_script, image_folders, monkeypatch):
     def run(command, *flags):
         script, *own = command
         data = [image_folders] if "imagenet" in script else []
-        return run_script(script, *data, *own, "--device", "cuda", *flags, **narrow(script))
+        return run_script(script, *data, *own, "--device", "cuda", *flags)
 
     return run
 
