@@ -1,9 +1,8 @@
-"""Where a run and its tools come from: commits, the wheel, and notebooks opened elsewhere."""
+"""Where a run and its tools come from: commits, and notebooks opened elsewhere."""
 
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 from running import PARALLEL, ROOT
@@ -73,22 +72,6 @@ def test_a_repository_around_a_copy_is_not_named(clone, monkeypatch, tmp_path):
     assert commit_of(monkeypatch, copy / "script.py") == package
     monkeypatch.setattr(environment, "__file__", str(folder / "copy" / "decoupled" / "training" / "environment.py"))
     assert commit_of(monkeypatch, copy / "script.py") == "unknown"
-
-
-def test_the_wheel_has_the_libraries_alone(tmp_path):
-    pytest.importorskip("setuptools", minversion="77")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("decoupled", "dni"):
-        shutil.copytree(ROOT / name, source / name)
-    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    library = {f"decoupled/{path.name}" for path in (ROOT / "decoupled").glob("*.py")}
-    assert names == library | {f"dni/{name}.py" for name in ("__init__", "contexts", "interfaces", "synthesizers")}
 
 
 def test_a_notebook_opened_elsewhere_finds_the_results_or_says_what_to_do(monkeypatch, tmp_path):
