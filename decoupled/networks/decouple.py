@@ -54,8 +54,8 @@ def decouple(
       example_input  a batch of inputs, on the model's device; two are used. On the meta device nothing is computed, and
                      shapes alone are checked
       classes        number of classes of the model's head, checked; by default read from it
-      auxiliary      mlp, mlp-sr or cnn, with ``auxiliary_options`` (decoupled.networks.auxiliary), or a callable: (shape
-                     of the representation without B, classes, **auxiliary_options) → module, (B, *shape) → (B, classes)
+      auxiliary      mlp, mlp-sr or cnn, with ``auxiliary_options`` (see decoupled.networks.auxiliary), or a callable:
+                     (shape without B, classes, **auxiliary_options) → module, (B, *shape) → (B, classes)
       layout         of the representations: channels_first, (B, C, h, w), or channels_last, (B, h, w, C) and (B, N, C);
                      needed only where shapes do not tell: maps of square inputs are square, rank 3 is tokens (B, N, C)
     The largest module is the smallest possible by forward FLOPs, auxiliaries left out, or up to 10 % larger where that
