@@ -1,0 +1,270 @@
+"""The steps of a model's forward in one mode, train or eval, as a graph. Two tracers give the same kind of Trace:
+
+- torch.fx calls the forward with a stand-in for the input. Modules of PyTorch, and those that cannot be traced, stay
+  whole: one step each. It is fast, and what it gives still calls the model's own modules.
+- torch.export runs the forward on an example and records every operator. It follows nearly all Python code, takes
+  longer, and what it gives calls operators on the model's parameters.
+"""
+
+import copy
+import operator
+import os
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+# Those of PyTorch's modules whose forward calls layers one after the other
+CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
+
+# What torch.export records that computes nothing: assertions about sizes, types and devices
+ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+
+CONSTANT = "_decoupled_constant"  # the beginning of the names under which a copy of the model has its Trace's constants
+
+
+class Untraceable(Exception):
+    """A forward that cannot be traced. The message says why, and at which line of it."""
+
+
+class Trace(NamedTuple):
+    """A model's forward in one mode. Names in the graph are those of the model's own modules and tensors, or begin with
+    CONSTANT.
+    """
+
+    graph: fx.Graph  # one input, "representation"; its output is the logits
+    module_ends: dict  # {node: paths of the modules whose output it is}
+    whole: dict  # {path: the Untraceable of a module that had to stay whole}
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+def user_line(error):
+    """The last line of the user's code that ``error`` went through, as "file.py:12 (its code)"; "" if there is none."""
+    ours = os.path.dirname(__file__)
+    pytorch = os.path.dirname(torch.__file__)
+    standard_library = os.path.dirname(os.__file__)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        folder = os.path.dirname(frame.filename)
+        internal = folder in (ours, standard_library) or frame.filename.startswith((pytorch + os.sep, "<"))
+        if not internal:
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.line})"
+    return ""
+
+
+def untraceable(error):
+    """``error``, which a tracer raised, as an Untraceable that says where."""
+    place = user_line(error)
+    if place:
+        return Untraceable(f"cannot be traced past {place}: {first_line(error)}")
+    return Untraceable(f"cannot be traced: {first_line(error)}")
+
+
+def logits_of(output):
+    """The logits in what a model returns: ``output`` itself, or its entry or attribute ``logits``. None without any."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    return getattr(output, "logits", None)
+
+
+# torch.fx
+
+
+class ModuleTracer(fx.Tracer):
+    """Traces a forward of one input; other arguments keep their defaults. Without ``opened``, it follows the forward of
+    every module that has parts and can be traced; with it, only of those at these paths. ``wrapped``: the model returns
+    an object with logits. Forward hooks are not traced.
+    """
+
+    proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
+
+    def __init__(self, wrapped, opened=None):
+        super().__init__()
+        self.wrapped = wrapped
+        self.opened = opened
+        self.module_ends = {}
+        self.whole = {}
+        self.attribute_proxies = {}
+
+    def is_leaf_module(self, module, path):
+        if self.opened is not None:
+            return path not in self.opened
+        return path in self.whole or not has_parts(module)
+
+    def call_module(self, module, forward, args, kwargs):
+        path = self.path_of_module(module)
+        if self.is_leaf_module(module, path):
+            output = super().call_module(module, forward, args, kwargs)
+        else:
+            output = self.call_opened(module, path, args, kwargs)
+        if isinstance(output, fx.Proxy):
+            self.module_ends.setdefault(output.node, []).append(path)
+        return output
+
+    def call_opened(self, module, path, args, kwargs):
+        """Traces the forward of ``module``, or has it whole if that fails."""
+        last_node = next(reversed(self.graph.nodes))
+        calls, stack = dict(self.num_calls), dict(self.module_stack)
+        lists = [(value, list(value)) for value in args if isinstance(value, list)]
+        try:
+            return super().call_module(module, module.forward, args, kwargs)
+        except Exception as error:  # whatever a forward raises when it is given a stand-in
+            if self.opened is not None:
+                raise
+            self.whole[path] = untraceable(error)
+        self.remove_nodes_behind(last_node)
+        for current, before in ((self.num_calls, calls), (self.module_stack, stack)):
+            current.clear()
+            current.update(before)
+        for value, before in lists:
+            value[:] = before
+        return super().call_module(module, module.forward, args, kwargs)
+
+    def remove_nodes_behind(self, last_node):
+        for node in reversed(self.graph.nodes):
+            if node is last_node:
+                return
+            self.module_ends.pop(node, None)
+            for name, proxy in list(self.attribute_proxies.items()):
+                if proxy.node is node:
+                    del self.attribute_proxies[name]
+            self.graph.erase_node(node)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        self.attribute_proxies = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        def forward(model, representation):
+            output = root_fn(model, representation)
+            if isinstance(output, fx.Proxy):
+                return self.create_proxy("call_function", logits_of, (output,), {}) if self.wrapped else output
+            return logits_of(output)
+
+        return forward, [self.root, self.create_proxy("placeholder", "representation", (), {})]
+
+
+def has_parts(module):
+    """Whether there may be a place to cut inside ``module``, whose forward can be followed."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return False
+    from_pytorch = type(module).__module__.startswith("torch.nn.")
+    if from_pytorch and not isinstance(module, CONTAINERS):
+        return False
+    return next(module.children(), None) is not None
+
+
+def trace_with_fx(model, training, wrapped, opened=None):
+    """The Trace of ``model``, which is left in that mode and may get attributes. Raises Untraceable."""
+    model.train(training)
+    tracer = ModuleTracer(wrapped, opened)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # whatever a forward raises when it is given a stand-in
+        raise untraceable(error) from error
+    remove_unused_items(graph)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # made in the forward
+            rename_constant(model, node, getattr(model, node.target), training)
+    return Trace(graph, tracer.module_ends, tracer.whole)
+
+
+def remove_unused_items(graph):
+    """Removes the second of ``output, _ = layer(x)``: as long as it is there, the tuple seems to be needed later."""
+    for node in reversed(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+
+
+def rename_constant(model, node, value, training):
+    """Gives ``model`` the ``value`` of the get_attr ``node`` under a name that no other Trace uses."""
+    mode = "train" if training else "eval"
+    node.target = "_".join([CONSTANT, mode, node.target.replace(".", "_").lstrip("_")])
+    setattr(model, node.target, value)
+
+
+# torch.export
+
+
+class ReturnsLogits(nn.Module):
+    """``model`` as torch.export needs it: one input, one tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, representation):
+        return logits_of(self.model(representation))
+
+
+def trace_with_export(model, training, example):
+    """The Trace of ``model`` for inputs like ``example``, of any batch size, and of any length if they are tokens
+    (B, N). ``model`` may get attributes. Raises Untraceable.
+    """
+    # Exported with gradients: in eval mode without them, PyTorch's layers call operators that have no backward pass
+    exported = copy.deepcopy(model).train(training)
+    for tensor in exported.parameters():
+        tensor.requires_grad_(tensor.is_floating_point())
+    sizes = {0: torch.export.Dim.DYNAMIC}
+    if example.dim() == 2 and not example.is_floating_point():
+        sizes[1] = torch.export.Dim.AUTO
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(ReturnsLogits(exported), (example,), dynamic_shapes=(sizes,), strict=False)
+            module = program.module()
+    except Exception as error:  # whatever a forward raises when it is given a tensor without values
+        raise untraceable(error) from error
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    remove_assertions(graph)
+    remove_unused_items(graph)
+    own_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = node.target.removeprefix("model.")
+            if name in own_names:
+                node.target = name
+            else:
+                rename_constant(model, node, operator.attrgetter(node.target)(module), training)
+    output = graph.output_node()
+    (output.args,) = ((output.args[0][0],),)
+    return Trace(graph, ends_of_modules(graph), {})
+
+
+def remove_assertions(graph):
+    for node in reversed(graph.nodes):
+        is_assertion = node.op == "call_function" and getattr(node.target, "_opname", "") in ASSERTIONS
+        is_guard = node.op == "call_module"  # the only one: it checks that inputs are like the example
+        if is_guard or is_assertion:
+            graph.erase_node(node)
+
+
+def modules_around(node):
+    """Paths of the modules whose forward made ``node``, the model's own "" first."""
+    paths = []
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        name = path.split("@")[0]
+        if name == "model" or name.startswith("model."):
+            paths.append(name.removeprefix("model").removeprefix("."))
+    return paths
+
+
+def ends_of_modules(graph):
+    """{node: paths of the modules whose last operator it is}."""
+    ends = {}
+    following = []
+    for node in reversed(graph.nodes):
+        if isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function":
+            around = modules_around(node)
+            finished = [path for path in around if path not in following]
+            ends[node] = [path for path in reversed(finished) if path]
+            following = around
+    return ends
