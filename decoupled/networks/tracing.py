@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 # Those of PyTorch's modules whose forward calls layers one after the other
 CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
@@ -37,6 +38,7 @@ class Trace(NamedTuple):
 
     graph: fx.Graph  # one input, "representation"; its output is the logits
     module_ends: dict  # {node: paths of the modules whose output it is}
+    scopes: dict  # {node: path of the module whose forward made it}
     whole: dict  # {path: the Untraceable of a module that had to stay whole}
 
 
@@ -173,7 +175,11 @@ def trace_with_fx(model, training, wrapped, opened=None):
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # made in the forward
             rename_constant(model, node, getattr(model, node.target), training)
-    return Trace(graph, tracer.module_ends, tracer.whole)
+    scopes = {}
+    for node in graph.nodes:
+        around = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        scopes[node] = around[-1] if around else ""
+    return Trace(graph, tracer.module_ends, scopes, tracer.whole)
 
 
 def remove_unused_items(graph):
@@ -187,7 +193,27 @@ def rename_constant(model, node, value, training):
     """Gives ``model`` the ``value`` of the get_attr ``node`` under a name that no other Trace uses."""
     mode = "train" if training else "eval"
     node.target = "_".join([CONSTANT, mode, node.target.replace(".", "_").lstrip("_")])
+    if isinstance(value, fx.GraphModule):  # what runs without gradients, or in another precision
+        follow_device(value.graph)
+        value.recompile()
     setattr(model, node.target, value)
+
+
+def follow_device(graph):
+    """Replaces the devices in ``graph``, which are those of the example, by that of its first input."""
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    if first is None:
+        return
+    with graph.inserting_after(first):
+        device = graph.call_function(getattr, (first, "device"))
+    for node in graph.nodes:
+        if node is not device:
+            arguments = (node.args, node.kwargs)
+            node.args, node.kwargs = map_aggregate(
+                arguments, lambda value: device if isinstance(value, torch.device) else value
+            )
+    if not device.users:
+        graph.erase_node(device)
 
 
 # torch.export
@@ -236,7 +262,8 @@ def trace_with_export(model, training, example):
                 rename_constant(model, node, operator.attrgetter(node.target)(module), training)
     output = graph.output_node()
     (output.args,) = ((output.args[0][0],),)
-    return Trace(graph, ends_of_modules(graph), {})
+    scopes = {node: (modules_around(node) or [""])[-1] for node in graph.nodes}
+    return Trace(graph, ends_of_modules(graph), scopes, {})
 
 
 def remove_assertions(graph):
@@ -248,7 +275,7 @@ def remove_assertions(graph):
 
 
 def modules_around(node):
-    """Paths of the modules whose forward made ``node``, the model's own "" first."""
+    """Paths of the modules inside which torch.export recorded ``node``, outermost first: "" is the model itself."""
     paths = []
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         name = path.split("@")[0]
