@@ -24,6 +24,10 @@ from decoupled.networks.tracing import Untraceable, first_line, logits_of
 LAYOUTS = ("channels_first", "channels_last")
 TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
 UNBALANCED = 1.5  # how many times its share of the FLOPs the largest module may have without a warning
+READS_INPUT_AGAIN = (
+    "wrap it in a module whose forward does without, for instance, for tokens without padding on the right, "
+    "return model.score(model.transformer(tokens).last_hidden_state)[:, -1]"
+)
 GUIDE = "docs/own_networks.md says how to help"
 
 
@@ -308,10 +312,10 @@ def warn_if_unbalanced(subject, traced, places):
     share = flops[largest] / max(1, traced.end.flops)
     if share > UNBALANCED / len(flops):
         between = f"between {ends[largest].name} and {ends[largest + 1].name}"
-        warnings.warn(
-            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}",
-            stacklevel=3,
+        module = (
+            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}"
         )
+        warnings.warn(module + explain_shared(traced, ends[largest], ends[largest + 1]), stacklevel=3)
 
 
 # Why not
@@ -332,7 +336,23 @@ def explain_no_places(traced, most=3):
         if depth == outermost and reason:
             reasons.append(f"after {name}, {reason}")
     reasons = reasons[:most] or ["it is a single layer"]
-    return "; ".join(reasons) + explain_whole(traced)
+    advice = ""
+    if all("the input, which" in reason for reason in reasons):
+        advice = f"; {READS_INPUT_AGAIN}"
+    return "; ".join(reasons) + explain_whole(traced) + advice
+
+
+def explain_shared(traced, low, high):
+    """Which parameters are in the way between two Places, if that is what keeps the module from being cut."""
+    forward = traced.eval
+    start = forward.position[forward.named[low.name]]
+    end = forward.position[forward.named[high.name]]
+    for node in forward.nodes[start + 1 : end]:
+        name = forward.names[node][0]
+        reason = traced.obstacle(name) if node in forward.crossing else None
+        if reason and "both sides" in reason:
+            return f": after {name}, {reason}"
+    return ""
 
 
 def explain_whole(traced):
@@ -372,7 +392,6 @@ def run(network, inputs, training):
         return logits_of(value).detach()
 
 
-@torch.enable_grad()  # without gradients, PyTorch's layers compute something else in eval mode
 def check(subject, traced, cut):
     """Raises InputError unless the modules of ``cut`` compute what the model does, buffers included, and share no
     parameter.
@@ -384,7 +403,8 @@ def check(subject, traced, cut):
         outcomes = []
         for network in ([twin], bodies):
             restore(twin.buffers(), start)
-            logits = run(network, subject.inputs, training)
+            with torch.set_grad_enabled(training or not traced.calls_modules):
+                logits = run(network, subject.inputs, training)
             outcomes.append([logits, *(buffer.clone() for buffer in twin.buffers())])
         if not all(map(is_same, *outcomes)):
             mode = "train" if training else "eval"

@@ -232,8 +232,11 @@ class Forward:
 
     def describe(self, node):
         """``node`` in terms of the user's code."""
+        if node is self.input:
+            users = sorted(node.users, key=self.position.get)
+            return f"the input, which {self.trace.lines.get(users[-1]) or self.names[users[-1]][0]} reads again,"
         name = self.names[node][0]
-        line = code_line(node)
+        line = self.trace.lines.get(node)
         return f"{name} [{line}]" if line and name.endswith("()") else name
 
     def lost_sizes(self, node):
@@ -267,13 +270,15 @@ class Forward:
         not change: that is computed wherever it is used.
         """
         needed = {node for node in span if node in self.dependent or not node.users}  # in-place calls may have no users
-        for node in reversed(self.nodes):
-            if node not in needed:
-                continue
-            for source in node.all_input_nodes:
-                if source not in self.dependent:
-                    needed.add(source)
-                    needed.update(self.changes.get(source, []))
+        unseen = list(needed)
+        while unseen:
+            for source in unseen.pop().all_input_nodes:
+                if source in self.dependent:
+                    continue
+                for node in (source, *self.changes.get(source, [])):
+                    if node not in needed:
+                        needed.add(node)
+                        unseen.append(node)
         return needed
 
     def find_changes(self):
@@ -318,16 +323,6 @@ def size_in(size, node):
     return None
 
 
-def code_line(node):
-    """The line of the user's code that made ``node``, as "file.py:12"; "" where it is not known."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
-    for line in reversed(lines):
-        path, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
-        if "/torch/" not in path:
-            return f"{path.rpartition('/')[2]}:{number}"
-    return ""
-
-
 def listing(names, most=8):
     """The first names, with commas between them, and how many there are."""
     names = list(names)
@@ -344,6 +339,8 @@ class Cut(NamedTuple):
 
 class TracedModel:
     """A model whose forward is known in both modes. ``places``: {name: Place}, in order from the input."""
+
+    calls_modules = False  # it calls operators, those of forwards with gradients
 
     def __init__(self, model, example, trace):
         """``trace``: (training) → Trace of ``model``. ``example``: a batch of inputs."""
@@ -411,6 +408,8 @@ class TracedModel:
 class FxTracedModel(TracedModel):
     """A model traced by torch.fx, each of its modules as far as it can be."""
 
+    calls_modules = True
+
     def __init__(self, model, example, wrapped):
         self.wrapped = wrapped
         super().__init__(model, example, lambda training: trace_with_fx(model, training, wrapped))
@@ -442,8 +441,11 @@ class FxTracedModel(TracedModel):
                 forwards.append(Forward(self.model, trace_with_fx(self.model, training, self.wrapped, opened)))
         except Untraceable:  # where, say, a module is called whose tuple can only be unpacked when it is opened
             return super().cut(places)
-        if any(place.name not in forward.named for forward in forwards for place in places):
-            return super().cut(places)
+        for forward in forwards:
+            for place in places:
+                node = forward.named.get(place.name)
+                if forward.crossing.get(node) != []:  # more is needed to call a module than its parts use
+                    return super().cut(places)
         return self.cut_forwards(*forwards, places)
 
 

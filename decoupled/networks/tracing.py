@@ -9,6 +9,8 @@
 import copy
 import operator
 import os
+import re
+import sys
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -39,6 +41,7 @@ class Trace(NamedTuple):
     graph: fx.Graph  # one input, "representation"; its output is the logits
     module_ends: dict  # {node: paths of the modules whose output it is}
     scopes: dict  # {node: path of the module whose forward made it}
+    lines: dict  # {node: the line of the user's code that made it, as "file.py:12"}
     whole: dict  # {path: the Untraceable of a module that had to stay whole}
 
 
@@ -46,22 +49,42 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
-def user_line(error):
+def is_internal(filename):
+    """Whether a file of Python code is PyTorch's, the standard library's or ours, and not the user's."""
+    folder = os.path.dirname(filename)
+    if folder in (os.path.dirname(__file__), os.path.dirname(os.__file__)):
+        return True
+    return filename.startswith((os.path.dirname(torch.__file__) + os.sep, "<"))
+
+
+def line_of_error(error):
     """The last line of the user's code that ``error`` went through, as "file.py:12 (its code)"; "" if there is none."""
-    ours = os.path.dirname(__file__)
-    pytorch = os.path.dirname(torch.__file__)
-    standard_library = os.path.dirname(os.__file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        folder = os.path.dirname(frame.filename)
-        internal = folder in (ours, standard_library) or frame.filename.startswith((pytorch + os.sep, "<"))
-        if not internal:
+        if not is_internal(frame.filename):
             return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.line})"
+    return ""
+
+
+def current_line():
+    """The line of the user's code that runs, as "file.py:12"."""
+    frame = sys._getframe()
+    while frame and is_internal(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else ""
+
+
+def recorded_line(node):
+    """The line of the user's code from which torch.export recorded ``node``, as "file.py:12"."""
+    for line in reversed((node.stack_trace or "").splitlines()):
+        found = re.search(r'File "(.+)", line (\d+)', line)
+        if found and not is_internal(found[1]):
+            return f"{os.path.basename(found[1])}:{found[2]}"
     return ""
 
 
 def untraceable(error):
     """``error``, which a tracer raised, as an Untraceable that says where."""
-    place = user_line(error)
+    place = line_of_error(error)
     if place:
         return Untraceable(f"cannot be traced past {place}: {first_line(error)}")
     return Untraceable(f"cannot be traced: {first_line(error)}")
@@ -94,6 +117,12 @@ class ModuleTracer(fx.Tracer):
         self.module_ends = {}
         self.whole = {}
         self.attribute_proxies = {}
+        self.lines = {}
+
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        self.lines[node] = current_line()
+        return node
 
     def is_leaf_module(self, module, path):
         if self.opened is not None:
@@ -179,7 +208,7 @@ def trace_with_fx(model, training, wrapped, opened=None):
     for node in graph.nodes:
         around = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
         scopes[node] = around[-1] if around else ""
-    return Trace(graph, tracer.module_ends, scopes, tracer.whole)
+    return Trace(graph, tracer.module_ends, scopes, tracer.lines, tracer.whole)
 
 
 def remove_unused_items(graph):
@@ -247,6 +276,8 @@ def trace_with_export(model, training, example):
             program = torch.export.export(ReturnsLogits(exported), (example,), dynamic_shapes=(sizes,), strict=False)
             module = program.module()
     except Exception as error:  # whatever a forward raises when it is given a tensor without values
+        if "Constraints violated" in str(error):
+            raise Untraceable("has a fixed batch size when traced: write x.shape[0] for len(x)") from error
         raise untraceable(error) from error
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -263,7 +294,8 @@ def trace_with_export(model, training, example):
     output = graph.output_node()
     (output.args,) = ((output.args[0][0],),)
     scopes = {node: (modules_around(node) or [""])[-1] for node in graph.nodes}
-    return Trace(graph, ends_of_modules(graph), scopes, {})
+    lines = {node: recorded_line(node) for node in graph.nodes}
+    return Trace(graph, ends_of_modules(graph), scopes, lines, {})
 
 
 def remove_assertions(graph):
