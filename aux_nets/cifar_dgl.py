@@ -7,12 +7,12 @@ auxiliary network: the paper's Sec. 5.2, Table 1.
     torchrun --nproc-per-node 2 aux_nets/cifar_dgl.py --type_aux cnn
 
 Every module takes its step on each mini-batch, on the detached representation
-from the module below (Algorithm 1); with torchrun the modules learn at the same
-time, in a process for each or for some, with the same results. The paper's test
-top-1 of the last head is 92.2 % with CNN, 90.6 % with MLP, 91.2 % with MLP-SR
-auxiliaries. A training image costs 11.5, 2.7 and 2.8 GFLOP, an epoch 577,
-134 and 138 TFLOP. With --block_size 6 the whole network is one module, and this
-is back-propagation.
+from the module below (Algorithm 1). With torchrun each process trains one or
+several of the modules, at the same time and with the same results. The paper's
+test top-1 of the last head is 92.2 % with CNN, 90.6 % with MLP, 91.2 % with
+MLP-SR auxiliaries. A training image costs 11.5, 2.7 and 2.8 GFLOP, an epoch
+577, 134 and 138 TFLOP. With --block_size 6 the whole network is one module,
+which is back-propagation.
 """
 
 from torch.nn import functional as F
@@ -29,32 +29,25 @@ from decoupled.training.run import Run
 def parse_args():
     parser = flags.parser(__doc__, epochs=50, batch_size=128, distributed=True)
     group = parser.add_argument_group("network")
-    group.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="of each module but the last")
     group.add_argument(
-        "--block_size",
-        type=flags.integer(1),
-        default=1,
-        help="layers a module; the last has the rest",
+        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary network of each module but the last"
     )
     group.add_argument(
-        "--channels",
-        type=flags.WIDTH,
-        default=128,
-        help="of the first layer; layers 2 and 4 double them",
+        "--block_size", type=flags.integer(1), default=1, help="layers per module; the last one has what remains"
     )
-    group.add_argument("--depth", type=flags.integer(1, 1000), default=6, help="layers")
+    group.add_argument(
+        "--channels", type=flags.WIDTH, default=128, help="channels of the first layer; layers 2 and 4 double them"
+    )
+    group.add_argument("--depth", type=flags.integer(1, 1000), default=6, help="number of layers")
     group = parser.add_argument_group("schedule")
     group.add_argument(
-        "--lr-step",
-        type=flags.integer(1),
-        default=15,
-        help="epochs between divisions of the rate by 5",
+        "--lr-step", type=flags.integer(1), default=15, help="epochs after which the learning rate drops 5×, each time"
     )
     return parser.parse_args()
 
 
 def build(args, classes):
-    """The network that the flags name."""
+    """The network that the flags describe."""
     return layerwise_cnn(
         channels=args.channels,
         depth=args.depth,
@@ -69,31 +62,28 @@ def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    net = run.distribute(build(args, classes))  # this process's modules: all of them, except under torchrun
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
-        for module in stage.modules_here
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net.modules_here
     ]
-    schedules = [
-        StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers
-    ]  # by default at epochs 16, 31, 46, …
-    meters = [Meter() for _ in stage.modules_here]
+    # By default at epochs 16, 31, 46, …
+    schedules = [StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers]
+    meters = [Meter() for _ in net.modules_here]
 
-    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "meters": meters}
-    for epoch in run.epochs(net=stage, **state):
-        stage.train()
-        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
-            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
+        net.train()
+        for representation, labels in run.progress(net.inputs(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, where another process has it
+            net.send(representation, labels)  # to the module above, if another process has it
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
-        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
+            scores = evaluate(net.heads, run.evaluation(net.inputs(test)))
+        for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:
             schedule.step()

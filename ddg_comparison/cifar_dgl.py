@@ -6,9 +6,9 @@ paper's Table 2.
 
 Every module takes its step on each mini-batch, on the detached representation
 from the module below (Algorithm 1); all but the last learn from an MLP-SR
-auxiliary. With torchrun the modules learn at the same time, in a process for
-each or for some, with the same results. The paper has 93.5 ± 0.1 % for
-ResNet-110 in 2 modules after 300 epochs. With one module it is
+auxiliary. With torchrun each process trains one or several of the modules, at
+the same time and with the same results. The paper has 93.5 ± 0.1 % for
+ResNet-110 in 2 modules after 300 epochs. With one module this is
 back-propagation. A training image costs 1.51 GFLOP, an epoch 76 TFLOP.
 """
 
@@ -24,65 +24,55 @@ from decoupled.training.run import Run
 
 def parse_args():
     parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01, distributed=True)
-    group = parser.add_argument_group("network and recipe")
-    group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="of the ResNet, 6n+2")
-    group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
+    group = parser.add_argument_group("network")
+    group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="depth of the ResNet, 6n+2")
+    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first blocks")
+    group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="number of modules")
+    group = parser.add_argument_group("schedule")
     group.add_argument(
         "--milestones",
         type=flags.integer(1),
         nargs="+",
         default=[150, 225],
         metavar="EPOCH",
-        help="first epochs at a tenth of the rate before (default: 150 225)",
+        help="epochs at which the learning rate drops 10× (default: 150 225)",
     )
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
     return parser.parse_args()
 
 
-def step(run, modules, optimizers, representation, labels):
-    """Algorithm 1 on one mini-batch: images (B, 3, 32, 32) or what the module below sends, and labels (B,) → the last
-    representation (B, C, s, s), and each head's (loss, logits (B, classes)).
-    """
-    heads = []
-    for module, optimizer in zip(modules, optimizers, strict=True):
-        with run.autocast():
-            representation, logits = module(representation)  # (B, C, s, s), (B, classes)
-        loss = F.cross_entropy(logits.float(), labels)
-        run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
-        representation = representation.detach()  # no gradient crosses to the module below
-        heads.append((loss.detach(), logits.detach()))
-    return representation, heads
-
-
 def build(args, classes):
-    """The network that the flags name."""
-    return decoupled_resnet(args.depth, args.splits, classes)
+    """The network that the flags describe."""
+    return decoupled_resnet(args.depth, args.splits, classes, width=args.channels)
 
 
 def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    net = run.distribute(build(args, classes))  # this process's modules: all of them, except under torchrun
     optimizers = [
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
-        for module in stage.modules_here
+        for module in net.modules_here
     ]
-    falls = [epoch - 1 for epoch in args.milestones]  # in epochs done, which is what schedules count
-    schedules = [MultiStepLR(optimizer, falls, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter() for _ in stage.modules_here]
+    milestones = [epoch - 1 for epoch in args.milestones]  # schedules count finished epochs
+    schedules = [MultiStepLR(optimizer, milestones, gamma=0.1) for optimizer in optimizers]
+    meters = [Meter() for _ in net.modules_here]
 
-    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "meters": meters}
-    for epoch in run.epochs(net=stage, **state):
-        stage.train()
-        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
-            representation, heads = step(run, stage.modules_here, optimizers, representation, labels)
-            stage.send(representation, labels)  # to the module above, where another process has it
-            for meter, (loss, logits) in zip(meters, heads, strict=True):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
+        net.train()
+        for representation, labels in run.progress(net.inputs(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
+                with run.autocast():
+                    representation, logits = module(representation)  # (B, C, s, s), (B, classes)
+                loss = F.cross_entropy(logits.float(), labels)
+                run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
+                representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
+            net.send(representation, labels)  # to the module above, if another process has it
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
-        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
+            scores = evaluate(net.heads, run.evaluation(net.inputs(test)))
+        for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:
             schedule.step()

@@ -1,19 +1,19 @@
-"""Decoupled neural interfaces (DNI) and back-propagation on CIFAR-10, what DGL
-is compared with in the paper's Sec. 5.1, Fig. 2.
+"""Decoupled neural interfaces (DNI) and back-propagation on CIFAR-10, the
+methods that DGL is compared with in the paper's Sec. 5.1, Fig. 2.
 
     python dni/cifar_cnn_dni.py                    back-propagation
     python dni/cifar_cnn_dni.py --dni              DNI
     python dni/cifar_cnn_dni.py --dni --context    cDNI
 
-DNI: each block learns from synthetic gradients; cDNI: their synthesizers see
-the labels too.
+In DNI each block learns from synthetic gradients; in cDNI the synthesizers also
+see the labels.
 
 The CNN and synthesizers of the DNI paper (Jaderberg et al. 2017, App. C.1).
 After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and
 80.86 % (the last after 1,990), after 10 epochs 60.91, 35.52 and 49.05 %. A
 training image costs 0.31 GFLOP, an epoch 15 TFLOP, with --dni 1.03 and 51.
 Synthesizers learn the scale of the gradients, which fp16's changing loss scale
-would move: --half is not for CUDA here.
+would move: --half is not available on CUDA here.
 """
 
 from dni_backbone import ConvSynthesizer, backbone
@@ -32,36 +32,30 @@ N = 3  # the head's number in the log, as in the authors' logs
 
 def parse_args():
     parser = flags.parser(__doc__, epochs=2000, batch_size=256, lr=None, test_batch_size=256)
-    group = parser.add_argument_group("method, network and output")
+    group = parser.add_argument_group("method")
     group.add_argument(
         "--dni", action="store_true", help="synthetic gradients instead of back-propagation through the whole network"
     )
-    group.add_argument("--context", action="store_true", help="with --dni: the synthesizers see the labels")
+    group.add_argument("--context", action="store_true", help="with --dni: synthesizers see the labels")
     group.add_argument(
         "--sgd", action="store_true", help="SGD (lr 0.01, momentum 0.9, weight decay 1e-5) instead of Adam (lr 3e-5)"
     )
+    group = parser.add_argument_group("network and output")
     group.add_argument(
-        "--channels",
-        type=flags.WIDTH,
-        default=128,
-        help="of every block and synthesizer",
+        "--channels", type=flags.WIDTH, default=128, help="channels of every block and convolution of a synthesizer"
     )
-    group.add_argument(
-        "--log-interval",
-        type=flags.integer(1),
-        default=10,
-        help="batches between printed losses",
-    )
+    group.add_argument("--log-interval", type=flags.integer(1), default=10, help="mini-batches between printed losses")
     args = parser.parse_args()
     if args.context and not args.dni:
         parser.error("--context is for synthesizers: add --dni")
-    args.lr = args.lr or (0.01 if args.sgd else 3e-5)
+    if args.lr is None:
+        args.lr = 0.01 if args.sgd else 3e-5
     return args
 
 
 class Network(nn.Sequential):
-    """Three blocks and the head: (B, 3, 32, 32) → [logits (B, classes)]. With ``synthetic``, a BackwardInterface
-    follows each block.
+    """Three blocks and the head: (B, 3, 32, 32) → logits (B, classes). With ``synthetic``, a BackwardInterface follows
+    each block; with ``context``, its synthesizer sees the labels.
     """
 
     def __init__(self, channels, classes, synthetic=False, context=False):
@@ -70,15 +64,13 @@ class Network(nn.Sequential):
         for block in blocks:
             layers.append(block)
             if synthetic:
-                layers.append(dni.BackwardInterface(ConvSynthesizer(channels, classes if context else None)))
+                synthesizer = ConvSynthesizer(channels, context_dim=classes if context else None)
+                layers.append(dni.BackwardInterface(synthesizer))
         super().__init__(*layers, head)
-
-    def forward(self, images, heads=None):
-        return [super().forward(images)]
 
 
 def build(args, classes):
-    """The network that the flags name."""
+    """The network that the flags describe."""
     return Network(args.channels, classes, synthetic=args.dni, context=args.context)
 
 
@@ -86,30 +78,25 @@ def main():
     args = parse_args()
     run = Run(args)
     if args.half and run.device.type == "cuda":
-        raise InputError(
-            "--half means fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out here"
-        )
+        raise InputError("--half is fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out")
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), graphs=False)  # all blocks go forward before one goes backward
+    net = run.prepare(build(args, classes), graphs=False)  # no CUDA graphs: all blocks go forward before one backward
     if args.sgd:
         optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:
         optimizer = Adam(net.parameters(), lr=args.lr, fused=True)
     meter = Meter()
 
-    for epoch in run.epochs(net=net, optimizers=[optimizer], train=train, test=test, meters=meter):
+    for epoch in run.epochs(net=net, optimizers=optimizer, train=train, test=test, meters=meter):
         net.train()
         for images, labels in run.progress(train):
             context = F.one_hot(labels, classes).float() if args.context else None
-            optimizer.zero_grad()  # first: the forward pass adds gradients already
+            optimizer.zero_grad()  # first: the forward pass already adds gradients
             with run.autocast(), dni.synthesizer_context(context):
-                (logits,) = net(
-                    images
-                    # (B, classes); with --dni, each interface back-propagates its synthetic gradient into the block
-                    # below it
-                )
+                # (B, classes); with --dni each interface back-propagates its synthetic gradient into the block below it
+                logits = net(images)
             loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()  # with --dni: the head, and in each interface the true gradient for the synthesizer
+            loss.backward()  # with --dni: into the head, and in each interface the true gradient into the synthesizer
             optimizer.step()
             run.watch(loss, N)
             meter.update(loss, logits, labels)

@@ -1,6 +1,6 @@
-"""What interfaces read from around them: the synthesizers' context, and whether back-propagation waits.
+"""The context of synthesizers, and deferred back-propagation.
 
-Both are context variables: a thread neither sees nor disturbs another's, and a new one starts without any.
+Both are context variables: each thread has its own, and a new thread starts with none.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -14,10 +14,10 @@ _deferred = ContextVar("dni deferred back-propagation", default=None)
 
 @contextmanager
 def synthesizer_context(context):
-    """Gives ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; None
-    gives none.
+    """Passes ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; with
+    None they get no context.
 
-    Nests: the innermost counts, and the one around it is back after the block, also when an exception ends it.
+    Contexts nest: the innermost applies, and the outer one is restored after the block, after an exception too.
     """
     token = _context.set(context)
     try:
@@ -27,18 +27,18 @@ def synthesizer_context(context):
 
 
 def current_context():
-    """What the innermost synthesizer_context of this thread gives; None outside of any."""
+    """The context of this thread's innermost synthesizer_context; None outside of any."""
     return _context.get()
 
 
 @contextmanager
 def defer_backward():
-    """Collects all that is given to ``dni.backward`` inside the block, by interfaces too, and back-propagates it in one
+    """Collects all calls of ``dni.backward`` inside the block, those of interfaces too, and back-propagates them in one
     pass at its end.
 
-    Needed where gradients start from several tensors of one graph, as a loss and the last hidden state of a recurrent
-    network: a first backward pass would free the graph for the second. When an exception ends the block, nothing is
-    back-propagated. Raises RuntimeError when nested.
+    Needed where gradients start from several tensors of one graph, such as a loss and the last hidden state of a
+    recurrent network: the first backward pass would free the graph that the second one needs. If an exception ends the
+    block, nothing is back-propagated. Raises RuntimeError when nested.
     """
     if _deferred.get() is not None:
         raise RuntimeError("dni.defer_backward cannot be nested: the outer block back-propagates everything at its end")
@@ -49,21 +49,23 @@ def defer_backward():
     finally:
         _deferred.reset(token)
     if collected:
-        _propagate(*zip(*collected, strict=True))
+        tensors, gradients = zip(*collected, strict=True)
+        _propagate(tensors, gradients)
 
 
 def backward(tensor, gradient=None):
-    """Back-propagates ``gradient`` (of the tensor's shape; None: ones) from ``tensor``: at once, or at the end of the
-    enclosing defer_backward.
+    """Back-propagates ``gradient`` (default: ones) from ``tensor`` of the same shape, immediately or, inside
+    defer_backward, at the end of the block.
 
-    Use it for the loss too inside defer_backward. Raises RuntimeError when ``tensor`` needs no gradient, when the
-    shapes differ, and inside a transform of torch.func, which has no backward pass.
+    Inside defer_backward use it for the loss too. Raises RuntimeError for a tensor that requires no gradient, for
+    different shapes, and inside a transform of torch.func, which allows no backward pass.
     """
     refuse_transforms()
     if not tensor.requires_grad:
         raise RuntimeError("dni.backward: nothing to back-propagate into, the tensor does not require a gradient")
-    # Under autocast the two may differ in precision
-    gradient = torch.ones_like(tensor) if gradient is None else gradient.to(tensor.dtype)
+    if gradient is None:
+        gradient = torch.ones_like(tensor)
+    gradient = gradient.to(tensor.dtype)  # under autocast the two may differ in precision
     if gradient.shape != tensor.shape:
         raise RuntimeError(
             f"dni.backward: a gradient of shape {tuple(gradient.shape)} for a tensor of shape {tuple(tensor.shape)}"
@@ -76,10 +78,10 @@ def backward(tensor, gradient=None):
 
 
 def refuse_transforms():
-    """Raises RuntimeError inside torch.func.grad, vmap and the like: they allow no backward pass, and hide from the
-    layers below that they are to learn.
+    """Raises RuntimeError inside torch.func.grad, vmap and the like: they allow no backward pass, and hide whether the
+    layers below require gradients.
     """
-    if torch._C._are_functorch_transforms_active():  # what torch.autograd.backward asks
+    if torch._C._are_functorch_transforms_active():  # the check of torch.autograd.backward
         raise RuntimeError(
             "dni back-propagates in the forward pass, which torch.func.grad, vmap and the like do not allow: call "
             "torch.func.functional_call and backward() outside of them, or put the interface into eval mode"
@@ -87,8 +89,11 @@ def refuse_transforms():
 
 
 def _propagate(tensors, gradients):
-    # Interfaces back-propagate amid the forward pass, where autocast may be on; it must not touch a backward pass,
-    # whose precision the forward set.
+    # Interfaces back-propagate in the forward pass, where autocast may be on. It must be off in a backward pass, whose
+    # precision the forward pass has set.
     device = tensors[0].device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # meta
+    without_autocast = nullcontext()
+    if torch.amp.is_autocast_available(device):  # not on the meta device
+        without_autocast = torch.autocast(device, enabled=False)
+    with without_autocast:
         torch.autograd.backward(tensors, gradients)

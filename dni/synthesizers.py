@@ -1,6 +1,8 @@
-"""A ready-made synthesizer. Your own is any module called as ``synthesizer(trigger, context)``; context is None outside
-synthesizer_context.
+"""A ready-made synthesizer. Any module can be one that is called as ``synthesizer(trigger, context)``, where context is
+None outside of synthesizer_context.
 """
+
+import itertools
 
 import torch
 from torch import nn
@@ -10,27 +12,30 @@ from torch.nn import functional as F
 class BasicSynthesizer(nn.Module):
     """An MLP: trigger (…, trigger_dim) and, with context_dim, context (…, context_dim) → (…, output_dim).
 
-    ``input_trigger`` and ``input_context`` (None without context_dim) are linear into hidden_dim and added;
-    ``n_hidden`` linear ``layers`` follow, a ReLU before each, the last into output_dim. Without any, the inputs' layers
-    go to output_dim. Dimensions not given equal output_dim. The weights of the last layer start at zero, its biases as
-    PyTorch's do: untrained, the message is small and the same for all triggers.
+    The linear layers ``input_trigger`` and ``input_context`` (None without context_dim) map to hidden_dim; their sum
+    goes through ``n_hidden`` linear ``layers``, each after a ReLU, the last to output_dim. With n_hidden=0, the input
+    layers map to output_dim directly. Dimensions that are not given equal output_dim. The weights of the last layer
+    start at zero, its biases as PyTorch's default: an untrained synthesizer's message is small and the same for all
+    triggers.
 
-    Raises RuntimeError when run without the context it was made for, TypeError for a context of integers, and
+    forward raises RuntimeError without the context that context_dim asks for, TypeError for a context of integers, and
     ValueError for a trigger or context of another width.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
         super().__init__()
-        hidden_dim = output_dim if hidden_dim is None or n_hidden == 0 else hidden_dim
-        trigger_dim = output_dim if trigger_dim is None else trigger_dim
+        if hidden_dim is None or n_hidden == 0:
+            hidden_dim = output_dim
+        if trigger_dim is None:
+            trigger_dim = output_dim
         self.input_trigger = nn.Linear(trigger_dim, hidden_dim)
         self.input_context = None if context_dim is None else nn.Linear(context_dim, hidden_dim)
-        self.layers = nn.ModuleList(
-            nn.Linear(hidden_dim, output_dim if layer == n_hidden - 1 else hidden_dim) for layer in range(n_hidden)
-        )
-        for last in [self.layers[-1]] if n_hidden else [self.input_trigger, self.input_context]:
-            if last is not None:
-                nn.init.zeros_(last.weight)
+        widths = [hidden_dim] * n_hidden + [output_dim]
+        self.layers = nn.ModuleList(nn.Linear(width, following) for width, following in itertools.pairwise(widths))
+        last_layers = self.layers[-1:] if n_hidden else [self.input_trigger, self.input_context]
+        for layer in last_layers:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
     def forward(self, trigger, context=None):
         check_width("trigger", trigger, self.input_trigger.in_features)
@@ -47,12 +52,12 @@ def check_context(context, width):
     if context is None:
         raise RuntimeError(
             "this synthesizer was made with context_dim: run it inside dni.synthesizer_context(context). A context "
-            "holds in the thread that enters it: a thread started inside has to enter it too"
+            "applies to the thread that enters it: a thread started inside has to enter it too"
         )
     if not isinstance(context, torch.Tensor) or not context.is_floating_point():
         kind = f"of {context.dtype}" if isinstance(context, torch.Tensor) else type(context).__name__
         raise TypeError(
-            f"the context has to be a tensor of floats, not {kind}: for labels, F.one_hot(labels, {width}).float()"
+            f"the context must be a tensor of floats, not {kind}: for labels use F.one_hot(labels, {width}).float()"
         )
     check_width("context", context, width)
 

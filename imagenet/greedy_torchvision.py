@@ -1,4 +1,4 @@
-"""Any classifier of torchvision as DGL learns it: cut into modules of about equal FLOPs (decoupled.networks.decouple)."""
+"""Any classifier of torchvision for DGL: split into modules of about equal FLOPs (decoupled.networks.decouple)."""
 
 import torch
 from torchvision import models
@@ -9,11 +9,11 @@ CLASSIFIERS = tuple(models.list_models(module=models))
 
 
 def greedy_torchvision(arch, splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3):
-    """torchvision's ``arch``, initialized as torchvision does, in ``splits`` modules. (B, 3, image_size, image_size).
+    """torchvision's ``arch`` in ``splits`` modules, for images (B, 3, image_size, image_size).
 
-    All but the last learn from an MLP-SR auxiliary of ``convs`` 1×1 convolutions (for tokens, on each of them) and
-    ``hidden_layers``; the last keeps the network's own head. GoogLeNet and Inception go without their auxiliary heads.
-    Raises InputError for more splits than there are cuts for and for images that the network cannot take.
+    It is initialized as in torchvision. All modules but the last have an MLP-SR auxiliary with ``convs`` 1×1
+    convolutions and ``hidden_layers``; the last keeps the network's own head. GoogLeNet and Inception go without their
+    auxiliary heads. Raises InputError for more splits than the network has cuts, and for images that it cannot take.
     """
     settings = {"num_classes": classes}
     if arch in ("googlenet", "inception_v3"):

@@ -1,13 +1,13 @@
-"""VGG with batch norm (Simonyan and Zisserman 2015) as DGL learns it on ImageNet (paper, Sec. 5.5): ``block_size``
-convolutions a module.
+"""VGG with batch norm (Simonyan and Zisserman 2015) for DGL on ImageNet (paper, Sec. 5.5): ``block_size`` convolutions
+per module.
 """
 
 from torch import nn
 
 from decoupled import InputError
 from decoupled.networks.auxiliary import mlp_sr_auxiliary
-from decoupled.networks.layerwise import conv_layer
-from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group, output_shape
+from decoupled.networks.layerwise import conv_layer, flatten
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group_layers, output_shape
 
 # Convolutions at each size
 STAGES = {
@@ -16,25 +16,27 @@ STAGES = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-SMALLEST = 32  # side of an image that five halvings leave a pixel of
+SMALLEST = 32  # image size of which five halvings leave one pixel
 
 
 def layers(arch, width=64):
-    """A list for each convolution: [2×2 max pool where the size halves], convolution with bias, BN, ReLU. ``width``
-    channels, then 2, 4, 8, 8×.
+    """A list of layers per convolution: 2×2 max pool where the size halves, convolution with bias, BN, ReLU. The stages
+    have 1, 2, 4, 8, and 8 × ``width`` channels.
     """
-    convolutions, below = [], 3
+    convolutions = []
+    in_channels = 3
     for stage, depth in enumerate(STAGES[arch]):
-        for place in range(depth):
-            channels = width * min(2**stage, 8)
-            convolutions.append(conv_layer(below, channels, downsample=stage > 0 and place == 0))
-            below = channels
+        channels = width * min(2**stage, 8)
+        for index in range(depth):
+            downsample = stage > 0 and index == 0
+            convolutions.append(conv_layer(in_channels, channels, downsample))
+            in_channels = channels
     return convolutions
 
 
 def classifier(shape, classes, hidden):
-    """The last module's head: 2×2 max pool, Linear, ReLU, Linear, ReLU, Linear; no dropout. At 224×224 it flattens to
-    512 × 7 × 7 = 25,088.
+    """The last module's head: 2×2 max pool, Linear, ReLU, Linear, ReLU, Linear; no dropout. It flattens images of
+    224×224 to 512 × 7 × 7 = 25,088.
     """
     channels, height, width = shape
     features = channels * (height // 2) * (width // 2)
@@ -49,8 +51,8 @@ def classifier(shape, classes, hidden):
 
 
 def initialize(net):
-    """VGG's published start, auxiliaries included: convolutions Kaiming normal by fan-out, Linear N(0, .01), biases 0,
-    BN 1 and 0. Returns ``net``.
+    """Initializes ``net``, auxiliaries included, as published, and returns it: convolutions Kaiming normal by fan-out,
+    Linear N(0, .01), BN weights 1, all biases 0.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -65,35 +67,37 @@ def initialize(net):
 
 
 def with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layers):
-    """A DecoupledNetwork of the ``bodies``, not initialized yet: each has an MLP-SR auxiliary sized by its real output,
-    the last ``last_head(shape)``.
+    """A DecoupledNetwork of ``bodies``, not initialized yet: the last has the head ``last_head(shape)`` of its output's
+    shape, the others have MLP-SR auxiliaries.
     """
-    modules, shape = [], (3, image_size, image_size)
+    modules = []
+    shape = (3, image_size, image_size)
     for body in bodies:
         shape = output_shape(body, shape)
-        last = body is bodies[-1]
-        head = last_head(shape) if last else mlp_sr_auxiliary(shape[0], shape[1:], classes, convs, hidden_layers)
+        if body is bodies[-1]:
+            head = last_head(shape)
+        else:
+            head = mlp_sr_auxiliary(shape[0], shape[1:], classes, convs, hidden_layers)
         modules.append(DecoupledModule(body, head))
     return DecoupledNetwork(modules)
 
 
 def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
-    """vgg11, vgg13, vgg16 or vgg19 with ``block_size`` convolutions a module; a remainder is a last, shorter module.
-    (B, 3, image_size, image_size).
+    """vgg11, vgg13, vgg16 or vgg19 with ``block_size`` convolutions per module, for images (B, 3, image_size,
+    image_size). The last module has what remains.
 
-    Auxiliaries have ``convs`` 1×1 convolutions and ``hidden_layers``. Without a module below the last it is
-    back-propagation. ``width`` scales the network for tests. Raises InputError for an impossible block size or images
-    too small for five halvings.
+    Auxiliaries have ``convs`` 1×1 convolutions and ``hidden_layers``. One module is back-propagation. ``width`` is the
+    number of channels of the first layer; all others are proportional to it. Raises InputError for an impossible block
+    size and for images too small for five halvings.
     """
     if image_size < SMALLEST:
         raise InputError(
             f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
         )
-    bodies = [
-        nn.Sequential(*(layer for convolution in block for layer in convolution))
-        for block in group(layers(arch, width), block_size)
-    ]
-    net = with_auxiliaries(
-        bodies, lambda shape: classifier(shape, classes, 64 * width), classes, image_size, convs, hidden_layers
-    )
-    return initialize(net)
+    blocks = group_layers(layers(arch, width), block_size)
+    bodies = [nn.Sequential(*flatten(block)) for block in blocks]
+
+    def last_head(shape):
+        return classifier(shape, classes, hidden=64 * width)
+
+    return initialize(with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layers))

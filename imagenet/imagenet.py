@@ -6,14 +6,14 @@ rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
     torchrun --nproc-per-node 4 imagenet/imagenet.py DIR --arch vgg19_bn \\
         --half --dynamic-loss-scale -j 8
 
-DIR holds train/ and val/; -b is the batch of all processes together. The
+DIR has train/ and val/; -b is the mini-batch of all processes together. The
 paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn 69.7 /
 89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier,
 the greedy one has none.
 """
 
 import imagenet_flags
-from imagenet_flags import TOPK, reported, sgd
+from imagenet_flags import TOPK, log_progress, sgd
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
@@ -28,47 +28,40 @@ ARCHS = models.list_models(models, include=("resnet*", "resnext*", "wide_resnet*
 
 
 def parse_args():
-    return imagenet_flags.parsed(imagenet_flags.parser(__doc__, ARCHS, default="resnet152"))
-
-
-class EndToEnd(nn.ModuleList):
-    """A list of the one network: images (B, 3, s, s) → [logits (B, classes)], as decoupled.networks.evaluation.evaluate asks."""
-
-    def forward(self, images, heads=None):
-        return [self[0](images)]
+    return imagenet_flags.parse(imagenet_flags.parser(__doc__, ARCHS, default="resnet152"))
 
 
 def build(args, classes):
-    """torchvision's network, initialized as torchvision does. Raises InputError for images that five halvings leave
-    nothing of.
+    """torchvision's network, initialized as in torchvision, as the only module. Raises InputError for images too small
+    for five halvings.
     """
     if args.image_size < 32:
         raise InputError(
             f"--image-size {args.image_size} is too small for {args.arch}, which halves it five "
             "times: choose at least 32"
         )
-    return EndToEnd([models.get_model(args.arch, weights=None, num_classes=classes)])
+    return nn.Sequential(models.get_model(args.arch, weights=None, num_classes=classes))
 
 
 def main():
     args = parse_args()
-    run, train, val, stage, (network,) = imagenet_flags.begin(args, build)
-    net = stage.net
-    optimizer = sgd(args, net)
+    run, train, val, net, (network,) = imagenet_flags.setup(args, build)
+    optimizer = sgd(args, network)
     schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
     meter = Meter(TOPK)
 
     for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=val, meters=meter):
         net.train()
-        for images, labels in reported(run, run.progress(train), len(train)):
+        for images, labels in log_progress(run, run.progress(train), len(train)):
             with run.autocast():
                 logits = network(images)  # (b, classes)
             loss = F.cross_entropy(logits.float(), labels)
-            run.step(loss, optimizer)  # zero_grad, backward (with other processes: and their gradients), step
+            run.step(loss, optimizer)  # zero_grad, backward (gradients are averaged over the processes), step
             meter.update(loss, logits, labels)
-        run.mesh.same_buffers(net)
+        run.mesh.same_buffers(net.modules_here)
         with run.autocast():
-            score, trained = all_reduce_meters([*evaluate(net, run.evaluation(val), topk=TOPK), meter], run.mesh)
+            scores = evaluate(net.heads, run.evaluation(val), topk=TOPK)
+        trained, score = all_reduce_meters([meter, *scores], run.mesh)
         rate = schedule.get_last_lr()[0]
         line = logs.imagenet_backprop_line(rate, epoch, (trained.top1, trained.top5), (score.top1, score.top5))
         run.report(line, logs.loss_line(1, epoch, trained.loss))

@@ -8,11 +8,11 @@
     torchrun --nproc-per-node 4 imagenet/imagenet_dgl.py DIR --arch vgg19 \\
         --block_size 8 --half --dynamic-loss-scale -j 8 --stages 2
 
-DIR holds train/ and val/. Every module takes its step on each mini-batch, on
-the detached representation from the module below (Algorithm 1); all but the
-last learn from an MLP-SR auxiliary. Processes share each mini-batch of -b
-images; with --stages K they hold different modules, which learn at the same
-time, and those with the same modules share the mini-batch.
+DIR has train/ and val/. Every module takes its step on each mini-batch, on the
+detached representation from the module below (Algorithm 1); all but the last
+learn from an MLP-SR auxiliary. Processes share each mini-batch of -b images.
+With --stages K they are divided into K groups, each of which trains some of the
+modules at the same time as the others and shares the mini-batch.
 The paper's top-1 / top-5 (%) of the last head after 50 epochs:
 
     vgg13 --block_size 1     10 modules   64.4 / 85.8
@@ -21,18 +21,15 @@ The paper's top-1 / top-5 (%) of the last head after 50 epochs:
     vgg19 --block_size 8      2 modules   70.8 / 90.2
     resnet152 (--splits 2)    2 modules   74.5 / 92.0
 
-Any other classifier of torchvision is cut in --splits modules of about equal
-FLOPs (decoupled.decouple).
+Any other classifier of torchvision is split into --splits modules of about
+equal FLOPs (decoupled.decouple).
 """
-
-from itertools import zip_longest
-from math import nan
 
 import imagenet_flags
 from greedy_resnet import BLOCKS, greedy_resnet
 from greedy_torchvision import CLASSIFIERS, greedy_torchvision
 from greedy_vgg import STAGES, greedy_vgg
-from imagenet_flags import TOPK, reported, sgd
+from imagenet_flags import TOPK, log_progress, sgd
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
@@ -44,77 +41,93 @@ from decoupled.training.flags import integer
 
 def parse_args():
     published = (*STAGES, *BLOCKS)
-    others = (name for name in CLASSIFIERS if name not in published)
+    others = [name for name in CLASSIFIERS if name not in published]
     parser = imagenet_flags.parser(__doc__, (*published, *others), default="resnet152", distributed=True)
     group = parser.add_argument_group("modules and auxiliaries")
-    group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions a module (default: 1)")
-    group.add_argument("--splits", type=integer(1), metavar="K", help="others: modules (default: 2, the published cut)")
-    group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions of an auxiliary")
-    group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers of an auxiliary")
-    ensemble = "1: evaluate the ensembles of heads"
-    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help=ensemble)
-    cut = "the network is --arch, cut by --block_size (VGG) or --splits (ResNet)"
-    parser.dropped("--ncnn", "--feature_size", "--ds-type", why=cut)
-    place = "--resume goes on where its checkpoint was saved"
-    parser.dropped("--start_epoch", "--resume_epoch", "--resume_feat", why=place)
-    args = imagenet_flags.parsed(parser)
-    vgg = args.arch in STAGES
-    if vgg and args.splits:
-        parser.error(f"--splits cuts other networks: choose how {args.arch} is cut by --block_size")
-    if not vgg and args.block_size:
-        parser.error(f"--block_size groups VGG's convolutions: choose how {args.arch} is cut by --splits")
-    args.block_size, args.splits = (args.block_size or 1, None) if vgg else (None, args.splits or 2)
+    group.add_argument("--block_size", type=integer(1), metavar="B", help="VGG: convolutions per module (default: 1)")
+    group.add_argument(
+        "--splits", type=integer(1), metavar="K", help="others: number of modules (default: 2, as published)"
+    )
+    group.add_argument(
+        "--channels", type=flags.WIDTH, metavar="C", help="VGG and ResNet: channels of the first layer (default: 64)"
+    )
+    group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions per auxiliary")
+    group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers per auxiliary")
+    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads")
+    parser.dropped(
+        "--ncnn",
+        "--feature_size",
+        "--ds-type",
+        why="the network is --arch, split by --block_size (VGG) or --splits (ResNet)",
+    )
+    parser.dropped(
+        "--start_epoch", "--resume_epoch", "--resume_feat", why="--resume continues where its checkpoint was saved"
+    )
+    args = imagenet_flags.parse(parser)
+    if args.arch in STAGES:
+        if args.splits is not None:
+            parser.error(f"--splits is for other networks: choose --block_size for {args.arch}")
+        if args.block_size is None:
+            args.block_size = 1
+    else:
+        if args.block_size is not None:
+            parser.error(f"--block_size is for VGG: choose --splits for {args.arch}")
+        if args.splits is None:
+            args.splits = 2
+    if args.arch not in published and args.channels is not None:
+        parser.error(f"--channels is for VGG and ResNet: leave it out for {args.arch}")
+    if args.arch in published and args.channels is None:
+        args.channels = 64
     return args
 
 
 def build(args, classes):
-    """The network that the flags name."""
+    """The network that the flags describe."""
     settings = {"classes": classes, "image_size": args.image_size, "convs": args.nlin, "hidden_layers": args.mlp}
     if args.arch in STAGES:
-        return greedy_vgg(args.arch, args.block_size, **settings)
-    return (greedy_resnet if args.arch in BLOCKS else greedy_torchvision)(args.arch, args.splits, **settings)
-
-
-def step(run, modules, optimizers, representation, labels):
-    """Algorithm 1 on one mini-batch: images, or the representation below, (b, C, s, s) and labels (b,) → the
-    representation on top, detached, and each head's (loss, logits (b, classes)).
-    """
-    heads = []
-    for module, optimizer in zip(modules, optimizers, strict=True):
-        with run.autocast():
-            representation, logits = module(representation)  # (b, C, s', s'), (b, classes)
-        loss = F.cross_entropy(logits.float(), labels)
-        # zero_grad, backward (with other replicas: and their gradients), step: this frees the module's graph.
-        run.step(loss, optimizer)
-        representation = representation.detach()  # no gradient crosses to the module below
-        heads.append((loss.detach(), logits.detach()))
-    return representation, heads
+        return greedy_vgg(args.arch, args.block_size, width=args.channels, **settings)
+    if args.arch in BLOCKS:
+        return greedy_resnet(args.arch, args.splits, width=args.channels, **settings)
+    return greedy_torchvision(args.arch, args.splits, **settings)
 
 
 def main():
     args = parse_args()
-    run, train, val, stage, modules = imagenet_flags.begin(args, build)
-    optimizers = [sgd(args, module) for module in stage.modules_here]
+    run, train, val, net, modules = imagenet_flags.setup(args, build)
+    optimizers = [sgd(args, module) for module in net.modules_here]
     schedules = [StepLR(optimizer, args.epochdecay, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter(TOPK) for _ in stage.modules_here]
+    meters = [Meter(TOPK) for _ in net.modules_here]
 
-    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": val, "meters": meters}
-    for epoch in run.epochs(net=stage, **state):
-        stage.train()
-        for representation, labels in reported(run, run.progress(stage.inputs(train)), len(train)):
-            representation, heads = step(run, modules, optimizers, representation, labels)
-            for meter, (loss, logits) in zip(meters, heads, strict=True):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=val, meters=meters):
+        net.train()
+        # Images, or what the module below sends
+        for representation, labels in log_progress(run, run.progress(net.inputs(train)), len(train)):
+            for module, optimizer, meter in zip(modules, optimizers, meters, strict=True):
+                with run.autocast():
+                    representation, logits = module(representation)  # (b, C, s, s), (b, classes)
+                loss = F.cross_entropy(logits.float(), labels)
+                # zero_grad, backward (gradients are averaged over the replicas), step: frees the module's graph
+                run.step(loss, optimizer)
+                representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the stage above, where there is one
-        run.mesh.same_buffers(stage.modules_here)
-        heads = stage.ensembles() if args.ensemble else stage.heads
+            net.send(representation, labels)  # to the module above, if another process has it
+        run.mesh.same_buffers(net.modules_here)
+        heads = net.ensembles() if args.ensemble else net.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(stage.inputs(val, totals=args.ensemble)), topk=TOPK)
-        count = len(stage.modules_here)
-        every = stage.gather(meters, scores[:count], scores[count:])  # in process 0, of all stages and replicas
-        for n, (meter, score, ensemble) in enumerate(zip_longest(*every), start=1):
-            together = (ensemble.top1, ensemble.top5) if ensemble else (nan, nan)
-            line = logs.imagenet_line(n, epoch, (meter.top1, meter.top5), (score.top1, score.top5), together)
+            scores = evaluate(heads, run.evaluation(net.inputs(val, totals=args.ensemble)), topk=TOPK)
+        head_scores = scores[: len(meters)]
+        ensemble_scores = scores[len(meters) :]
+        if not args.ensemble:
+            ensemble_scores = [Meter(TOPK) for _ in meters]  # empty: logged as nan
+        gathered = net.gather(meters, head_scores, ensemble_scores)
+        for n, (meter, score, ensemble) in enumerate(zip(*gathered, strict=True), start=1):
+            line = logs.imagenet_line(
+                n,
+                epoch,
+                train=(meter.top1, meter.top5),
+                test=(score.top1, score.top5),
+                ensemble=(ensemble.top1, ensemble.top5),
+            )
             run.report(line, logs.loss_line(n, epoch, meter.loss))
         for schedule in schedules:
             schedule.step()

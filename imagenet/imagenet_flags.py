@@ -1,102 +1,163 @@
-"""What the ImageNet scripts share: their flags, SGD, and the lines they print on the way."""
+"""What the ImageNet scripts share: flags, the setup of a run, SGD, and progress lines."""
 
 import time
+from typing import NamedTuple
 
 import imagenet_folders
+from torch import nn
 from torch.optim import SGD
 
 from decoupled import InputError
 from decoupled.parallel.batch_norm import globalize
 from decoupled.parallel.processes import launched
+from decoupled.parallel.stages import Stage
 from decoupled.training import flags
 from decoupled.training.flags import integer, number
 from decoupled.training.run import Run
 
 TOPK = (1, 5)
-DEBUG_BATCHES = 50  # an epoch with --debug 1
+DEBUG_BATCHES = 50  # mini-batches per epoch with --debug 1
 APEX = "https://github.com/NVIDIA/apex"
 
 
 def parser(doc, archs, default, distributed=False):
-    """The parser of an ImageNet script whose docstring is ``doc``, with the released scripts' flags that both have, and
-    ours; with ``distributed``, those of a script whose modules learn in several processes too.
+    """The parser of an ImageNet script with the docstring ``doc`` and the networks ``archs``: the flags of the released
+    scripts and ours; with ``distributed``, those of a script that spreads modules over several processes too.
     """
-    parser, positive = flags.Parser(doc), integer(1)
+    parser = flags.Parser(doc)
     parser.add_argument(
-        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of one folder a class"
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, which have one folder per class"
     )
+
     group = parser.add_argument_group("training")
     group.add_argument(
         "-a", "--arch", choices=archs, default=default, metavar="ARCH", help=f"network: {', '.join(archs)}"
     )
-    epochs = "passes over the images"
-    group.add_argument("--nepochs", "--epochs", dest="epochs", type=positive, default=50, metavar="N", help=epochs)
     group.add_argument(
-        "--epochdecay", type=positive, default=10, metavar="N", help="epochs until the rate falls to a tenth"
+        "--nepochs",
+        "--epochs",
+        dest="epochs",
+        type=integer(1),
+        default=50,
+        metavar="N",
+        help="passes over the training images",
     )
-    size = "images a step, of all processes together"
-    group.add_argument("-b", "--batch-size", type=positive, default=256, metavar="B", help=size)
-    rate, least = number(above=0), number(least=0)
-    group.add_argument("--lr", "--learning-rate", type=rate, default=0.1, help="learning rate at first")
-    group.add_argument("--momentum", type=number(least=0, below=1), default=0.9, help="of SGD")
-    group.add_argument("--wd", "--weight-decay", type=least, default=1e-4, help="weight decay")
-    fused = "torch: PyTorch's own fused step; apex: NVIDIA's apex; none: a plain step"
-    group.add_argument("--fused-sgd", choices=("torch", "apex", "none"), default="torch", help=fused)
+    group.add_argument(
+        "--epochdecay", type=integer(1), default=10, metavar="N", help="epochs after which the learning rate drops 10×"
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=integer(1),
+        default=256,
+        metavar="B",
+        help="images per mini-batch, over all processes",
+    )
+    group.add_argument("--lr", "--learning-rate", type=number(above=0), default=0.1, help="initial learning rate")
+    group.add_argument("--momentum", type=number(least=0, below=1), default=0.9, help="momentum of SGD")
+    group.add_argument("--wd", "--weight-decay", type=number(least=0), default=1e-4, help="weight decay")
+    group.add_argument(
+        "--fused-sgd",
+        choices=("torch", "apex", "none"),
+        default="torch",
+        help="torch: PyTorch's fused step; apex: NVIDIA's apex; none: no fused step",
+    )
     flags.add_seed(group, 1)
+
     group = parser.add_argument_group("data")
-    workers = "processes that read images, for each that trains"
-    group.add_argument("-j", "--workers", type=integer(0, 1024), default=4, metavar="N", help=workers)
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=integer(0, 1024),
+        default=4,
+        metavar="N",
+        help="processes that read images, per training process",
+    )
     group.add_argument("--image-size", type=integer(1, 4096), metavar="S", help="side of the crops (default: 224)")
-    small = "0: crops of 112 pixels, as in the released scripts"
-    group.add_argument("--large_size_images", type=int, choices=(0, 1), help=small)
-    train = "only N training images, evenly spaced, for quick looks"
-    group.add_argument("--train-samples", type=positive, metavar="N", help=train)
-    group.add_argument("--val-samples", type=positive, metavar="N", help="only N images of val/, likewise")
+    group.add_argument(
+        "--large_size_images", type=int, choices=(0, 1), help="0: crops of 112 pixels, as in the released scripts"
+    )
+    group.add_argument(
+        "--train-samples", type=integer(1), metavar="N", help="only N training images, evenly spaced, for quick looks"
+    )
+    group.add_argument(
+        "--val-samples", type=integer(1), metavar="N", help="only N images of val/, evenly spaced, for quick looks"
+    )
+
     group = flags.add_device(parser)
     group.add_argument(
-        "--static-loss-scale", type=number(least=1, below=2**32), metavar="S", help="of fp16, constant (default: 1)"
+        "--static-loss-scale",
+        type=number(least=1, below=2**32),
+        metavar="S",
+        help="constant loss scale for fp16 (default: 1)",
     )
-    dynamic = "of fp16: as large as gradients allow, whatever the static one"
-    group.add_argument("--dynamic-loss-scale", action="store_true", help=dynamic)
+    group.add_argument(
+        "--dynamic-loss-scale", action="store_true", help="dynamic loss scaling for fp16; overrides the static scale"
+    )
+
     group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node N")
-    local = "normalize each replica's share by itself: faster, and another method for each number of them"
-    group.add_argument("--local-batch-norm", action="store_true", help=local)
+    group.add_argument(
+        "--local-batch-norm",
+        action="store_true",
+        help="batch norm over each replica's share alone: faster, but results then depend on the world size",
+    )
     if distributed:
-        share = "share the modules out to K stages of N/K processes, which share each mini-batch"
-        group.add_argument("--stages", type=positive, default=1, metavar="K", help=share)
+        group.add_argument(
+            "--stages",
+            type=integer(1),
+            default=1,
+            metavar="K",
+            help="spread the modules over K stages of N/K processes, which share each mini-batch",
+        )
         flags.add_stages(group)
+    else:
+        parser.set_defaults(stages=1, modules_per_stage=None)
+
     group = flags.add_log(parser, "--save_folder")
     group.add_argument(
-        "-p", "--print-freq", type=positive, default=10, metavar="N", help="batches between printed lines"
+        "-p", "--print-freq", type=integer(1), default=10, metavar="N", help="mini-batches between progress lines"
     )
-    debug = f"1: {DEBUG_BATCHES} batches an epoch, a log but no checkpoint"
-    group.add_argument("--debug", type=int, choices=(0, 1), default=0, help=debug)
+    group.add_argument(
+        "--debug",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help=f"1: {DEBUG_BATCHES} mini-batches per epoch, a log but no checkpoint",
+    )
     return parser
 
 
-def parsed(parser):
-    """The arguments, after errors for flags that would do nothing. Sets ``static_loss_scale`` and ``image_size``."""
+def parse(parser):
+    """The arguments. Flags that would have no effect are errors. Fills in ``static_loss_scale`` (None if dynamic) and
+    ``image_size``.
+    """
     args = parser.parse_args()
     if args.image_size and args.large_size_images is not None:
         parser.error("--large_size_images and --image-size both set the size: leave one out")
     if args.debug and args.resume:
         parser.error("--debug 1 leaves no checkpoint to --resume: leave one out")
-    args.image_size = args.image_size or (112 if args.large_size_images == 0 else 224)
-    del args.large_size_images
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
-    if launched()[1] == 1 and (args.local_batch_norm or args.backend):
-        flag = "--local-batch-norm" if args.local_batch_norm else "--backend"
-        parser.error(f"{flag} is for several processes: start the script with torchrun --nproc-per-node N")
-    if getattr(args, "stages", 1) == 1 and getattr(args, "modules_per_stage", None):
+    if launched()[1] == 1 and args.local_batch_norm:
+        parser.error("--local-batch-norm is for several processes: start the script with torchrun --nproc-per-node N")
+    if launched()[1] == 1 and args.backend:
+        parser.error("--backend is for several processes: start the script with torchrun --nproc-per-node N")
+    if args.stages == 1 and args.modules_per_stage:
         parser.error("--modules-per-stage is for several stages: add --stages K")
-    args.static_loss_scale = None if args.dynamic_loss_scale else args.static_loss_scale or 1.0
+
+    if args.image_size is None:
+        args.image_size = 112 if args.large_size_images == 0 else 224
+    del args.large_size_images
+    if args.dynamic_loss_scale:
+        args.static_loss_scale = None
+    elif args.static_loss_scale is None:
+        args.static_loss_scale = 1.0
     return args
 
 
 def sgd(args, module):
-    """SGD over ``module``'s parameters, fused as --fused-sgd says. Raises InputError where NVIDIA's apex is asked for
-    and is not there.
+    """SGD over the parameters of ``module``, as --fused-sgd says. Raises InputError if NVIDIA's apex is asked for but
+    missing.
     """
     settings = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.wd}
     if args.fused_sgd != "apex":
@@ -105,49 +166,84 @@ def sgd(args, module):
         from apex.optimizers import FusedSGD
     except (ImportError, AttributeError, SyntaxError) as error:
         raise InputError(
-            f"--fused-sgd apex needs NVIDIA's apex from {APEX}: the PyPI package called apex is another one"
+            f"--fused-sgd apex needs NVIDIA's apex from {APEX}; the PyPI package called apex is a different one"
         ) from error
     if not next(module.parameters()).is_cuda:
         raise InputError("--fused-sgd apex needs CUDA: choose --fused-sgd torch")
     return FusedSGD(module.parameters(), **settings)
 
 
-def begin(args, build):
-    """(run, train, val, stage, modules): a Run of an ImageNet script, its images, this process's decoupled.parallel.stages.Stage
-    of the network ``build(args, classes)``, and what a step calls instead of the stage's modules.
-    """
-    free_on_resume, stages = ("data", "workers", "print_freq"), getattr(args, "stages", 1)
-    run = Run(args, distributed=True, stages=stages, loss_scale=args.static_loss_scale, free_on_resume=free_on_resume)
+class Setup(NamedTuple):
+    """What an ImageNet script begins with."""
+
+    run: Run
+    train: object  # images and labels for training, from imagenet_folders.load
+    val: object  # those for evaluation
+    net: Stage  # this process's modules of the network
+    modules: list[nn.Module]  # net.modules_here as a step calls them: with replicas, each in DistributedDataParallel
+
+
+def setup(args, build):
+    """The run, the images and the network ``build(args, classes)`` of a script with the arguments ``args``."""
+    run = Run(
+        args,
+        distributed=True,
+        stages=args.stages,
+        loss_scale=args.static_loss_scale,
+        free_on_resume=("data", "workers", "print_freq"),
+    )
     mesh = run.mesh
-    names = ("train_samples", "val_samples", "image_size", "batch_size", "workers", "seed")
-    share = {"rank": mesh.replica, "processes": mesh.replicas, "least": 1 + args.local_batch_norm}
-    limit = DEBUG_BATCHES if args.debug else None
-    options = {name: getattr(args, name) for name in names} | share | {"limit": limit, "device": run.device}
+
+    def load():
+        return imagenet_folders.load(
+            args.data,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            seed=args.seed,
+            train_samples=args.train_samples,
+            val_samples=args.val_samples,
+            rank=mesh.replica,
+            processes=mesh.replicas,
+            least=2 if args.local_batch_norm else 1,
+            limit=DEBUG_BATCHES if args.debug else None,
+            device=run.device,
+        )
+
     with run.console.reading():
-        train, val, classes = mesh.images(lambda: imagenet_folders.load(args.data, **options))
+        train, val, classes = mesh.images(load)
     net = build(args, classes)
     if mesh.replicas > 1:
-        among = "all processes" if mesh.stages == 1 else "the replicas of each module"
-        run.describe(f"batch norm: {'of each process' if args.local_batch_norm else f'over {among}'}")
-        net = net if args.local_batch_norm else globalize(net, run.device, mesh.group)
-    stage = run.distribute(net, (3, args.image_size, args.image_size))
-    return run, train, val, stage, mesh.parallel(stage.modules_here, args.local_batch_norm)
+        if args.local_batch_norm:
+            run.describe("batch norm: of each process")
+        else:
+            replicas = "all processes" if mesh.stages == 1 else "the replicas of each module"
+            run.describe(f"batch norm: over {replicas}")
+            net = globalize(net, run.device, mesh.group)
+    net = run.distribute(net, shape=(3, args.image_size, args.image_size))
+    modules = mesh.parallel(net.modules_here, args.local_batch_norm)
+    return Setup(run, train, val, net, modules)
 
 
-def reported(run, batches, total):
-    """Passes on ``batches`` and prints a line every --print-freq of them: the loss of each module, images/s, and the
-    share of the time that went on waiting for images.
+def log_progress(run, batches, total):
+    """Yields ``batches``, an epoch of ``total`` mini-batches, and prints a line after every --print-freq of them: the
+    loss of each module here, images per second, and the share of the time spent waiting for images.
     """
-    images, waited = 0, 0.0
-    since = asked = time.perf_counter()
+    images = 0
+    waited = 0.0
+    line_started = time.perf_counter()
+    wait_started = line_started
     for batch in batches:
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - wait_started
         yield batch
-        images += len(batch[1]) * run.mesh.replicas
+        _, labels = batch
+        images += len(labels) * run.mesh.replicas
         if run.batch % run.args.print_freq == 0:
             losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share and modules
-            seconds = time.perf_counter() - since
-            speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for them"
+            seconds = time.perf_counter() - line_started
+            speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for images"
             run.console.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")
-            since, images, waited = time.perf_counter(), 0, 0.0
-        asked = time.perf_counter()
+            images = 0
+            waited = 0.0
+            line_started = time.perf_counter()
+        wait_started = time.perf_counter()

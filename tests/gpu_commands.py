@@ -3,12 +3,10 @@ networks and few images, and fp16 whose loss scale overflows. conftest.py has th
 """
 
 from collections import Counter
-from functools import partial
 
 import pytest
-import small_imagenet
 import torch
-from running import PARALLEL, SEQUENTIAL, load_script, small
+from running import PARALLEL, SEQUENTIAL, small
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -18,10 +16,11 @@ from decoupled.networks.modules import eval_mode
 from decoupled.training.precision import Steps
 
 TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
-RESNET = (*TOY, "--depth", 14, "--splits", 3)
+RESNET = (*TOY, "--depth", 14, "--channels", 4, "--splits", 3)
 BUFFER = (*TOY, "--feature_size", 4, "--layer-sequence", "sequential", "--buffer", 3)
 FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three
-VGG = (small_imagenet.DGL, *FOLDERS, "--arch", "vgg11", "--block_size", 3)
+IMAGENET, IMAGENET_BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
+VGG = (IMAGENET, *FOLDERS, "--arch", "vgg11", "--channels", 2, "--block_size", 3)
 AUX, DNI, ASYNC = "aux_nets/cifar_dgl.py", "dni/cifar_cnn_dni.py", "async_buffer/cifar_buffer.py"
 DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", "ddg", "backprop"))
 # The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
@@ -44,9 +43,9 @@ COMMANDS = {
     (ASYNC, *BUFFER, "--compress", 8): [625],
     (ASYNC, *BUFFER, "--compress", 4, "--buffer-device", "cpu"): [670],
     (*VGG, "--static-loss-scale", 64): [399],
-    (small_imagenet.DGL, *FOLDERS, "--arch", "resnet50", "--dynamic-loss-scale"): [669],
-    (small_imagenet.DGL, *FOLDERS, "--arch", "shufflenet_v2_x0_5"): [695],
-    (small_imagenet.BACKPROP, *FOLDERS, "--arch", "resnet18"): [64],
+    (IMAGENET, *FOLDERS, "--arch", "resnet50", "--channels", 2, "--dynamic-loss-scale"): [669],
+    (IMAGENET, *FOLDERS, "--arch", "shufflenet_v2_x0_5"): [695],
+    (IMAGENET_BACKPROP, *FOLDERS, "--arch", "resnet18"): [243],
 }
 LAYERS = 6  # of the asynchronous network
 
@@ -64,7 +63,7 @@ OVERFLOWS = {
     (BACKPROP, *RESNET, "--checkpointing"): ((0, 1), {(0, 1)}),
     (ASYNC, *BUFFER): ((1, 1), {(1, 1)}),
     (*VGG, "--dynamic-loss-scale"): ((1, 1), {(1, 1)}),
-    (small_imagenet.BACKPROP, *FOLDERS, "--arch", "resnet18", "--dynamic-loss-scale"): ((0, 1), {(0, 1)}),
+    (IMAGENET_BACKPROP, *FOLDERS, "--arch", "resnet18", "--dynamic-loss-scale"): ((0, 1), {(0, 1)}),
 }
 
 
@@ -76,13 +75,7 @@ def called(command):
 
 def narrow(script):
     """The names to replace in ``script`` for networks that a CPU computes quickly."""
-    module = load_script(script)
-    if "imagenet" in script:
-        builds = small_imagenet.small(module).items()  # in double precision
-        return {name: lambda *args, build=build, **settings: build(*args, **settings).float() for name, build in builds}
-    names = {name: getattr(module, name) for name in ("decoupled_resnet", "chained_resnet") if hasattr(module, name)}
-    names = {name: partial(build, width=4) for name, build in names.items()}
-    return names | ({"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {})
+    return {"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {}
 
 
 def few_images(dataset, folder):

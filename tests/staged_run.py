@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sklearn.datasets
-import small_imagenet
 import torch
 import torch._dynamo  # optimizers import it, which takes a second
 from running import ROOT, load_script, small
@@ -100,8 +99,6 @@ def worker(words, faults, held):
         kind.send = fault(kind, *faults[rank])
     if hasattr(module, "layerwise_cnn") and not Path(script).is_absolute():
         module.layerwise_cnn = small()
-    if script.startswith("imagenet/"):
-        small_imagenet.make_small(module)
     start(module.main)
     if held:
         Path(f"{held}.{rank}").write_text(json.dumps(most))

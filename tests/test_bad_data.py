@@ -139,8 +139,8 @@ def test_what_workers_have_too_little_of_is_one_line(tmp_path, monkeypatch, erro
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the worker in /proc")
 def test_a_killed_worker_ends_the_run_in_one_line(tmp_path):
     root = write_classes(tmp_path / "data", ("train", "val"), count=8)
-    words = "--arch vgg11 --block_size 8 --image-size 32 -b 4 -j 1 --epochs 9999 --device cpu --save_folder logs"
-    command = [sys.executable, ROOT / "tests/small_imagenet.py", "imagenet/imagenet_dgl.py", root, *words.split()]
+    words = "--arch vgg11 --block_size 8 --channels 2 --image-size 32 -b 4 -j 1 --epochs 9999 --device cpu --save_folder logs"
+    command = [sys.executable, ROOT / "imagenet/imagenet_dgl.py", root, *words.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path

@@ -84,7 +84,7 @@ def test_an_overflow_in_one_module_costs_it_one_step_and_half_its_loss_scale(on_
 
 def test_dni_refuses_fp16(fails):
     message = fails(DNI, *TOY, "--channels", 4, "--dni", "--device", "cuda", "--half")
-    assert "--half means fp16 on CUDA" in message
+    assert "--half" in message
 
 
 @pytest.mark.parametrize("command", [(PARALLEL, *TOY), (SEQUENTIAL, *TOY)], ids=called)

@@ -1,4 +1,4 @@
-"""ImageNet: the networks, the two scripts, their data, and several processes, on small generated folders and small
+"""ImageNet: the networks, the two scripts, their data, and several processes, on small generated folders and narrow
 networks.
 """
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,41 +18,28 @@ import torch
 import torchvision
 from PIL import Image
 from running import ROOT, Finished, launch, load_script, published_series
-from small_imagenet import BACKPROP, DGL, small
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from decoupled.logs import read_log
-from decoupled.networks.evaluation import Meter, ensembles, evaluate
 from decoupled.parallel import batch_norm as global_batch_norm
 
+DGL, BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
 vgg, resnet = load_script("imagenet/greedy_vgg.py"), load_script("imagenet/greedy_resnet.py")
 script = load_script(DGL)
 import imagenet_folders  # noqa: E402  importable since a script of that folder was loaded
 
 CLASSES, TRAIN, VAL = 7, 21, 17
 GPUS = torch.cuda.device_count()
-FLAGS = (
-    "--image-size",
-    32,
-    "-b",
-    8,
-    "-j",
-    0,
-    "--device",
-    "cpu",
-    "--nepochs",
-    2,
-    "--epochdecay",
-    1,
-    "--lr",
-    0.01,
-)  # batches of 8, 8, 5; val 8, 8, 1
-VGG, RESNET, END = (
-    (DGL, "--arch", "vgg11", "--block_size", 3),
-    (DGL, "--arch", "resnet50", "--splits", 3),
-    (BACKPROP, "--arch", "vgg11_bn"),
-)
+# Mini-batches of 8, 8, 5; val 8, 8, 1
+TOY = "--image-size 32 -b 8 -j 0 --device cpu --nepochs 2 --epochdecay 1 --lr 0.01"
+FLAGS = tuple(TOY.split())
+VGG = (DGL, "--arch", "vgg11", "--block_size", 3, "--channels", 2)
+RESNET = (DGL, "--arch", "resnet50", "--splits", 3, "--channels", 2)
+END = (BACKPROP, "--arch", "resnet18")
+DROPOUT = (DGL, "--arch", "squeezenet1_1", "--splits", 3, "--nlin", 1, "--mlp", 0)
+METHODS = {"vgg": VGG, "resnet": RESNET, "end to end": END, "dropout": DROPOUT}
 
 
 def write_folders(root):
@@ -77,21 +65,27 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def images_in_double(monkeypatch):
-    real = imagenet_folders.ImageBatches.normalize
-    monkeypatch.setattr(imagenet_folders.ImageBatches, "normalize", lambda self, images: real(self, images).double())
+@pytest.fixture
+def train_small(run_script, folder, tmp_path):
+    """train_small((script, *flags), *flags): what the script leaves with FLAGS; ``to`` names its folder."""
+
+    def run(method, *flags, to="logs", data=folder):
+        return run_script(method[0], data, *FLAGS, *method[1:], *flags, folder=tmp_path / to)
+
+    return run
+
+
+WHOLE = {}
 
 
 @pytest.fixture
-def train_small(run_script, folder, tmp_path):
-    """train_small((script, *flags), *flags): what the script leaves with FLAGS and small networks; ``to`` names its
-    folder.
-    """
+def whole(train_small, tmp_path_factory):
+    """whole(method): what an uninterrupted run leaves. Each is run once."""
 
-    def run(method, *flags, to="logs", adapt=lambda net: net, data=folder, **names):
-        names = small(load_script(method[0]), adapt) | names
-        return run_script(method[0], data, *FLAGS, *method[1:], *flags, folder=tmp_path / to, **names)
+    def run(method):
+        if method not in WHOLE:
+            WHOLE[method] = train_small(method, to=tmp_path_factory.mktemp("whole"))
+        return WHOLE[method]
 
     return run
 
@@ -118,22 +112,9 @@ def assert_same(left, whole):
     assert len(mine) == len(its) > 10 and all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
-def test_any_classifier_of_torchvision_learns_and_resumes(run_script, folder, tmp_path):
-    method = (DGL, folder, *FLAGS, "--arch", "squeezenet1_1", "--splits", 3, "--nlin", 1, "--mlp", 0)
-    real = load_script(DGL).greedy_torchvision
-    names = {"greedy_torchvision": lambda *args, **settings: real(*args, **settings).double()}
-    whole = run_script(*method, folder=tmp_path / "whole", **names)
-    run_script(*method, "--nepochs", 1, **names)
-    left = run_script(*method, "--resume", **names)
-    assert_same(left, whole)
-    assert {key.split(".")[0] for key in left.weights} == {"0", "1", "2"}
-    assert len(read_log(left.log)) == 2 * 3
-
-
-@pytest.mark.parametrize("method", [VGG, END])
-def test_debug_stops_each_epoch_early_and_leaves_a_log_but_no_checkpoint(train_small, monkeypatch, method):
+def test_debug_stops_each_epoch_early_and_leaves_a_log_but_no_checkpoint(train_small, monkeypatch):
     monkeypatch.setattr("imagenet_flags.DEBUG_BATCHES", 2)
-    (log,) = (train_small(*(method, "--debug", 1, "-p", 1)).folder).iterdir()
+    (log,) = train_small(VGG, "--debug", 1, "-p", 1).folder.iterdir()
     assert log.suffix == ".log" and len(read_log(log)["epoch"].unique()) == 2
     assert published_series(log) == set()
 
@@ -177,6 +158,9 @@ def test_modules_of_the_published_commands(monkeypatch, flags, bodies, channels)
     assert [count(module.body) for module in net] == bodies
     head = VGG_HEAD if "vgg" in flags else RESNET_HEAD
     assert [count(module.auxiliary) for module in net] == [*(AUXILIARY[width] for width in channels), head]
+    if flags == "--arch resnet152":  # the auxiliary of the published cut reads 14×14
+        assert [len(module.body) for module in net] == [26, 25]
+        assert net[0].auxiliary[0].output_size == (4, 4)
     name = args.arch + "_bn" * ("vgg" in flags)
     with torch.device("meta"):
         assert sum(bodies) + head == count(torchvision.models.get_model(name))
@@ -208,14 +192,6 @@ def test_baselines_are_torchvisions(monkeypatch, name):
         224,
         "torch",
     )
-
-
-def test_the_published_cut_of_resnet_152_reads_14x14():
-    with torch.device("meta"):
-        net = resnet.greedy_resnet("resnet152", 2)
-        assert [len(module.body) for module in net] == [26, 25]
-        assert net[0].body(torch.zeros(1, 3, 224, 224)).shape == (1, 1024, 14, 14)
-    assert net[0].auxiliary[0].output_size == (4, 4)
 
 
 def test_cutting_changes_nothing_but_the_auxiliaries():
@@ -339,7 +315,7 @@ def test_normalization_is_imagenets(folder):
         image.double() / 255, imagenet_folders.MEAN, imagenet_folders.STD
     )
     images, labels = next(iter(val))
-    torch.testing.assert_close(images[3], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images[3].double(), expected, rtol=0, atol=1e-5)
     assert images.shape == (8, 3, 32, 32) and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -359,25 +335,29 @@ def test_neither_workers_nor_their_number_matter(train_small):
 # The algorithm and the numbers
 
 
-def test_dgl_is_each_module_learning_alone(train_small, folder):
-    """Weights after two epochs are those of plain SGD on each module's own loss, by the images the data give."""
-    left = train_small(VGG)
+def test_dgl_is_each_module_learning_alone(whole, folder):
+    """To the bit, by SGD on each module's own loss, by the images the data give."""
     torch.manual_seed(1)
-    net = vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).double()
+    net = vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).to(memory_format=torch.channels_last)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
     train, _, _ = make(folder, seed=1)
-    velocity = [torch.zeros_like(parameter) for parameter in net.parameters()]
-    for epoch in (1, 2):
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True) for m in net]
+    for rate in (0.01, 0.1 * 0.01):
         for images, labels in train:
-            gradients = []
+            losses = []
+            representation = images
             for module in net:
-                images, logits = module(images.detach())
-                loss = F.cross_entropy(logits.float(), labels)
-                gradients += torch.autograd.grad(loss, list(module.parameters()))
-            for parameter, gradient, speed in zip(net.parameters(), gradients, velocity, strict=True):
-                speed.mul_(0.9).add_(gradient + 1e-4 * parameter.detach())
-                parameter.data -= 0.01 * 0.1 ** (epoch - 1) * speed
+                representation, logits = module(representation.detach())
+                losses.append(F.cross_entropy(logits, labels))
+            for optimizer, loss in zip(optimizers, losses, strict=True):
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    weights = whole(VGG).weights
     for name, value in net.state_dict().items():
-        torch.testing.assert_close(left.weights[name], value, rtol=1e-7, atol=1e-10, msg=name)
+        assert torch.equal(weights[name], value), name
+        assert not torch.equal(value, start[name]), name
 
 
 def numpy_top(outputs, labels, k):
@@ -387,11 +367,11 @@ def numpy_top(outputs, labels, k):
 
 
 @pytest.mark.parametrize("method", [VGG, RESNET], ids=["vgg", "resnet"])
-def test_the_logs_accuracies_are_numpys(train_small, folder, method):
+def test_the_logs_accuracies_are_numpys(whole, folder, method):
     """Every head's, and those of the ensembles: softmax of head i weighted 2^i / (2^(n+1) - 1)."""
-    left = train_small(method)
+    left = whole(method)
     build = vgg.greedy_vgg if method is VGG else resnet.greedy_resnet
-    net = build(method[2], method[4], CLASSES, 32, width=2).double()
+    net = build(method[2], method[4], CLASSES, 32, width=2).to(memory_format=torch.channels_last)
     net.load_state_dict(left.weights)
     _, val, _ = make(folder)
     with torch.no_grad():
@@ -413,53 +393,11 @@ def test_the_logs_accuracies_are_numpys(train_small, folder, method):
             (numpy_top(ensemble, labels, 1), numpy_top(ensemble, labels, 5)), abs=1e-4
         )
     assert frame["loss"].notna().all() and (frame["loss"] > 0).all()
-    np.testing.assert_allclose(
-        ensembles([torch.from_numpy(h) for h in heads])[-1],
-        sum(2**n * h for n, h in enumerate(heads)) / (2 ** len(heads) - 1),
-        rtol=1e-5,
-    )
 
 
-def test_ensembles_are_of_probabilities_not_logits(train_small):
-    evaluated = []
-    train_small(
-        VGG,
-        "--nepochs",
-        1,
-        evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options),
-    )
-    logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 3.9]]), torch.tensor([[-50.0, 0.0, 0.1]])]
-    del evaluated[0].net  # a module: only another may take its place
-    evaluated[0].net = lambda images: logits
-    outputs = evaluated[0](None)
-    probabilities = [np.exp(head.numpy()) / np.exp(head.numpy()).sum() for head in logits]
-    expected = [
-        probabilities[0],
-        (probabilities[0] + 2 * probabilities[1]) / 3,
-        (probabilities[0] + 2 * probabilities[1] + 4 * probabilities[2]) / 7,
-    ]
-    for mine, its in zip(outputs, [head.numpy() for head in logits] + expected, strict=True):
-        np.testing.assert_allclose(mine.numpy(), its, rtol=1e-5)
-
-
-def test_top_5_is_exact_with_ties():
-    logits = torch.randint(3, (200, 9)).float()
-    labels = torch.randint(9, (200,))
-    meter = Meter((1, 5))
-    for rows in torch.arange(200).split(64):
-        meter.update(torch.tensor(1.0), logits[rows], labels[rows])
-    assert (meter.top1, meter.top5) == pytest.approx(
-        (numpy_top(logits.numpy(), labels.numpy(), 1), numpy_top(logits.numpy(), labels.numpy(), 5))
-    )
-    again = Meter((1, 5))
-    again.load_state_dict(meter.state_dict())
-    again.update(torch.tensor(3.0), logits[:50], labels[:50])
-    assert again.count == 250 and again.loss == pytest.approx((200 + 150) / 250)
-
-
-def test_backprop_logs_the_rate_that_fell(train_small):
-    frame = read_log(train_small(END, "--nepochs", 3, "--epochdecay", 2).log)
-    assert frame["lr"].tolist() == pytest.approx([0.01, 0.01, 0.001]) and frame["loss"].notna().all()
+def test_backprop_logs_the_rate_that_fell(whole):
+    frame = read_log(whole(END).log)
+    assert frame["lr"].tolist() == pytest.approx([0.01, 0.001]) and frame["loss"].notna().all()
 
 
 def test_without_ensembles(train_small):
@@ -470,85 +408,73 @@ def test_without_ensembles(train_small):
 # Stopping and resuming
 
 
-def stopping(after, evaluating=False, number=signal.SIGTERM):
-    """A change of a network that sends this process a signal in its forward pass number ``after``, of training or of
+@contextmanager
+def signalled(after, evaluating=False, number=signal.SIGTERM):
+    """Inside the block this process gets a signal in the networks' forward pass number ``after``, of training or of
     evaluation.
     """
     calls = []
 
     def hook(module, inputs):
-        if module.training != evaluating:
-            calls.append(1)
+        if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+            return  # only the first layer counts
+        trains = module.training and module.weight.requires_grad  # decouple traces a copy without gradients
+        counts = torch.is_inference_mode_enabled() if evaluating else trains
+        if counts:
+            calls.append(module)
             if len(calls) == after:
                 os.kill(os.getpid(), number)
 
-    def adapt(net):
-        part = net[0].body if hasattr(net[0], "body") else net[0]
-        part.register_forward_pre_hook(hook)
-        return net
-
-    return adapt
+    with register_module_forward_pre_hook(hook):
+        yield
 
 
-STOPS = [
-    (1, False),
-    (4, False),
-    (6, False),
-    (5, True),
-]  # of 3 batches an epoch, and 3 of evaluation; building VGG and ResNet takes an evaluation of its own
-METHODS = {"vgg": VGG, "resnet": RESNET, "end to end": END}
+STOPS = [(1, False), (4, False), (6, False), (4, True)]  # of 3 mini-batches in an epoch, and 3 in its evaluation
 
 
 @pytest.mark.parametrize(
     ("method", "stop"),
-    [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("end to end", STOPS[1]), ("end to end", STOPS[3])],
+    [("vgg", stop) for stop in STOPS] + [("resnet", STOPS[1]), ("dropout", STOPS[1])],
 )
-def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, capsys, method, stop):
-    method, number = METHODS[method], signal.SIGINT if stop[0] == 4 else signal.SIGTERM
-    whole = train_small(method, to="whole")
-    with pytest.raises(SystemExit) as end:
-        train_small(method, adapt=stopping(*stop, number))
-    assert end.value.code == 128 + number
+def test_a_signal_finishes_the_batch_and_resume_goes_on_exactly(train_small, whole, capsys, method, stop):
+    method = METHODS[method]
     after, evaluating = stop
-    epoch, batch = (2, 3) if evaluating else divmod(after - 1, 3)
-    place = f"epoch {epoch}, batch 3" if evaluating else f"epoch {epoch + 1}, batch {batch + 1}"
+    number = signal.SIGINT if after == 4 else signal.SIGTERM
+    with pytest.raises(SystemExit) as end, signalled(after, evaluating, number):
+        train_small(method)
+    assert end.value.code == 128 + number
+    place = "epoch 2, batch 3" if evaluating else f"epoch {(after + 2) // 3}, batch {(after - 1) % 3 + 1}"
     message = capsys.readouterr().err
-    assert (
-        f"{number.name}: finishing this batch" in message
-        and f"stopped after {place}, saved in " in message
-        and "Traceback" not in message
-    )
+    assert number.name in message and place in message and "Traceback" not in message
     left = train_small(method, "--resume", "auto")
-    assert f"# resumed after {place}\n" in left.log.read_text()
-    assert_same(left, whole)
+    assert f"resumed after {place}\n" in left.log.read_text()
+    assert_same(left, whole(method))
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_an_epochs_end_resumes_exactly(train_small, method):
-    whole = train_small(method, to="whole")
-    left = train_small(method, "--nepochs", 1)
-    name = left.checkpoint
-    assert_same(train_small(method, "--resume", name), whole)
-    checkpoint = torch.load(name, weights_only=True)
-    assert {"net", "optimizers", "schedules", "scalers", "train", "test", "meters"} == checkpoint["state"].keys()
+@pytest.mark.parametrize("method", ["vgg", "resnet", "end to end"])
+def test_an_epochs_end_resumes_exactly(train_small, whole, method):
+    method = METHODS[method]
+    first = train_small(method, "--nepochs", 1)
+    left = train_small(method, "--resume", first.checkpoint)
+    assert_same(left, whole(method))
+    assert {"net", "optimizers", "schedules", "scalers", "train", "test", "meters"} == left.state.keys()
     modules = 1 if method is END else 3
-    assert len(checkpoint["state"]["optimizers"]) == len(checkpoint["state"]["scalers"]) == modules
+    assert len(left.state["optimizers"]) == len(left.state["scalers"]) == modules
+    assert len(read_log(left.log)) == 2 * modules
+    assert {key.split(".")[0] for key in left.weights} == {str(n) for n in range(modules)}
 
 
-def test_ctrl_c_with_workers_in_a_terminal(train_small, folder, tmp_path):
+def test_ctrl_c_with_workers_in_a_terminal(folder, tmp_path):
     """The signal goes to the whole process group, the workers included."""
-    flags = [
-        str(flag)
-        for flag in (folder, *FLAGS, *VGG[1:], "-j", 2, "-p", 1, "--nepochs", 200, "--save_folder", tmp_path / "logs")
-    ]
-    command = [sys.executable, "-u", ROOT / "tests/small_imagenet.py", DGL, *flags]
+    flags = (folder, *FLAGS, *VGG[1:], "-j", 2, "-p", 1, "--nepochs", 200, "--save_folder", tmp_path / "logs")
+    command = [sys.executable, "-u", ROOT / DGL, *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as process:
         try:
             for line in process.stdout:
-                if line.startswith("epoch 2, batch 2"):
+                if line.startswith("epoch 1, batch 2"):
                     os.killpg(process.pid, signal.SIGINT)
                     break
             _, message = process.communicate(timeout=60)
@@ -556,8 +482,8 @@ def test_ctrl_c_with_workers_in_a_terminal(train_small, folder, tmp_path):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, message
-    assert "SIGINT: finishing this batch" in message and "stopped after epoch" in message and "Traceback" not in message
-    place = re.search(r"stopped after epoch (\d+), batch (\d+)", message)
+    assert "SIGINT" in message and "Traceback" not in message
+    place = re.search(r"epoch (\d+), batch (\d+)", message)
     (log,) = (tmp_path / "logs").glob("*.log")
     checkpoint = torch.load(log.with_suffix(".pt"), weights_only=True)
     assert (checkpoint["epoch"], checkpoint["batch"], checkpoint["within"]) == (int(place[1]), int(place[2]), True)
@@ -567,77 +493,55 @@ def test_ctrl_c_with_workers_in_a_terminal(train_small, folder, tmp_path):
 # Several processes
 
 
-def torchrun(*command, processes=2):
-    """Runs tests/small_imagenet.py under torchrun; returns what it printed to stderr."""
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    full = [*runner, str(ROOT / "tests/small_imagenet.py"), *map(str, command)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-    )
-    try:
-        out, message = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, message
-
-
-def assert_close(left, whole):
-    """Weights and momentum within what double precision with losses in single leaves, results to 4 digits."""
+def assert_close(left, whole, start):
+    """Weights and momentum up to rounding, which is little beside what was learned from the weights ``start``."""
     for mine, its in zip(result_lines(left), result_lines(whole), strict=True):
         numbers = [[float(text) for text in re.findall(r"[\d.]+", line)] for line in (mine, its)]
-        assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
-    for mine, its in zip(tensors(left.state), tensors(whole.state), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
+    for name, value in whole.weights.items():
+        learned = (value - start[name]).abs().max()
+        # A bias before batch norm has a gradient of rounding errors alone
+        assert (left.weights[name] - value).abs().max() <= 0.01 * learned + 1e-7, name
+    for mine, its in zip(tensors(left.state["optimizers"]), tensors(whole.state["optimizers"]), strict=True):
+        assert (mine - its).abs().max() <= 0.01 * its.abs().max() + 1e-6
 
 
-def test_two_processes_are_one(train_small, folder, tmp_path):
-    """The same global batch gives the same weights and log, though a short batch is shared 3 to 2, and one image of
-    val/ is left to one process.
-    """
-    whole = train_small(VGG, to="whole")
-    code, out, message = torchrun(DGL, folder, *FLAGS, *VGG[1:], "--save_folder", tmp_path / "logs")
-    assert code == 0, message
-    left = Finished(tmp_path / "logs")
-    assert_close(left, whole)
-    text = left.log.read_text()
-    assert "# processes: 2, gloo\n" in text and "# batch norm: over all processes\n" in text
-    assert out.count("finished: ") == 1
+def start_of(method):
+    """The weights from which the runs of ``method`` start."""
+    torch.manual_seed(1)
+    if method is VGG:
+        return vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).state_dict()
+    return nn.Sequential(torchvision.models.resnet18(num_classes=CLASSES)).state_dict()
 
 
-def test_two_processes_go_on_where_one_stopped(train_small, folder, tmp_path):
-    whole = train_small((*END[:2], "resnet50"), to="whole")
-    with pytest.raises(SystemExit):
-        train_small((*END[:2], "resnet50"), adapt=stopping(5))
-    code, _, message = torchrun(
-        BACKPROP, folder, *FLAGS, "--arch", "resnet50", "--save_folder", tmp_path / "logs", "--resume", "auto"
-    )
-    assert code == 0, message
-    assert_close(Finished(tmp_path / "logs"), whole)
-
-
-def test_stages_and_their_replicas_are_one(train_small, folder, tmp_path):
-    """With one replica of each stage to the bit. With two within what double precision leaves, where all stop after the
-    same mini-batch, for a signal to one of the upper stage, and one process goes on. Ensembles are of all heads.
+def test_processes_are_one(train_small, whole, folder, tmp_path):
+    """Two processes share each mini-batch and get the same weights and log up to rounding, though a short one is shared
+    3 to 2, and one image of val/ is left to one process. They may go on where one stopped. Stages with one replica each
+    learn what one process learns to the bit. With two replicas all stop after the same mini-batch, for a signal to one
+    of the upper stage, and one process goes on. Ensembles are of all heads.
     """
 
-    def run(processes, to, *flags, **more):
-        words = (DGL, folder, *FLAGS, *VGG[1:], "--save_folder", tmp_path / to, *flags)
+    def run(processes, method, to, *flags, **more):
+        words = (method[0], folder, *FLAGS, *method[1:], "--save_folder", tmp_path / to, *flags)
         return {"processes": processes, "words": [str(word) for word in words], **more}
 
-    (stages, _), (mesh, message) = launch(
-        run(3, "stages", "--stages", 3, "--queue", 1),
-        run(4, "mesh", "--stages", 2, "--modules-per-stage", "1,2", faults={"3": [4, "SIGTERM"]}),
+    with pytest.raises(SystemExit), signalled(5):
+        train_small(END, to="resumed")
+    (two, _), (resumed, _), (stages, _), (mesh, message) = launch(
+        run(2, VGG, "two"),
+        run(2, END, "resumed", "--resume", "auto"),
+        run(3, VGG, "stages", "--stages", 3, "--queue", 1),
+        run(4, VGG, "mesh", "--stages", 2, "--modules-per-stage", "1,2", faults={"3": [4, "SIGTERM"]}),
     )
-    assert stages == "finished" and mesh == "[143]" and message.count("stopped after epoch ") == 1, message
-    whole = train_small(VGG, to="whole")
-    assert_same(Finished(tmp_path / "stages"), whole)
-    text = Finished(tmp_path / "mesh").log.read_text()
-    assert "# processes: 4, gloo, modules 1,2, 2 replicas of each\n" in text
-    assert "# batch norm: over the replicas of each module\n" in text
+    assert (two, resumed, stages, mesh) == ("finished", "finished", "finished", "[143]"), message
+    left = Finished(tmp_path / "two")
+    assert_close(left, whole(VGG), start_of(VGG))
+    assert "# processes: 2, gloo\n" in left.log.read_text()
+    assert_close(Finished(tmp_path / "resumed"), whole(END), start_of(END))
+    assert_same(Finished(tmp_path / "stages"), whole(VGG))
+    assert "# processes: 4, gloo, modules 1,2, 2 replicas of each\n" in Finished(tmp_path / "mesh").log.read_text()
     left = train_small(VGG, "--resume", to="mesh")
-    assert_close(left, whole)
+    assert_close(left, whole(VGG), start_of(VGG))
 
 
 @pytest.fixture
@@ -671,98 +575,78 @@ def test_global_batch_norm_of_one_process_is_batch_norm(alone, shape):
 # Optimizers and precision
 
 
-def test_apex_is_nvidias(train_small, capsys, monkeypatch):
+def test_apex_is_nvidias(fails, folder, monkeypatch):
+    command = (DGL, folder, *FLAGS, *VGG[1:], "--fused-sgd", "apex")
     for module in (None, types.ModuleType("apex")):  # absent; PyPI's, which has no optimizers
         monkeypatch.setitem(sys.modules, "apex", module)
-        with pytest.raises(SystemExit) as stop:
-            train_small(VGG, "--fused-sgd", "apex")
-        message = capsys.readouterr().err
-        assert (
-            stop.value.code == 2
-            and message.count("\n") == 1
-            and "the PyPI package called apex is another one" in message
-        )
+        assert "https://github.com/NVIDIA/apex" in fails(*command)
     nvidia = types.ModuleType("apex.optimizers")
     nvidia.FusedSGD = torch.optim.SGD
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", nvidia)
-    with pytest.raises(SystemExit):
-        train_small(VGG, "--fused-sgd", "apex")
-    assert "--fused-sgd apex needs CUDA" in capsys.readouterr().err
+    assert "--fused-sgd torch" in fails(*command)  # on the CPU
 
 
 def test_fused_and_plain_sgd_agree(train_small):
     fused, plain = train_small(VGG, "--nepochs", 1), train_small(VGG, "--nepochs", 1, "--fused-sgd", "none", to="plain")
     for mine, its in zip(tensors(fused.weights), tensors(plain.weights), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
 
 
-def test_half_on_the_cpu_is_bf16(run_script, folder, tmp_path, monkeypatch):
-    monkeypatch.undo()  # images in single precision
-    widths = {
-        name: (lambda real: lambda *a, **k: real(*a, **k, width=2))(getattr(script, name))
-        for name in ("greedy_vgg", "greedy_resnet")
-    }
+def test_half_on_the_cpu_is_bf16(train_small):
     seen = set()
 
-    def watched(*args, **settings):
-        net = widths["greedy_vgg"](*args, **settings)
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(
-                    lambda module, inputs, output: seen.add(output.dtype) if module.training else None
-                )
-        return net
+    def watch(module, inputs, output):
+        if isinstance(module, nn.Conv2d) and module.training:
+            seen.add(output.dtype)
 
-    sys.argv = [
-        str(ROOT / DGL),
-        *map(str, (folder, *FLAGS, *VGG[1:], "--half", "--dynamic-loss-scale", "--log-dir", tmp_path / "half")),
-    ]
-    load = load_script(DGL)
-    load.greedy_vgg = watched
-    load.main()
-    assert seen == {torch.bfloat16} and "bf16 mixed" in Finished(tmp_path / "half").log.read_text()
+    with register_module_forward_hook(watch):
+        left = train_small(VGG, "--half", "--dynamic-loss-scale", "--nepochs", 1)
+    assert seen == {torch.bfloat16} and "bf16 mixed" in left.log.read_text()
 
 
 # Bad input
 
 
 @pytest.mark.parametrize(
-    ("method", "flags", "message"),
+    ("method", "flags"),
     [
-        (VGG, ("--arch", "vgg12"), "argument -a/--arch: invalid choice: 'vgg12'"),
-        (END, ("--arch", "vgg12"), "argument -a/--arch: invalid choice: 'vgg12'"),
-        (VGG, ("--block_size", 9), "block size 9 is impossible: the network has 8 layers, so choose from 1 to 8"),
-        (VGG, ("--splits", 2), "--splits cuts other networks: choose how vgg11 is cut by --block_size"),
-        (RESNET, ("--splits", 18), "17 pieces do not split into 18 parts: choose from 1 to 17 splits"),
-        (RESNET, ("--splits", 0), "'0' must be an integer ≥ 1"),
-        (RESNET, ("--block_size", 2), "--block_size groups VGG's convolutions: choose how resnet50 is cut by --splits"),
-        (
-            RESNET,
-            ("--image-size", 16),
-            "--image-size 16 is too small for resnet50, which halves it five times: choose at least 32",
-        ),
-        (VGG, ("--image-size", 16), "--image-size 16 is too small for vgg11"),
-        (VGG, ("--dynamic-loss-scale",), "a loss scale is for mixed precision: add --half"),
-        (VGG, ("--static-loss-scale", 128), "a loss scale is for mixed precision: add --half"),
-        (VGG, ("--stages", 2), "--stages 2 needs 2 processes or a multiple of that, not 1: start"),
-        (VGG, ("--modules-per-stage", "1,2"), "--modules-per-stage is for several stages: add --stages K"),
-        (VGG, ("--local-batch-norm",), "--local-batch-norm is for several processes: start the script with torchrun"),
-        (VGG, ("-b", 22), "21 training images are fewer than one batch of 22: choose a smaller -b"),
-        (
-            VGG,
-            ("-b", 10),
-            "21 images in batches of 10 leave a batch of 1, where at least 2 are needed: choose another -b",
-        ),
-        (VGG, ("--train-samples", 22), "--train-samples 22 is more than the 21 images there are"),
-        (VGG, ("--val-samples", 18), "--val-samples 18 is more than the 17 images there are"),
-        (VGG, ("--resume",), "nothing to resume in "),
-        (VGG, ("--device", "cuda:7"), "--device cuda:7 is not on this machine"),
-        (VGG, ("-j", -1), "'-1' must be an integer ≥ 0"),
+        (VGG, ("--arch", "vgg12")),
+        (END, ("--arch", "vgg12")),
+        (VGG, ("--block_size", 9)),
+        (VGG, ("--splits", 2)),
+        (RESNET, ("--splits", 18)),
+        (RESNET, ("--splits", 0)),
+        (RESNET, ("--block_size", 2)),
+        (VGG, ("--channels", 0)),
+        (DROPOUT, ("--channels", 4)),
+        (RESNET, ("--image-size", 16)),
+        (END, ("--image-size", 16)),
+        (VGG, ("--image-size", 16)),
+        (VGG, ("--dynamic-loss-scale",)),
+        (VGG, ("--static-loss-scale", 128)),
+        (VGG, ("--stages", 2)),
+        (VGG, ("--modules-per-stage", "1,2")),
+        (VGG, ("--local-batch-norm",)),
+        (VGG, ("--backend", "gloo")),
+        (VGG, ("-b", 22)),
+        (VGG, ("-b", 10)),
+        (VGG, ("--train-samples", 22)),
+        (VGG, ("--val-samples", 18)),
+        (VGG, ("--debug", 1, "--resume", "newest")),
+        (VGG, ("--large_size_images", 0)),
+        (VGG, ("--ncnn", 3)),
+        (VGG, ("--start_epoch", 3)),
+        (VGG, ("--resume",)),
+        (VGG, ("--device", "cuda:7")),
+        (VGG, ("-j", -1)),
     ],
 )
-def test_bad_flags(fails, folder, method, flags, message):
-    assert message in fails(method[0], folder, *FLAGS, *method[1:], *flags)
+def test_bad_flags(fails, folder, method, flags):
+    message = fails(method[0], folder, *FLAGS, *method[1:], *flags).replace("_", "-").replace(" ", "-")
+    names = {"--block-size": "block-size", "--static-loss-scale": "loss-scale", "--dynamic-loss-scale": "loss-scale"}
+    flag = flags[0].replace("_", "-")
+    assert names.get(flag, flag.lstrip("-")) in message
 
 
 @pytest.fixture
@@ -815,7 +699,7 @@ def test_a_damaged_image_ends_the_process_at_once(own, tmp_path):
     path = own / "train/class4/1.JPEG"
     path.write_bytes(path.read_bytes()[:200])
     flags = map(str, (own, *FLAGS, *VGG[1:], "-j", 2, "--save_folder", tmp_path / "logs"))
-    command = [sys.executable, ROOT / "tests/small_imagenet.py", DGL, *flags]
+    command = [sys.executable, ROOT / DGL, *flags]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
@@ -825,27 +709,37 @@ def test_a_damaged_image_ends_the_process_at_once(own, tmp_path):
 def test_other_images_are_not_resumed(train_small, fails, own, folder, tmp_path):
     train_small(VGG, "--nepochs", 1)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    names = small(load_script(DGL))
     assert "the run was trained on other images than these 21 images of 7 classes" in fails(
-        DGL, own, *FLAGS, *VGG[1:], "--resume", **names
+        DGL, own, *FLAGS, *VGG[1:], "--resume"
     )
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert train_small(VGG, "--resume", data=moved).log.is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
-    def poison(net):
-        net[1].auxiliary.register_forward_hook(
-            lambda module, inputs, output: output * float("nan") if module.training else None
-        )
-        return net
-
     with pytest.raises(SystemExit) as stop:
-        train_small(VGG, adapt=poison)
-    assert stop.value.code == 2 and "the loss of module 2 became nan in epoch 1, batch 1" in capsys.readouterr().err
+        train_small(VGG, "--lr", 1e38)
+    assert stop.value.code == 2 and "module 1 became nan in epoch 1, batch 2" in capsys.readouterr().err
 
 
 # On a GPU
+
+
+def torchrun(*command, processes=2):
+    """(exit code, what was printed to stderr) of a script under torchrun."""
+    script, *words = command
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    full = [*runner, str(ROOT / script), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        full, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+    try:
+        _, message = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, message
 
 
 @pytest.mark.parametrize(
@@ -857,15 +751,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):
 )
 def test_two_processes_on_gpus_are_one(train_small, folder, tmp_path, backend):
     """SyncBatchNorm in the place of GlobalBatchNorm."""
-    flags = [flag if flag != "cpu" else "cuda" for flag in FLAGS]
     whole = train_small(VGG, "--device", "cuda", to="whole")
-    code, _, message = torchrun(DGL, folder, *flags, *VGG[1:], "--backend", backend, "--save_folder", tmp_path / "logs")
+    words = (folder, *FLAGS, *VGG[1:], "--device", "cuda", "--backend", backend, "--save_folder", tmp_path / "logs")
+    code, message = torchrun(DGL, *words)
     assert code == 0, message
-    assert_close(Finished(tmp_path / "logs"), whole)
+    assert_close(Finished(tmp_path / "logs"), whole, start_of(VGG))
 
 
 @pytest.mark.skipif(GPUS != 1, reason="needs one CUDA GPU")
 def test_nccl_with_more_processes_than_gpus_is_refused(folder, tmp_path):
-    flags = [flag if flag != "cpu" else "cuda" for flag in FLAGS]
-    code, _, message = torchrun(DGL, folder, *flags, *VGG[1:], "--backend", "nccl", "--save_folder", tmp_path / "logs")
-    assert code != 0 and "there are more processes than GPUs (1): start fewer, or let them share with" in message
+    words = (folder, *FLAGS, *VGG[1:], "--device", "cuda", "--backend", "nccl", "--save_folder", tmp_path / "logs")
+    code, message = torchrun(DGL, *words)
+    assert code != 0 and "GPUs" in message

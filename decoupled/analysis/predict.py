@@ -19,13 +19,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from decoupled.analysis.plots import STYLE, styles
 from decoupled.data.batches import Batches
 from decoupled.data.datasets import load as load_images
 from decoupled.errors import InputError
 from decoupled.networks.flops import count_flops
-from decoupled.networks.modules import DecoupledNetwork, eval_mode
+from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
 from decoupled.training import checkpoint as checkpoints
 from decoupled.training import checkpoint as loading
 from decoupled.training import flags
@@ -227,6 +228,8 @@ def main():
         path = newest[-1]
     saved = loading.read(path)
     net, form = loading.rebuild(saved, path, script=args.script, device=args.device), loading.input_form(saved, path)
+    if not isinstance(net, DecoupledNetwork):  # one that returns its only head's logits
+        net = DecoupledNetwork([DecoupledModule(net, nn.Identity())])
     if args.early_exit is not None and heads_of(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
     if not args.labeled:

@@ -1,1 +1,1 @@
-"""What DGL trains: modules, auxiliary networks, and any model cut into modules."""
+"""The networks that DGL trains: modules, auxiliary networks, and any model cut into modules."""

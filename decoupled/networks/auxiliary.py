@@ -1,7 +1,9 @@
-"""The auxiliary networks of the paper (Sec. 5.2, Table 1): small classifiers that give each module a loss of its own.
+"""The auxiliary networks of the paper (Sec. 5.2, Table 1): small classifiers that give each module its own loss.
 
-All take a representation (B, C, h, w) and return logits (B, classes). ``size`` is its (h, w).
+All map a representation (B, C, h, w) to logits (B, classes). ``size`` is its (h, w).
 """
+
+import math
 
 import torch
 from torch import nn
@@ -11,53 +13,55 @@ from decoupled.errors import InputError
 
 
 class EvenWindows(torch.autograd.Function):
-    """Average pooling (B, C, h, w) → (B, C, *size) where ``size`` divides (h, w), with the gradient repeated over each
-    window: exact where a window has 2^n elements, to rounding elsewhere.
+    """Average pooling (B, C, h, w) → (B, C, *size) where ``size`` divides (h, w).
+
+    The backward pass repeats the gradient over each window: bit-identical to PyTorch's where a window has 2^n elements,
+    equal up to rounding elsewhere.
     """
 
     @staticmethod
     def forward(ctx, representation, size):
         ctx.window = tuple(side // part for side, part in zip(representation.shape[-2:], size, strict=True))
-        last = representation.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        channels_last = representation.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return F.adaptive_avg_pool2d(representation, size)
 
     @staticmethod
     def backward(ctx, gradient):
         h, w = ctx.window
-        gradient = gradient.contiguous(memory_format=ctx.layout) / (h * w)
+        gradient = gradient.contiguous(memory_format=ctx.memory_format) / (h * w)
         return F.interpolate(gradient, scale_factor=(float(h), float(w)), mode="nearest-exact"), None
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
-    """Average pooling (B, C, h, w) → (B, C, *size), or (B, C, size, size) for a number.
+    """Average pooling (B, C, h, w) → (B, C, *size), or (B, C, size, size) for an integer.
 
-    PyTorch's, but for its backward pass, which adds a gradient up that windows of one size need only repeat: this one
-    takes less time on CPUs (benchmarks/README.md), for the same bits in windows of 2^n elements, and gives the same
-    ones each time on CUDA, where PyTorch's does not.
+    The forward pass is PyTorch's. The backward pass, where all windows have the same size, repeats the gradient instead
+    of summing it up: faster on CPUs (benchmarks/README.md), deterministic on CUDA, where PyTorch's is not.
     """
 
     def forward(self, representation):
-        size = self.output_size if isinstance(self.output_size, tuple) else (self.output_size,) * 2
-        even = not any(side % part for side, part in zip(representation.shape[-2:], size, strict=True))
-        if even and size != (1, 1) and representation.requires_grad:  # of a single window PyTorch's is a mean
+        size = self.output_size
+        if isinstance(size, int):
+            size = (size, size)
+        even = all(side % parts == 0 for side, parts in zip(representation.shape[-2:], size, strict=True))
+        # A single window is left to PyTorch, which takes a mean.
+        if even and size != (1, 1) and representation.requires_grad:
             return EvenWindows.apply(representation, size)
         return super().forward(representation)
 
 
 def mlp(features, classes, hidden_layers):
     """hidden_layers × [Linear, BN, ReLU] of constant width, then a Linear layer: (B, features) → (B, classes)."""
-    hidden = [
-        m
-        for _ in range(hidden_layers)
-        for m in (nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True))
-    ]
+    hidden = []
+    for _ in range(hidden_layers):
+        hidden += [nn.Linear(features, features), nn.BatchNorm1d(features), nn.ReLU(inplace=True)]
     return nn.Sequential(*hidden, nn.Linear(features, classes))
 
 
 def pool_to_quarter(size):
-    """The spatially reduced size of MLP and MLP-SR: a quarter of each side, rounded up."""
-    return AveragePool(tuple(-(-side // 4) for side in size))
+    """Average pooling to a quarter of each side, rounded up: the first layer of MLP-aux and MLP-SR-aux."""
+    return AveragePool(tuple(math.ceil(side / 4) for side in size))
 
 
 def mlp_auxiliary(channels, size, classes, hidden_layers=3):
@@ -66,14 +70,12 @@ def mlp_auxiliary(channels, size, classes, hidden_layers=3):
 
 
 def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
-    """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions there, average pool to
-    2×2, MLP of width 4C.
+    """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions at that size, average
+    pool to 2×2, MLP of width 4C.
     """
-    layers = [
-        m
-        for _ in range(convs)
-        for m in (nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-    ]
+    layers = []
+    for _ in range(convs):
+        layers += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     return nn.Sequential(
         pool_to_quarter(size), *layers, AveragePool(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers)
     )
@@ -81,26 +83,20 @@ def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
 
 def cnn_auxiliary(channels, size, classes, convs=2):
     """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer. ``size``
-    is not needed.
+    is unused.
     """
-    layers = [
-        m
-        for _ in range(convs)
-        for m in (
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-        )
-    ]
+    layers = []
+    for _ in range(convs):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(channels))
+        layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(
         *layers, AveragePool(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)
     )
 
 
 def head(channels, classes, hidden_layers=2):
-    """The last module's head in the layer-wise CNNs, whatever the auxiliaries below: average pool to 2×2 and an MLP of
-    width 4C.
-    """
+    """The last module's head in the layer-wise CNNs, with any auxiliary below: average pool to 2×2, MLP of width 4C."""
     return nn.Sequential(AveragePool(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
 
 
@@ -108,10 +104,9 @@ AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxi
 
 
 def auxiliary(name, channels, size, classes, **options):
-    """The auxiliary network called ``name`` (mlp, mlp-sr or cnn) for a representation of ``channels`` and ``size`` =
-    (h, w).
+    """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, channels, *size).
 
-    Raises InputError for another name.
+    Raises InputError for any other name.
     """
     if name not in AUXILIARIES:
         raise InputError(f"unknown auxiliary network {name!r}: choose from {', '.join(AUXILIARIES)}")
@@ -119,19 +114,18 @@ def auxiliary(name, channels, size, classes, **options):
 
 
 def token_auxiliary(name, channels, tokens, classes, convs=3, hidden_layers=3):
-    """MLP-aux ("mlp") or MLP-SR-aux ("mlp-sr") for tokens (B, C, N), N = ``tokens``: as above, but the average is over
-    all tokens, and so the MLP has width C. With N = 1 they are an MLP on a vector.
+    """MLP-aux ("mlp") or MLP-SR-aux ("mlp-sr") for tokens (B, C, N), N = ``tokens``. As for maps, but the last pooling
+    averages all tokens, so the MLP has width C. With N = 1 it is an MLP on a vector.
     """
-    reduced, layers = 1, []
-    if name == "mlp-sr":
-        reduced = -(-tokens // 4)
-        layers = [
-            m
-            for _ in range(convs)
-            for m in (nn.Conv1d(channels, channels, 1, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
-        ]
-    pool = [nn.AdaptiveAvgPool1d(reduced), *layers, nn.AdaptiveAvgPool1d(1)]
-    return nn.Sequential(*pool, nn.Flatten(), mlp(channels, classes, hidden_layers))
+    layers = []
+    if name == "mlp":
+        layers.append(nn.AdaptiveAvgPool1d(1))
+    else:
+        layers.append(nn.AdaptiveAvgPool1d(math.ceil(tokens / 4)))
+        for _ in range(convs):
+            layers += [nn.Conv1d(channels, channels, 1, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)]
+    layers.append(nn.AdaptiveAvgPool1d(1))
+    return nn.Sequential(*layers, nn.Flatten(), mlp(channels, classes, hidden_layers))
 
 
 class ToChannelsFirst(nn.Module):
@@ -142,21 +136,28 @@ class ToChannelsFirst(nn.Module):
 
 
 def auxiliary_for(name, shape, layout, classes, **options):
-    """The auxiliary network called ``name`` for representations (B, *shape): maps (C, h, w) or, where ``layout`` is
-    channels_last, (h, w, C); tokens (C, N) or (N, C); vectors (C,).
+    """The auxiliary network ``name`` for representations (B, *shape): maps (C, h, w), tokens (C, N), or vectors (C,).
+    With ``layout`` channels_last, maps are (h, w, C) and tokens (N, C).
 
-    Raises InputError for another name, another number of dimensions, and for cnn on anything but maps.
+    Raises InputError for any other name or number of dimensions, and for cnn on anything but maps.
     """
-    moved = layout == "channels_last" and len(shape) > 1
-    channels, *size = (shape[-1], *shape[:-1]) if moved else shape
+    channels_last = layout == "channels_last" and len(shape) > 1
+    if channels_last:
+        *size, channels = shape
+    else:
+        channels, *size = shape
     if len(shape) == 3 or name not in AUXILIARIES:
         net = auxiliary(name, channels, tuple(size), classes, **options)
-    elif len(shape) < 3 and name != "cnn":
-        net = token_auxiliary(name, channels, *(size or [1]), classes, **options)
-        net = net if size else nn.Sequential(nn.Unflatten(1, (channels, 1)), net)
-    else:
+    elif len(shape) > 3 or name == "cnn":
         raise InputError(
-            f"no auxiliary {name} for representations {shape}: choose mlp or mlp-sr for tokens and vectors, a callable "
-            "(shape, classes) → module for others"
+            f"no auxiliary {name} for representations {shape}: choose mlp or mlp-sr for tokens and vectors, or pass a "
+            "callable (shape, classes) → module"
         )
-    return nn.Sequential(ToChannelsFirst(), net) if moved else net
+    elif len(shape) == 2:
+        net = token_auxiliary(name, channels, size[0], classes, **options)
+    else:
+        to_tokens = nn.Unflatten(1, (channels, 1))  # (B, C) → (B, C, 1)
+        net = nn.Sequential(to_tokens, token_auxiliary(name, channels, 1, classes, **options))
+    if channels_last:
+        net = nn.Sequential(ToChannelsFirst(), net)
+    return net

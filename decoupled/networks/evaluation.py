@@ -2,6 +2,8 @@
 heads.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,28 +12,29 @@ from decoupled.networks.modules import eval_mode
 
 
 def ranks(logits, labels):
-    """How many classes come before the label, for each sample: (B, classes), (B,) → (B,); top-k means rank < k.
+    """How many classes rank before the label, per sample: (B, classes), (B,) → (B,). Top-k is correct where rank < k.
 
-    Exact with ties: of equal logits the lower class comes first. A NaN never lets its sample count as correct.
+    Exact with ties: of equal logits the lower class ranks first. A sample with a NaN is never correct.
     """
     target = logits.gather(1, labels[:, None])
-    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return (~(logits <= target) | (before & (logits == target))).sum(1)
+    lower_class = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return (~(logits <= target) | (lower_class & (logits == target))).sum(1)
 
 
 def count_hits(logits, labels, topk):
-    """[how many samples have rank < k, for each k of ``topk``], scalars on the device."""
-    if topk == (1,):  # in half as many operations: max gives the first of equal ones, and a NaN where there is one
-        most, first = logits.max(1)
-        return [((first == labels) & (most == most)).sum()]
+    """The number of samples whose top k has the label, for each k in ``topk``: a list of scalars on the device."""
+    if topk == (1,):  # in half as many operations: max returns the first of equal logits, and a NaN where there is one
+        highest, predicted = logits.max(1)
+        return [((predicted == labels) & (highest == highest)).sum()]
     rank = ranks(logits, labels)
     return [(rank < k).sum() for k in topk]
 
 
 class Meter:
-    """Mean loss and top-k accuracy over the samples given since its epoch began.
+    """Mean loss and top-k accuracy over all samples since the epoch began.
 
-    ``update`` only queues work on the device, on running scalars; ``loss`` and ``top(k)`` wait for it.
+    ``update`` only queues work on the device; reading ``loss`` or ``top(k)`` waits for it. Both are NaN while there are
+    no samples.
     """
 
     def __init__(self, topk=(1,)):
@@ -39,26 +42,38 @@ class Meter:
         self.begin()
 
     def begin(self):
-        """Forgets everything: a new epoch."""
-        # Scalars of the CPU, which go into the first sums on a device without a copy that it would have to wait for.
-        self.count, self.losses, self.hits = 0, torch.zeros(()), [torch.zeros(()) for _ in self.topk]
+        """Resets the meter for a new epoch."""
+        self.count = 0
+        # Scalars on the CPU: adding them to the first mini-batch's needs no copy to the device, which would wait for it
+        self.losses = torch.zeros(())
+        self.hits = [torch.zeros(()) for _ in self.topk]
 
     def update(self, loss, logits, labels):
-        """Adds a mini-batch: its mean loss (scalar), logits (B, classes), labels (B,)."""
-        wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no more
-        correct = count_hits(logits.detach(), labels, self.topk)
+        """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
+
+        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts.
+        """
+        if labels.dim() == 2:
+            labels = labels.argmax(1)
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+        hits = count_hits(logits.detach(), labels, self.topk)
         self.count += len(labels)
         self.losses = self.losses.to(wide) + loss.detach().float() * len(labels)
-        self.hits = [before.to(wide) + more for before, more in zip(self.hits, correct, strict=True)]
+        self.hits = [total.to(wide) + more for total, more in zip(self.hits, hits, strict=True)]
+
+    def per_sample(self, total):
+        if self.count == 0:
+            return math.nan
+        return total / self.count
 
     @property
     def loss(self):
-        """Mean over samples; each mini-batch's loss weighs as many times as it has samples."""
-        return self.losses.item() / self.count
+        """Mean loss over samples."""
+        return self.per_sample(self.losses.item())
 
     def top(self, k):
         """Top-k accuracy in %."""
-        return 100 * self.hits[self.topk.index(k)].item() / self.count
+        return self.per_sample(100 * self.hits[self.topk.index(k)].item())
 
     @property
     def top1(self):
@@ -71,33 +86,38 @@ class Meter:
         return self.top(5)
 
     def sums(self):
-        """(2 + len(topk),) float64 on the CPU: samples, loss summed over them, hits for each k."""
+        """(2 + len(topk),) float64 on the CPU: number of samples, summed loss, hits for each k."""
         sums = torch.stack([self.losses, *self.hits]).cpu().double()
         return torch.cat([torch.tensor([self.count]).double(), sums])
 
     def state_dict(self):
-        """{"sums"}, for checkpoints and for adding up processes."""
+        """{"sums": ``sums()``}, for checkpoints and for adding up the meters of several processes."""
         return {"sums": self.sums()}
 
     def load_state_dict(self, state):
-        """Takes over what state_dict gave; further batches may be on another device."""
+        """Restores ``state_dict``. Later mini-batches may be on another device."""
         count, losses, *hits = state["sums"]
-        self.count, self.losses, self.hits = int(count), losses, hits
+        self.count = int(count)
+        self.losses = losses
+        self.hits = hits
 
 
 @torch.inference_mode()
 def evaluate(net, batches, heads=None, topk=(1,)):
-    """A Meter for every head of ``net`` (or for those in ``heads``, from 0) from one pass over ``batches``, in eval
-    mode.
+    """One Meter per head of ``net``, from a single pass over ``batches`` in eval mode: a list.
 
-    ``net(images, heads)`` must return a list of logits, as DecoupledNetwork does. ``net`` comes back in the mode it
-    had.
+    ``net(images)`` returns a list of logits (B, classes), as DecoupledNetwork does, or the logits of its only head.
+    With ``heads``, ``net(images, heads)`` returns those of these heads (indices from 0). Afterwards every submodule of
+    ``net`` is in the mode it had.
     """
-    meters = None
+    meters = []
     with eval_mode(net):
         for images, labels in batches:
-            every_logits = net(images, heads)
-            meters = meters or [Meter(topk) for _ in every_logits]
+            every_logits = net(images) if heads is None else net(images, heads)
+            if isinstance(every_logits, torch.Tensor):
+                every_logits = [every_logits]
+            if not meters:
+                meters = [Meter(topk) for _ in every_logits]
             for meter, logits in zip(meters, every_logits, strict=True):
                 logits = logits.float()
                 meter.update(F.cross_entropy(logits, labels), logits, labels)
@@ -105,35 +125,35 @@ def evaluate(net, batches, heads=None, topk=(1,)):
 
 
 def ensembles(every_output):
-    """The ensemble of heads 0..n for every n: outputs [(B, classes), …] → as many, output i of n+1 weighted 2^i /
-    (2^(n+1) − 1).
+    """The ensemble of heads 0 to n for each n: a list of outputs (B, classes), one per head → as many ensembles.
 
-    The outputs are probabilities in the ImageNet experiment and logits in the asynchronous one (Sec. 5.5, 5.6).
+    Output i has the weight 2^i / (2^(n+1) − 1). Outputs are probabilities in the ImageNet experiment (Sec. 5.5) and
+    logits in the asynchronous one (Sec. 5.6).
     """
     return means(weighted_sums(every_output))
 
 
-def weighted_sums(every_output, first=0, below=0):
-    """The sums of 2^i × output i of heads 0..n, for each n of which there is an output: from ``first`` on; ``below`` is
-    the sum of the heads before it.
+def weighted_sums(every_output, first=0, total=0):
+    """The sum of 2^i × output i over heads 0 to n, for each n from ``first`` on: a list. ``total`` is the sum over the
+    heads below ``first``, ``every_output`` has those from ``first`` on.
     """
     sums = []
     for index, output in enumerate(every_output, start=first):
-        below = below + 2**index * output
-        sums.append(below)
+        total = total + 2**index * output
+        sums.append(total)
     return sums
 
 
 def means(sums, first=0):
-    """Ensembles of weighted sums, from head ``first`` on."""
+    """The ensembles whose ``weighted_sums`` are ``sums``, from head ``first`` on."""
     return [total / (2 ** (index + 1) - 1) for index, total in enumerate(sums, start=first)]
 
 
 class WithEnsembles(nn.Module):
-    """``net`` for evaluation: images → logits (B, classes) of every head, then the outputs of the ensembles up to each,
-    in one pass.
+    """Wraps ``net`` for evaluation: images → a list of every head's logits (B, classes), followed by every head's
+    ensemble of the heads up to it.
 
-    The ensembles are of probabilities or, with ``probabilities`` false, of logits: see ``ensembles``.
+    Ensembles are of probabilities or, with ``probabilities=False``, of logits: see ``ensembles``.
     """
 
     def __init__(self, net, probabilities):
@@ -141,6 +161,9 @@ class WithEnsembles(nn.Module):
         self.net = net
         self.probabilities = probabilities
 
-    def forward(self, images, heads=None):
-        logits = [head.float() for head in self.net(images)]
-        return [*logits, *ensembles([head.softmax(1) for head in logits] if self.probabilities else logits)]
+    def forward(self, images):
+        every_logits = [logits.float() for logits in self.net(images)]
+        every_output = every_logits
+        if self.probabilities:
+            every_output = [logits.softmax(1) for logits in every_logits]
+        return [*every_logits, *ensembles(every_output)]

@@ -1,5 +1,6 @@
-"""A network as DGL sees it: a list of modules, each a body and the auxiliary network that teaches it."""
+"""A network as DGL sees it: a list of modules, each a body and the auxiliary network that gives it a loss."""
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -9,10 +10,10 @@ from decoupled.errors import InputError
 
 
 class DecoupledModule(nn.Module):
-    """One module: ``body`` maps the representation below to its own, ``auxiliary`` maps that to logits.
+    """One module: ``body`` maps the representation from below to its own, ``auxiliary`` maps that to logits.
 
-    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: that is the
-    algorithm's part.
+    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: detaching is
+    part of the algorithm.
     """
 
     def __init__(self, body, auxiliary):
@@ -26,27 +27,32 @@ class DecoupledModule(nn.Module):
 
 
 class DecoupledNetwork(nn.ModuleList):
-    """The modules from the image up. Indexing and slicing as in a list: ``net[:2]`` is the network of the two lowest
-    modules.
-    """
+    """Modules, lowest first. Indexes and slices like a list: ``net[:2]`` is the network of the two lowest modules."""
 
     def forward(self, images, heads=None):
-        """Logits (B, classes) of every head in one pass, or of those in ``heads`` (indices from 0, ascending): a list.
+        """A list of logits (B, classes), one per head; with ``heads`` (indices from 0), of those heads in that order.
 
-        Modules above the last head asked for are not run. No gradient crosses a module boundary.
+        One pass computes them all. Modules above the highest of ``heads`` do not run. No gradient crosses a module
+        boundary. Raises IndexError for a head that does not exist.
         """
-        heads = range(len(self)) if heads is None else heads
-        representation, logits = images, []
+        if heads is None:
+            heads = range(len(self))
+        for head in heads:
+            if not 0 <= head < len(self):
+                raise IndexError(f"no head {head}: this network has heads 0 to {len(self) - 1}")
+        representation = images
+        logits = {}
         for index, module in enumerate(self[: max(heads) + 1]):
             representation = module.body(representation.detach())
             if index in heads:
-                logits.append(module.auxiliary(representation))
-        return logits
+                logits[index] = module.auxiliary(representation)
+        return [logits[head] for head in heads]
 
 
-def group(layers, block_size):
-    """Consecutive runs of ``block_size`` layers; a remainder is a last, shorter run. Raises InputError when no such
-    split exists.
+def group_layers(layers, block_size):
+    """``layers`` in consecutive groups of ``block_size``; the last one has what remains.
+
+    Raises InputError for a block size below 1 or above the number of layers.
     """
     if not 1 <= block_size <= len(layers):
         raise InputError(
@@ -56,24 +62,25 @@ def group(layers, block_size):
     return [layers[start : start + block_size] for start in range(0, len(layers), block_size)]
 
 
-def split(pieces, parts):
-    """``parts`` consecutive runs of ⌈len(pieces)/parts⌉ pieces, the last one shorter; where these do not add up, runs
-    whose lengths differ by one.
+def split_evenly(layers, splits):
+    """``layers`` in ``splits`` consecutive groups of ⌈len(layers)/splits⌉, the last one shorter. Where that makes fewer
+    groups, their lengths differ by one instead, the longer ones first.
 
-    Raises InputError when there are fewer pieces than parts.
+    Raises InputError for fewer layers than ``splits``.
     """
-    if not 1 <= parts <= len(pieces):
-        raise InputError(f"{len(pieces)} pieces do not split into {parts} parts: choose from 1 to {len(pieces)} splits")
-    size, rest = divmod(len(pieces), parts)
-    runs = group(pieces, size + (rest > 0))
-    if len(runs) == parts:
-        return runs
-    return group(pieces[: rest * (size + 1)], size + 1) + group(pieces[rest * (size + 1) :], size)
+    if not 1 <= splits <= len(layers):
+        raise InputError(f"{len(layers)} layers cannot be split in {splits}: choose from 1 to {len(layers)} splits")
+    groups = group_layers(layers, math.ceil(len(layers) / splits))
+    if len(groups) == splits:
+        return groups
+    short, remainder = divmod(len(layers), splits)
+    longer = remainder * (short + 1)  # layers in the longer groups
+    return group_layers(layers[:longer], short + 1) + group_layers(layers[longer:], short)
 
 
 @contextmanager
 def eval_mode(net):
-    """``net`` in eval mode inside the block; after it, every submodule is in the mode it had, frozen ones included."""
+    """Puts ``net`` in eval mode inside the block. Afterwards every submodule is in the mode it had, frozen ones too."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -85,9 +92,9 @@ def eval_mode(net):
 
 @torch.no_grad()
 def output_shape(body, input_shape):
-    """Shape (C, h, w) of ``body``'s representation of one input (C, h, w), read from a real activation; ``body`` is
-    left as it was.
+    """The shape (C', h', w') that ``body`` makes of one input (C, h, w), found by running it on zeros in eval mode.
+    ``body`` stays unchanged.
     """
     parameter = next(body.parameters(), torch.empty(0))
-    with eval_mode(body):  # batch norm: no statistics from this pass, and a single 1×1 input is allowed
+    with eval_mode(body):  # so that batch norm updates no statistics, and accepts a single 1×1 input
         return tuple(body(parameter.new_zeros(1, *input_shape)).shape[1:])

@@ -1,11 +1,14 @@
 """Meters, single-pass evaluation and ensembles, against numpy and the naive way."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from decoupled.networks.evaluation import Meter, count_hits, ensembles, evaluate, ranks
+from decoupled.networks.evaluation import Meter, WithEnsembles, count_hits, ensembles, evaluate, ranks
 from decoupled.networks.layerwise import layerwise_cnn
 
 
@@ -29,6 +32,42 @@ def test_top_k_against_numpy():
             100 * np.mean([label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)])
         )
     assert meter.top(20) == 100
+    again = Meter(topk=(1, 3, 20))
+    again.load_state_dict(meter.state_dict())
+    again.update(torch.tensor(3.0), logits, labels)
+    assert again.count == 100 and again.loss == pytest.approx(1.5) and again.top(3) == pytest.approx(meter.top(3))
+
+
+@pytest.mark.parametrize("classes", [4, 10])  # as many as samples, and more
+def test_of_soft_labels_the_largest_share_counts(classes):
+    logits = torch.randn(4, classes)
+    labels = torch.tensor([0, 3, 2, 1])
+    soft = 0.7 * F.one_hot(labels, classes) + 0.3 * F.one_hot(labels.roll(1), classes)
+    for topk in ((1,), (1, 2)):
+        hard_meter, soft_meter = Meter(topk), Meter(topk)
+        hard_meter.update(torch.tensor(1.0), logits, labels)
+        soft_meter.update(torch.tensor(1.0), logits, soft)
+        assert torch.equal(soft_meter.sums(), hard_meter.sums())
+    (meter,) = evaluate(lambda_module(lambda images: 9 * F.one_hot(labels, classes).float()), [(logits, soft)])
+    assert meter.top1 == 100
+
+
+def test_a_meter_without_samples_is_nan():
+    meter = Meter(topk=(1, 5))
+    assert all(math.isnan(value) for value in (meter.loss, meter.top1, meter.top5))
+    again = Meter(topk=(1, 5))
+    again.load_state_dict(meter.state_dict())
+    assert math.isnan(again.loss) and math.isnan(again.top1)
+
+
+def test_top_5_with_ties_against_numpy():
+    logits, labels = torch.randint(3, (200, 9)).float(), torch.randint(9, (200,))
+    meter = Meter((1, 5))
+    meter.update(torch.tensor(0.0), logits, labels)
+    order = np.argsort(-logits.numpy(), axis=1, kind="stable")  # of equal logits the lower class first
+    for k in (1, 5):
+        hits = [label in row[:k] for row, label in zip(order, labels.numpy(), strict=True)]
+        assert meter.top(k) == pytest.approx(100 * np.mean(hits))
 
 
 def test_ties_go_to_the_lower_class_and_nan_is_never_correct():
@@ -54,6 +93,22 @@ def test_meter_keeps_no_graph():
     meter = Meter()
     meter.update(F.cross_entropy(logits, torch.zeros(4, dtype=torch.long)), logits, torch.zeros(4, dtype=torch.long))
     assert not any(value.requires_grad for value in (meter.losses, *meter.hits))
+
+
+def lambda_module(function):
+    module = nn.Module()
+    module.forward = function
+    return module
+
+
+def test_a_network_may_return_its_only_heads_logits():
+    test = batches(8, 4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.Dropout())
+    (meter,) = evaluate(net, test)
+    assert net.training
+    net.eval()
+    (listed,) = evaluate(lambda_module(lambda images: [net(images)]), test)
+    assert torch.equal(meter.sums(), listed.sums()) and meter.count == 8
 
 
 def batches(count, size):
@@ -93,6 +148,20 @@ def test_evaluation_changes_nothing():
     evaluate(net, batches(8, 8))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not net[0].body[1].training and net[1].training
+
+
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_heads_and_their_ensembles_in_one_pass(probabilities):
+    """Of probabilities, not logits, or the other way round: here the two have other values."""
+    logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 3.9]]), torch.tensor([[-50.0, 0.0, 0.1]])]
+    outputs = WithEnsembles(lambda_module(lambda images: logits), probabilities)(None)
+    of_heads = [head.numpy().astype(float) for head in logits]
+    if probabilities:
+        of_heads = [np.exp(head) / np.exp(head).sum() for head in of_heads]
+    first, second, third = of_heads
+    expected = [first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7]
+    for mine, its in zip(outputs, [*logits, *expected], strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5)
 
 
 def test_ensembles_against_numpy():
