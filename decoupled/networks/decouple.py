@@ -335,11 +335,11 @@ def explain_no_places(traced, most=3):
         reason = traced.obstacle(name)
         if depth == outermost and reason:
             reasons.append(f"after {name}, {reason}")
-    reasons = reasons[:most] or ["it is a single layer"]
-    advice = ""
-    if all("the input, which" in reason for reason in reasons):
-        advice = f"; {READS_INPUT_AGAIN}"
-    return "; ".join(reasons) + explain_whole(traced) + advice
+    if not reasons:
+        return "it is a single layer" + explain_whole(traced)
+    if "the input, which" in reasons[0] and not traced.example.is_floating_point():
+        return f"{reasons[0]}; {READS_INPUT_AGAIN}"
+    return "; ".join(reasons[:most]) + explain_whole(traced)
 
 
 def explain_shared(traced, low, high):
