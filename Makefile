@@ -14,14 +14,14 @@ test: .venv/installed
 # make gpu is for a machine with a GPU: tests, benchmarks (module_parallel's are of its processor; imagenet_input.py is
 # left out, it needs ImageNet), then runs of the paper's tables. Each piece ends within nine minutes and leaves a file in
 # gpu/; the same command goes on with those that are missing, and each time with the runs. LIMIT ends a piece as Ctrl-C
-# does. RUNS: see results/reproduce.py --list.
+# does. RUNS: see results/reproduce.py list.
 RUNS ?= learning_curves-parallel learning_curves-sequential
 DATA ?= data
 LIMIT = timeout --signal=INT --kill-after=20 510
 PIECES = tests_runs tests_exact tests_rest tests_processes throughput_fp32 throughput_half resnet152_fp32 resnet152_half vgg19_fp32 vgg19_half step_costs_fp32 step_costs_half module_parallel_fp32 module_parallel_half module_parallel_paper
 
 gpu: $(PIECES:%=gpu/%.txt)
-	.venv/bin/python results/reproduce.py $(RUNS) --half --budget 8m --data-dir $(DATA) --log-dir gpu/runs
+	.venv/bin/python results/reproduce.py run $(RUNS) --half --budget 8 --data-dir $(DATA) --log-dir gpu/runs
 
 gpu/%.txt: .venv/installed
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a CUDA GPU")'

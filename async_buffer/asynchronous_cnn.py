@@ -1,6 +1,4 @@
-"""The layer-wise CNN of the asynchronous experiments (Sec. 5.6): every layer a module, every module with an MLP head of
-its own.
-"""
+"""The network of the asynchronous experiments (Sec. 5.6): every module is one layer with an MLP head of its own."""
 
 import argparse
 
@@ -14,7 +12,7 @@ from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, output
 DOWNSAMPLING = ("maxpool", "avgpool", "stride", "psi")
 
 
-def layer_list(text):
+def module_list(text):
     """An argparse type: "[1,3]" or "1,3" → (1, 3)."""
     try:
         return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
@@ -22,28 +20,35 @@ def layer_list(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of modules such as [1,3]") from None
 
 
-def layer(in_channels, out_channels, downsampling=None, batch_norm=True):
-    """[down-sampling by 2,] 3×3 convolution without bias, BN, ReLU: (B, in_channels, h, w) → (B, out_channels, h or
-    h/2, …). Without batch norm the convolution has a bias.
+def make_body(in_channels, out_channels, downsampling=None, batch_norm=True):
+    """A module's body, [down-sampling by 2,] 3×3 convolution without bias, BN, ReLU: (B, in_channels, h, w) →
+    (B, out_channels, h or h/2, …). Without batch norm the convolution has a bias.
 
     ``downsampling`` is maxpool, avgpool, stride (of the convolution) or psi (the invertible space-to-depth, which
     quadruples the channels first).
     """
-    before = {"maxpool": [nn.MaxPool2d(2)], "avgpool": [nn.AvgPool2d(2)], "psi": [nn.PixelUnshuffle(2)]}.get(
-        downsampling, []
-    )
-    in_channels *= 4 if downsampling == "psi" else 1
-    stride = 2 if downsampling == "stride" else 1
-    convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=not batch_norm)
-    return nn.Sequential(*before, convolution, *normalized(nn.BatchNorm2d, out_channels, batch_norm))
+    layers = []
+    stride = 1
+    if downsampling == "maxpool":
+        layers.append(nn.MaxPool2d(2))
+    elif downsampling == "avgpool":
+        layers.append(nn.AvgPool2d(2))
+    elif downsampling == "psi":
+        layers.append(nn.PixelUnshuffle(2))
+        in_channels = 4 * in_channels
+    elif downsampling == "stride":
+        stride = 2
+    layers.append(nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=not batch_norm))
+    layers += normalized(nn.BatchNorm2d, out_channels, batch_norm)
+    return nn.Sequential(*layers)
 
 
-def layer_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
-    """A module's head: average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant
-    width h'·w'·C, Linear: (B, C, h, w) → (B, classes). Without hidden layers, BN follows the pooling.
+def make_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
+    """A module's head, average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant width
+    h'·w'·C, Linear: (B, C, h, w) → (B, classes). Without hidden layers, BN follows the pooling.
 
-    With ``convs``, that many [3×3 convolution without bias, BN, ReLU] of ``conv_channels`` come first, at full size; C
-    is then theirs.
+    With ``convs``, that many [3×3 convolution without bias, BN, ReLU] of ``conv_channels`` come first, at full height
+    and width; C is then their number of channels.
     """
     layers = []
     for _ in range(convs):
@@ -56,7 +61,8 @@ def layer_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_chan
     layers.append(nn.Flatten())
     width = pooled[0] * pooled[1] * channels
     for _ in range(hidden_layers):
-        layers += [nn.Linear(width, width), *normalized(nn.BatchNorm1d, width, batch_norm)]
+        layers.append(nn.Linear(width, width))
+        layers += normalized(nn.BatchNorm1d, width, batch_norm)
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
@@ -79,47 +85,67 @@ def asynchronous_cnn(
     batch_norm=True,
     **head_options,
 ):
-    """``depth`` modules, a layer each; the one *after* each listed in ``down`` (from 0) halves the size and doubles the
-    channels.
+    """A network of ``depth`` modules. The one *after* each module in ``down`` (from 0) halves height and width and
+    doubles the channels: one module later than in the other experiments, as in the released code.
 
-    One module later than in the other experiments: so it is in the released code. ``pool`` is the window of the first
-    head's average pooling; with each halving the window is halved, too, and the heads' ``conv_channels`` are doubled.
-    Without ``batch_norm`` there is none, neither in bodies nor in heads. Raises InputError for a module that is not
-    there or has none after it, for more halvings than the size allows, and for a window that does not fit.
+    ``pool`` is the window of the first head's average pooling. With each halving, the window is halved and the heads'
+    ``conv_channels`` are doubled, too. Without ``batch_norm`` there is none, neither in bodies nor in heads.
+
+    Raises InputError when a module in ``down`` does not exist or has none after it, when the size cannot be halved so
+    often, and when the window does not fit.
     """
+    check_down(down, depth, input_shape)
+    check_window(pool, down, input_shape)
+    _, height, width = input_shape
+    pooled = (height // pool, width // pool)  # the same for every head: window and size are halved together
+    modules = []
+    shape = input_shape
+    for index in range(depth):
+        halved = index - 1 in down
+        if halved:
+            channels = 2 * channels
+            conv_channels = 2 * conv_channels
+        body = make_body(shape[0], channels, downsampling if halved else None, batch_norm)
+        shape = output_shape(body, shape)
+        head = make_head(channels, pooled, classes, conv_channels=conv_channels, batch_norm=batch_norm, **head_options)
+        modules.append(DecoupledModule(body, head))
+    return draw_batch_norm_weights(DecoupledNetwork(modules))  # as in the published runs
+
+
+def check_down(down, depth, input_shape):
+    """Raises InputError unless the modules ``down`` can be followed by one that halves the size."""
     if len(set(down)) < len(down) or not set(down) <= set(range(depth - 1)):
         raise InputError(
             f"--down {list(down)} must list different modules from 0 to {depth - 2}: it takes effect in the one after"
         )
     _, height, width = input_shape
-    least = 2 ** len(down)  # what the halvings divide sizes and windows by
-    if height % least or width % least:
+    divisor = 2 ** len(down)
+    if height % divisor or width % divisor:
         raise InputError(
             f"--down {list(down)} halves the size too often: {height}x{width} cannot be halved {len(down)} times"
         )
-    fitting = [window for window in range(least, height + 1, least) if height % window == width % window == 0]
+
+
+def check_window(pool, down, input_shape):
+    """Raises InputError unless a pooling window ``pool`` divides the size and can be halved as often as that."""
+    _, height, width = input_shape
+    smallest = 2 ** len(down)
+    fitting = []
+    for window in range(smallest, height + 1, smallest):
+        if height % window == 0 and width % window == 0:
+            fitting.append(window)
     if pool not in fitting:
         raise InputError(
             f"--avg_size {pool} does not fit: it must divide {height}x{width} and be halved {len(down)} times (--down "
             f"{list(down)}): choose from {', '.join(map(str, fitting))}"
         )
-    pooled = height // pool, width // pool  # the same for every head: window and size are halved together
-    modules, shape = [], input_shape
-    for index in range(depth):
-        halved = index - 1 in down
-        if halved:
-            channels, conv_channels = 2 * channels, 2 * conv_channels
-        body = layer(shape[0], channels, downsampling if halved else None, batch_norm)
-        shape = output_shape(body, shape)
-        head = layer_head(channels, pooled, classes, conv_channels=conv_channels, batch_norm=batch_norm, **head_options)
-        modules.append(DecoupledModule(body, head))
-    return draw_batch_norm_weights(DecoupledNetwork(modules))  # as in the published runs
 
 
 def representation_shapes(net, input_shape=(3, 32, 32)):
     """The (C, h, w) of every module's representation."""
     shapes = []
+    shape = input_shape
     for module in net:
-        input_shape = output_shape(module.body, input_shape)
-        shapes.append(input_shape)
+        shape = output_shape(module.body, shape)
+        shapes.append(shape)
     return shapes

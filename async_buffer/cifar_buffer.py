@@ -6,13 +6,14 @@ and 6.
         --layer_noise 3 --seed 0
 
 A simulation in one process of modules that do not wait for each other
-(Algorithm 2): each turn one module, drawn at random, learns from its buffer or,
-the lowest, from the next images. --noise makes one module slower, on average by
-a factor of 1 / (1 - noise). In the paper, factors up to about 1.2 cost next to
-nothing on any module, and a buffer of one mini-batch loses little. Without
---buffer the run is synchronous DGL (Algorithm 1). Learning from an image costs
-2.6 GFLOP in all six modules, an epoch 131 TFLOP. 30 mini-batches before each
-module take 6.5 GB.
+(Algorithm 2). In each turn one module, drawn at random, learns from its buffer;
+the lowest module learns from the next images. --noise makes one module slower,
+on average by a factor of 1 / (1 - noise). In the paper, factors up to about 1.2
+cost next to nothing on any module, and a buffer of one mini-batch loses little.
+Without --buffer the run is synchronous DGL (Algorithm 1).
+
+Learning from an image costs 2.6 GFLOP in all six modules, an epoch 131 TFLOP.
+30 mini-batches before each module take 6.5 GB.
 """
 
 import async_flags
@@ -31,15 +32,29 @@ from decoupled.training import flags
 from decoupled.training.flags import integer, number
 from decoupled.training.run import Run
 
+FLAGS_OF_BUFFERS = ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress")
+
 
 def parse_args(argv=None):
     parser = async_flags.parser(__doc__)
     group = parser.add_argument_group("asynchrony")
-    buffer = "mini-batches before each module; 0: synchronous"
-    group.add_argument("--buffer", type=integer(0), default=0, metavar="M", help=buffer)
-    noise = "a module is drawn less often by this part"
-    group.add_argument("--noise", type=number(least=0, below=1), default=0.0, metavar="PART", help=noise)
-    group.add_argument("--layer_noise", type=integer(0), default=0, metavar="MODULE", help="which module, from 0")
+    group.add_argument(
+        "--buffer",
+        type=integer(0),
+        default=0,
+        metavar="M",
+        help="mini-batches in the buffer before each module; 0: synchronous",
+    )
+    group.add_argument(
+        "--noise",
+        type=number(least=0, below=1),
+        default=0.0,
+        metavar="PART",
+        help="fraction by which the slow module is drawn less often",
+    )
+    group.add_argument(
+        "--layer_noise", type=integer(0), default=0, metavar="MODULE", help="the slow module, counted from 0"
+    )
     group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
     async_flags.add_reading(group)
     parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
@@ -53,7 +68,7 @@ def parse_args(argv=None):
         parser.error(f"--layer_noise {args.layer_noise} is no module: there are {args.ncnn}, from 0")
     if args.noise and args.layer_sequence == "sequential":
         parser.error("--noise has no effect with --layer-sequence sequential: no module is drawn")
-    for name in ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress"):
+    for name in FLAGS_OF_BUFFERS:
         key = name.replace("-", "_")
         if args.buffer == 0 and getattr(args, key) != parser.get_default(key):
             parser.error(f"--{name} has no effect without --buffer: the run is synchronous")
@@ -61,21 +76,19 @@ def parse_args(argv=None):
     return args
 
 
-def learn(run, module, optimizer, sample):
-    """A module's greedy step on a mini-batch: its representation (B, C, s, s), made before the step, its loss and
-    logits (B, classes), all detached.
-    """
-    with run.autocast():
-        representation, logits = module(sample.representation)
-    loss = F.cross_entropy(logits.float(), sample.labels)
-    run.step(loss, optimizer)  # zero_grad, backward, step
-    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another module
+def draw_weights(args):
+    """How likely each module is drawn, relative to the others; None when the modules take turns in order."""
+    if args.buffer == 0 or args.layer_sequence == "sequential":
+        return None
+    weights = [1.0] * args.ncnn
+    weights[args.layer_noise] = 1 - args.noise  # slower by a factor of 1 / (1 - noise)
+    return weights
 
 
-def forward_only(run, module, sample):
-    """What a module does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
+def forward_only(run, module, representation):
+    """The representation (B, C, s, s) that a module makes after its last epoch, with fixed batch norm statistics."""
     with run.autocast(), torch.no_grad():
-        return module.eval().body(sample.representation)
+        return module.eval().body(representation)
 
 
 def main():
@@ -87,25 +100,21 @@ def main():
     # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     images = ImageStream(train)
-    half = torch.float16 if run.device.type == "cuda" else torch.bfloat16  # run.autocast's: what the modules hand on
-    options = {"device": run.device, "dtype": half if args.half else torch.float32, "bits": args.compress}
-    options |= {"storage_device": run.device if args.buffer_device == "same" else torch.device("cpu")}
-    options |= {"max_reuse": args.max_buffer_reuse, "sampling": args.buffer_sampling}
+    options = async_flags.buffer_options(args, run.device)
     shapes = representation_shapes(net)[:-1]
     buffers, memory = make_buffers(args.buffer, args.batch_size, shapes, **options)  # before modules 1, 2, …
     print(*memory, sep="\n")
     run.describe(*memory)
-    weights = None  # turn by turn
-    if args.buffer > 0 and args.layer_sequence == "random":  # the slow module's factor is 1 / (1 - noise)
-        weights = [1 - args.noise * (n == args.layer_noise) for n in range(args.ncnn)]
-    turns = Turns(args.ncnn, len(train), args.epochs, weights=weights, warm_up=args.buffer > 0, seed=args.seed)
+    turns = Turns(
+        args.ncnn, len(train), args.epochs, weights=draw_weights(args), warm_up=args.buffer > 0, seed=args.seed
+    )
     tallies = [Tally() for _ in net]
+
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
     state |= {"buffers": buffers, "turns": turns, "tallies": tallies}
-
     for epoch in run.epochs(**state):  # over when the slowest module has finished its own
         net.train()
-        for n in run.progress(turns.until(epoch)):  # one turn of one module
+        for n in run.progress(turns.until(epoch), resumes=True):  # one turn of module n
             tally = tallies[n]
             tally.turns += 1
             if not turns.learns(n) and not turns.feeds(n):  # nobody needs what it makes
@@ -116,7 +125,11 @@ def main():
                 tally.skipped += 1
                 continue
             if turns.learns(n):
-                representation, loss, logits = learn(run, net[n], optimizers[n], sample)
+                with run.autocast():
+                    representation, logits = net[n](sample.representation)  # (B, C, s, s), (B, classes)
+                loss = F.cross_entropy(logits.float(), sample.labels)
+                run.step(loss, optimizers[n])  # zero_grad, backward, step
+                representation = representation.detach()  # no gradient crosses to another module
                 age = turns.learned[n - 1] - sample.step if n > 0 else None
                 tally.learned(loss, logits, sample.labels, age, sample.uses)
                 turns.learned[n] += 1
@@ -124,7 +137,7 @@ def main():
                     schedules[n].step()
             else:
                 tally.frozen += 1
-                representation = forward_only(run, net[n], sample)
+                representation = forward_only(run, net[n], sample.representation)
             if n + 1 < len(net):
                 buffers[n].write(representation, sample.labels, turns.learned[n])
 

@@ -1,17 +1,19 @@
-"""Asynchronous Decoupled Greedy Learning with replay, for real: Algorithm 2 of
-the paper's Sec. 5.6, in a process for each module or for some.
+"""Asynchronous Decoupled Greedy Learning with replay, in real time: Algorithm 2 of
+the paper's Sec. 5.6, with a process for each module or for some modules.
 
     torchrun --nproc-per-node 6 async_buffer/cifar_buffer_distributed.py \\
         --buffer 30 --slow 3:1.5
 
-Each process learns at its own pace. What comes from the module below goes into
-its replay buffer as it comes, from which it learns, again and again where the
-module below is slow. Nobody waits for a slow process: --slow makes one and, with
---turn, which makes all others alike, draws in real time the Fig. 5 that
-cifar_buffer.py simulates in one process. All meet when the slowest has finished
-an epoch, to evaluate, and where the run is saved or stopped; what was sent is
-then in the buffers. A resumed run goes on from there; what a process learns
-from depends on who was faster, so no run is exactly another.
+Each process learns at its own pace. What the process below sends goes into a
+replay buffer as it comes; the process learns from the buffer, again and again
+when the process below is slow. Nobody waits for a slow process. --slow slows a
+process down, and --turn makes all others equally fast: together they measure in
+real time the Fig. 5 that cifar_buffer.py simulates in one process.
+
+All processes meet when the slowest has finished an epoch, to evaluate, and when
+the run is saved or stopped; everything that was sent is then in the buffers. A
+resumed run continues from there. What a process learns from depends on which
+process was faster, so no two runs are equal.
 """
 
 import argparse
@@ -45,46 +47,49 @@ def slow_down(text):
 def parse_args(argv=None):
     parser = async_flags.parser(__doc__)
     group = flags.add_processes(parser, "several processes: torchrun --nproc-per-node K")
-    cut = "modules of each process, from the image up; by default the FLOPs of the busiest are fewest"
-    group.add_argument("--modules-per-stage", type=flags.integers, metavar="N,N,…", help=cut)
-    turn = "a turn of any process takes at least MS milliseconds, so that all are equally fast"
-    group.add_argument("--turn", type=number(least=0), default=0.0, metavar="MS", help=turn)
-    slow = "a turn of process RANK takes FACTOR times as long as it would"
-    group.add_argument("--slow", type=slow_down, metavar="RANK:FACTOR", help=slow)
+    group.add_argument(
+        "--modules-per-stage",
+        type=flags.integers,
+        metavar="N,N,…",
+        help="modules of each process, from the image up (default: balanced by FLOPs)",
+    )
+    group.add_argument(
+        "--turn",
+        type=number(least=0),
+        default=0.0,
+        metavar="MS",
+        help="a turn takes at least MS milliseconds, so that all processes are equally fast",
+    )
+    group.add_argument(
+        "--slow",
+        type=slow_down,
+        metavar="RANK:FACTOR",
+        help="a turn of process RANK takes FACTOR times as long as it would",
+    )
     group = parser.add_argument_group("replay")
-    group.add_argument("--buffer", type=integer(1), default=30, metavar="M", help="mini-batches before each process")
+    group.add_argument(
+        "--buffer",
+        type=integer(1),
+        default=30,
+        metavar="M",
+        help="mini-batches in the buffer of each process",
+    )
     async_flags.add_reading(group)
     args = parser.parse_args(argv)
     async_flags.check_network(parser, args)
     return args
 
 
-def make_buffer(args, run, stage):
-    """The replay buffer before this process's modules; None in the lowest. Says what memory it takes."""
-    if stage.lowest:
-        return None
-    dimensions, order = stage.below.shape, stage.below.back
-    shape = [[None, *dimensions][place] for place in order[1:]]  # (C, h, w), however it lies in memory
-    options = {"device": run.device, "dtype": stage.below.dtype, "bits": args.compress}
-    options |= {"storage_device": run.device if args.buffer_device == "same" else torch.device("cpu")}
-    options |= {"max_reuse": args.max_buffer_reuse, "sampling": args.buffer_sampling}
-    (buffer,), _ = make_buffers(args.buffer, args.batch_size, [shape], **options)
+def make_buffer(args, run, net):
+    """The replay buffer of this process."""
+    options = async_flags.buffer_options(args, run.device)
+    options |= {"dtype": net.input_format.dtype}
+    (buffer,), _ = make_buffers(args.buffer, args.batch_size, [net.input_format.shape], **options)
     return buffer
 
 
-def learn(run, module, optimizer, representation, labels):
-    """A module's greedy step: its representation (B, C, s, s), made before the step, its loss and logits (B, classes),
-    all detached.
-    """
-    with run.autocast():
-        representation, logits = module(representation)
-    loss = F.cross_entropy(logits.float(), labels)
-    run.step(loss, optimizer)  # zero_grad, backward, step
-    return representation.detach(), loss.detach(), logits.detach()  # no gradient crosses to another module
-
-
 def forward_only(run, module, representation):
-    """What a module does after its last epoch, batch norm statistics fixed: its representation (B, C, s, s)."""
+    """The representation (B, C, s, s) that a module makes after its last epoch, with fixed batch norm statistics."""
     with run.autocast(), torch.no_grad():
         return module.eval().body(representation)
 
@@ -98,59 +103,77 @@ def main():
     if args.slow and args.slow[0] >= size:
         raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g} names no process: there are {size}, from 0")
     train, test, classes = run.data(drop_last=True)
-    stage = run.distribute(build(args, classes), kind=ReplayStage)
+    net = run.distribute(build(args, classes), kind=ReplayStage)  # the modules of this process
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
-        for module in stage.modules_here
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net.modules_here
     ]
     # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
-    images = ImageStream(train) if stage.lowest else train
-    buffer = make_buffer(args, run, stage)
-    pace = Pace(stage.lengths, len(images), args.epochs)
-    slow = args.slow[1] if args.slow and args.slow[0] == run.processes.rank else 1.0
-    stage.connect(pace, images, buffer, args.batch_size, args.turn / 1000, slow)
-    tallies = [Tally() for _ in stage.modules_here]
-    inner = [
-        HandOver(run.device) for _ in stage.modules_here[1:]
-    ]  # within a process a module hands over as in Algorithm 1
-    state = {"pace": [pace] * len(tallies), "net": stage, "optimizers": optimizers, "schedules": schedules}
-    state |= {"train": images, "test": test, "tallies": tallies, "buffers": [buffer or HandOver(run.device), *inner]}
+    pace = Pace(net.lengths, len(train), args.epochs)
+    images = ImageStream(train) if net.lowest else train
+    buffer = None if net.lowest else make_buffer(args, run, net)
+    slow_rank, factor = args.slow or (None, 1.0)
+    if run.processes.rank != slow_rank:
+        factor = 1.0
+    net.connect(pace, images, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
+    tallies = [Tally() for _ in net.modules_here]
+    # A checkpoint has the state of each module. All modules of a process have its pace, and the lowest its buffer: the
+    # others get their mini-batches in the same turn, as in Algorithm 1.
+    paces = [pace for _ in net.modules_here]
+    buffers = [HandOver(run.device) for _ in net.modules_here]
+    if buffer is not None:
+        buffers[0] = buffer
 
+    state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
+    state |= {"pace": paces, "tallies": tallies, "buffers": buffers}
     for epoch in run.epochs(**state):  # over when the slowest process has finished its own
-        stage.train()
-        for sample, age in run.progress(stage.turns(epoch)):  # turns of this process
-            if sample is None:  # nothing has come yet, all was read as often as allowed, or nobody needs more
+        net.train()
+        for _ in run.progress(net.turns(epoch), resumes=True):
+            sample, age = net.read()  # images in the lowest process; in the others from the replay buffer
+            if sample is None:  # nothing has come yet, everything was read as often as allowed, or nobody needs more
                 continue
-            representation, labels, learns = sample.representation, sample.labels, pace.learns
-            for module, optimizer, tally in zip(stage.modules_here, optimizers, tallies, strict=True):
+            representation, labels = sample.representation, sample.labels
+            for module, optimizer, tally in zip(net.modules_here, optimizers, tallies, strict=True):
                 tally.turns += 1
-                if learns:
-                    representation, loss, logits = learn(run, module, optimizer, representation, labels)
-                    tally.learned(loss, logits, labels, age, sample.uses)
-                else:
+                if not pace.learns:
                     tally.frozen += 1
                     representation = forward_only(run, module, representation)
-            pace.learned, pace.frozen = pace.learned + learns, pace.frozen + (not learns)
-            if learns and pace.learned % len(images) == 0:
-                for schedule in schedules:
-                    schedule.step()
-            stage.send(representation, labels)
+                    continue
+                with run.autocast():
+                    representation, logits = module(representation)  # (B, C, s, s), (B, classes)
+                loss = F.cross_entropy(logits.float(), labels)
+                run.step(loss, optimizer)  # zero_grad, backward, step
+                representation = representation.detach()  # no gradient crosses to the module below
+                tally.learned(loss, logits, labels, age, sample.uses)
+            if pace.learns:
+                pace.learned += 1
+                if pace.learned % pace.length == 0:
+                    for schedule in schedules:
+                        schedule.step()
+            else:
+                pace.frozen += 1
+            net.send(representation, labels)  # into the replay buffer of the process above
 
-        heads, arrivals = stage.heads, stage.inputs(test, totals=args.ensemble)
-        if args.ensemble:
-            heads = stage.ensembles(probabilities=False)
+        heads = net.ensembles(probabilities=False) if args.ensemble else net.heads
         with run.autocast():
-            scores = [score.top1 for score in evaluate(heads, run.evaluation(arrivals))]
-        ensembles = scores[len(tallies) :] or [float("nan")] * len(tallies)
-        lines = []
-        for n, (tally, score, ensemble) in enumerate(zip(tallies, scores, ensembles, strict=False), start=stage.first):
-            line = logs.async_line(n, epoch, pace.own_epochs, tally.top1, score, ensemble)
-            lines.append([line, tally.line(n, epoch)])
-        lines[-1].append(f"# {stage.about}")
-        for everyones in stage.mesh.to_first(lines):
-            for line, *comments in everyones:
-                run.report(line, *comments)
+            scores = evaluate(heads, run.evaluation(net.inputs(test, totals=args.ensemble)))
+        log(run, net, epoch, tallies, pace, [score.top1 for score in scores])
+
+
+def log(run, net, epoch, tallies, pace, scores):
+    """Logs the modules of all processes. ``scores``: test top-1 of this process's heads, then of their ensembles."""
+    count = len(tallies)
+    ensembles = scores[count:] or [float("nan")] * count
+    entries = []  # (line, comments)
+    for index, tally in enumerate(tallies):
+        n = net.first + index
+        line = logs.async_line(n, epoch, pace.own_epochs, tally.top1, scores[index], ensembles[index])
+        entries.append((line, [tally.line(n, epoch)]))
+    _, last_comments = entries[-1]
+    last_comments.append(f"# {net.about}")
+    for entries_of_process in run.mesh.to_first(entries):
+        for line, comments in entries_of_process:
+            run.report(line, *comments)
 
 
 if __name__ == "__main__":

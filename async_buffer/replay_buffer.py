@@ -2,6 +2,7 @@
 memory it takes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,12 @@ class Sample(NamedTuple):
     representation: torch.Tensor  # (B, C, h, w), channels-last, detached
     labels: torch.Tensor  # (B,)
     uses: int  # how often it had been read before
-    step: int  # the writer's steps when it was written
+    step: int  # number of steps the module that wrote it had taken
 
 
-class PlainSlots:
-    """Room for ``capacity`` representations (B, C, h, w), kept channels-last in their own ``dtype``. Nothing is copied
-    on a read from ``device``.
+class PlainStorage:
+    """Memory for ``capacity`` representations (B, C, h, w), channels-last and in their own ``dtype``. Reading from the
+    same ``device`` copies nothing.
 
     ``pinned``: in main memory that a GPU reads and writes by itself, in the order of its other work; nobody waits.
     """
@@ -33,9 +34,12 @@ class PlainSlots:
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned):
         channels, height, width = shape
         self.pinned = pinned
-        self.values = torch.zeros(
-            capacity, batch_size, height, width, channels, dtype=dtype, device=device, pin_memory=pinned
-        )
+        size = (capacity, batch_size, height, width, channels)
+        self.values = torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
+
+    def tensors(self):
+        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        return {"values": self.values}
 
     def write(self, slot, representation):
         self.values[slot].copy_(representation.permute(0, 2, 3, 1), non_blocking=self.pinned)
@@ -44,55 +48,74 @@ class PlainSlots:
         return self.values[slot].to(device, non_blocking=self.pinned).permute(0, 3, 1, 2)
 
 
-class QuantizedSlots:
-    """As PlainSlots, with each value in ``bits`` (8 or 4) bits: affine over the range of its channel in its mini-batch.
-    Not the online vector quantization of the authors' later paper (arXiv 2106.06401).
+class QuantizedStorage:
+    """As PlainStorage, with each value in ``bits`` (8 or 4) bits: affine over the range of its channel in its
+    mini-batch. Not the online vector quantization of the authors' later paper (arXiv 2106.06401).
 
-    A value is off by at most half a step, 1 / (2^bits − 1) of that range; the least value of a channel, after a ReLU
-    mostly 0, is exact.
+    A value is off by at most half a step, 1 / (2^bits − 1) of that range. The smallest value of a channel, which after
+    a ReLU is mostly 0, is exact.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned, bits):
         channels, height, width = shape
-        self.bits, self.dtype, self.pinned = bits, dtype, pinned
+        self.bits = bits
+        self.dtype = dtype
+        self.pinned = pinned
         self.shape = (batch_size, height, width, channels)
         self.count = batch_size * height * width * channels
-        per_byte = 8 // bits
-        where = {"device": device, "pin_memory": pinned}
-        self.values = torch.zeros(capacity, -(-self.count // per_byte), dtype=torch.uint8, **where)
-        self.least, self.scale = (torch.zeros(capacity, channels, **where) for _ in range(2))
+        values_per_byte = 8 // bits
+        num_bytes = -(-self.count // values_per_byte)  # rounded up
+        self.values = torch.zeros(capacity, num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.least = torch.zeros(capacity, channels, device=device, pin_memory=pinned)
+        self.scale = torch.zeros(capacity, channels, device=device, pin_memory=pinned)
+
+    def tensors(self):
+        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        return {"values": self.values, "least": self.least, "scale": self.scale}
 
     def write(self, slot, representation):
         values = representation.permute(0, 2, 3, 1).float()
-        least, most = values.amin((0, 1, 2)), values.amax((0, 1, 2))
+        least = values.amin((0, 1, 2))
+        most = values.amax((0, 1, 2))
         scale = (most - least) / (2**self.bits - 1)
-        # A constant channel is all 0
-        codes = ((values - least) / scale.clamp(min=torch.finfo().tiny)).round_().to(torch.uint8).flatten()
+        nonzero_scale = scale.clamp(min=torch.finfo().tiny)  # a constant channel is all 0
+        codes = ((values - least) / nonzero_scale).round_().to(torch.uint8).flatten()
         if self.bits == 4:
             low, high = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
             codes = low | high << 4
-        for kept, given in ((self.values, codes), (self.least, least), (self.scale, scale)):
-            kept[slot].copy_(given, non_blocking=self.pinned)
+        self.values[slot].copy_(codes, non_blocking=self.pinned)
+        self.least[slot].copy_(least, non_blocking=self.pinned)
+        self.scale[slot].copy_(scale, non_blocking=self.pinned)
 
     def read(self, slot, device):
-        kept = self.values, self.least, self.scale
-        codes, least, scale = (tensor[slot].to(device, non_blocking=self.pinned) for tensor in kept)
+        codes = self.values[slot].to(device, non_blocking=self.pinned)
+        least = self.least[slot].to(device, non_blocking=self.pinned)
+        scale = self.scale[slot].to(device, non_blocking=self.pinned)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), 1).flatten()[: self.count]
-        return codes.view(self.shape).to(scale.dtype).mul_(scale).add_(least).to(self.dtype).permute(0, 3, 1, 2)
+        values = codes.view(self.shape).to(scale.dtype).mul_(scale).add_(least)
+        return values.to(self.dtype).permute(0, 3, 1, 2)
+
+
+@dataclass
+class Slot:
+    """The bookkeeping of one slot: what was written there last."""
+
+    index: int
+    uses: int = 0  # reads since it was written
+    step: int = 0  # of the writer
+    written: int = -1  # number of the write, from 0; -1: never
 
 
 class ReplayBuffer:
     """At most ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their
-    labels, written in a circle.
+    labels; a write overwrites the oldest.
 
-    A read takes, among the slots used least often since they were written, the one written last (``sampling``
-    "priority_lifo", the paper's) or first ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read
-    again until it is overwritten.
+    A read takes, among the slots with the fewest uses, the newest (``sampling`` "priority_lifo", the paper's) or the
+    oldest ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read again until it is overwritten.
 
-    Storage of ``dtype``, or of ``bits`` bits a value, is allocated once, on ``storage_device``; reads arrive on
-    ``device``. What a read returns is valid until the next write: it may be the slot itself. Bookkeeping takes a few
-    operations a read or write, on integers of ``capacity`` bits: the slots used k times are the bits of one.
+    Memory for values of ``dtype``, or of ``bits`` bits each, is allocated once, on ``storage_device``; reads arrive on
+    ``device``. What a read returns is valid until the next write: it may be the stored memory itself.
     """
 
     def __init__(
@@ -108,7 +131,9 @@ class ReplayBuffer:
         max_reuse=None,
         sampling="priority_lifo",
     ):
-        self.capacity, self.max_reuse, self.sampling = capacity, max_reuse, sampling
+        self.capacity = capacity
+        self.max_reuse = max_reuse
+        self.sampling = sampling
         self.device = torch.device(device)
         storage_device = torch.device(storage_device or device)
         options = {
@@ -116,96 +141,90 @@ class ReplayBuffer:
             "device": storage_device,
             "pinned": storage_device.type == "cpu" and self.device.type == "cuda",
         }
-        slots = PlainSlots if bits is None else QuantizedSlots
-        self.slots = slots(capacity, batch_size, shape, **options, **({} if bits is None else {"bits": bits}))
-        self.labels = torch.zeros(
-            capacity, batch_size, dtype=torch.int64, device="meta" if storage_device.type == "meta" else self.device
-        )
+        if bits is None:
+            self.storage = PlainStorage(capacity, batch_size, shape, **options)
+        else:
+            self.storage = QuantizedStorage(capacity, batch_size, shape, bits=bits, **options)
+        label_device = storage_device if storage_device.type == "meta" else self.device
+        self.labels = torch.zeros(capacity, batch_size, dtype=torch.int64, device=label_device)
         self.writes = 0
-        self.steps = [0] * capacity  # the writer's, for each slot
-        self.uses = [None] * capacity  # since the slot was written; None: empty
-        self.used = {}  # uses → the slots used so often, as the bits of an integer
-        self.least = 0  # the fewest uses of any slot
+        self.slots = [Slot(index) for index in range(capacity)]
+
+    @property
+    def filled(self):
+        """The slots that have been written."""
+        return self.slots[: self.writes]
 
     def write(self, representation, labels, step=0):
-        """Overwrites the oldest slot with a detached representation (B, C, h, w) and its labels (B,); ``step`` counts
-        the writer's steps.
+        """Overwrites the oldest slot with a detached representation (B, C, h, w) and its labels (B,); ``step`` is the
+        number of steps that the writer has taken.
         """
-        slot = self.writes % self.capacity
-        self.slots.write(slot, representation)
-        self.labels[slot].copy_(labels)
-        self.steps[slot] = step
+        slot = self.slots[self.writes % self.capacity]
+        self.storage.write(slot.index, representation)
+        self.labels[slot.index].copy_(labels)
+        slot.uses = 0
+        slot.step = step
+        slot.written = self.writes
         self.writes += 1
-        self.move(slot, 0)
-        self.least = 0
 
     def read(self):
         """A Sample, or None when no slot may be read."""
-        if self.writes == 0 or self.least == self.max_reuse:
+        slot = self.choose()
+        if slot is None:
             return None
-        slot, uses = self.pick(self.used[self.least]), self.least
-        self.move(slot, uses + 1)
-        if uses not in self.used:
-            self.least = uses + 1  # where this slot went: no other can have been used less
-        return Sample(self.slots.read(slot, self.device), self.labels[slot], uses, self.steps[slot])
+        sample = Sample(self.storage.read(slot.index, self.device), self.labels[slot.index], slot.uses, slot.step)
+        slot.uses += 1
+        return sample
 
-    def pick(self, candidates):
-        """The newest or the oldest of the slots that are the bits of ``candidates``. Slots below the next one to be
-        written are the newer ones.
-        """
-        following = self.writes % self.capacity
+    def choose(self):
+        """The Slot that the next read takes; None when no slot may be read."""
+        if self.writes == 0:
+            return None
+        fewest = min(slot.uses for slot in self.filled)
+        if fewest == self.max_reuse:
+            return None
+        least_read = [slot for slot in self.filled if slot.uses == fewest]
         if self.sampling == "priority_lifo":
-            newer = candidates & ((1 << following) - 1)
-            return (newer or candidates).bit_length() - 1  # the highest bit
-        older = candidates >> following << following
-        lowest = (older or candidates) & -(older or candidates)
-        return lowest.bit_length() - 1
-
-    def move(self, slot, uses):
-        """Notes that ``slot`` has been used ``uses`` times."""
-        before = self.uses[slot]
-        if before is not None:
-            self.used[before] ^= 1 << slot
-            if not self.used[before]:
-                del self.used[before]
-        self.uses[slot] = uses
-        self.used[uses] = self.used.get(uses, 0) | 1 << slot
+            return max(least_read, key=lambda slot: slot.written)
+        return min(least_read, key=lambda slot: slot.written)
 
     def tensors(self):
-        return {name: value for name, value in vars(self.slots).items() if isinstance(value, torch.Tensor)} | {
-            "labels": self.labels
-        }
+        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        return {**self.storage.tensors(), "labels": self.labels}
 
     @property
     def nbytes(self):
-        """Of all slots, labels included."""
+        """Bytes of all slots, labels included."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def state_dict(self):
-        """Everything, as it is stored; slots not written yet are left out."""
+        """Everything, as it is stored; slots that have not been written are left out."""
         self.wait()
-        filled = min(self.writes, self.capacity)
-        tensors = {
-            name: tensor if filled == self.capacity else tensor[:filled].clone()
-            for name, tensor in self.tensors().items()
-        }
-        return {"tensors": tensors, "writes": self.writes, "steps": self.steps, "uses": self.uses}
-
-    def wait(self):
-        """Before main memory is read or written by anyone but the GPU: ends what that still does there."""
-        if self.slots.pinned:
-            torch.cuda.synchronize(self.device)
+        filled = len(self.filled)
+        tensors = {}
+        for name, tensor in self.tensors().items():
+            tensors[name] = tensor if filled == self.capacity else tensor[:filled].clone()
+        uses = [slot.uses if slot.written >= 0 else None for slot in self.slots]
+        return {"tensors": tensors, "writes": self.writes, "steps": [slot.step for slot in self.slots], "uses": uses}
 
     def load_state_dict(self, state):
         self.wait()
-        self.writes, self.steps, uses = state["writes"], list(state["steps"]), state["uses"]
+        self.writes = state["writes"]
+        for slot in self.filled:
+            slot.uses = state["uses"][slot.index]
+            slot.step = state["steps"][slot.index]
+            slot.written = self.latest_write(slot.index)
         for name, tensor in self.tensors().items():
-            tensor[: min(self.writes, self.capacity)].copy_(state["tensors"][name])
-        self.uses, self.used = [None] * self.capacity, {}
-        for slot, count in enumerate(uses):
-            if count is not None:
-                self.move(slot, count)
-        self.least = min(self.used, default=0)
+            tensor[: len(self.filled)].copy_(state["tensors"][name])
+
+    def latest_write(self, index):
+        """The number of the latest write, from 0, that went to slot ``index``."""
+        return self.writes - 1 - (self.writes - 1 - index) % self.capacity
+
+    def wait(self):
+        """Waits for the GPU to finish with main memory before the CPU reads or writes it."""
+        if self.storage.pinned:
+            torch.cuda.synchronize(self.device)
 
 
 class HandOver:
@@ -216,60 +235,64 @@ class HandOver:
     nbytes = 0
 
     def __init__(self, device):
-        self.device, self.sample = device, None
+        self.device = device
+        self.sample = None
 
     def write(self, representation, labels, step=0):
         self.sample = Sample(representation, labels, 0, step)
 
     def read(self):
-        sample, self.sample = self.sample, None
+        sample = self.sample
+        self.sample = None
         return sample
 
     def state_dict(self):
         return {"sample": None if self.sample is None else tuple(self.sample)}
 
     def load_state_dict(self, state):
-        if sample := state["sample"]:
-            self.sample = Sample(*(v.to(self.device) if isinstance(v, torch.Tensor) else v for v in sample))
+        if state["sample"] is not None:
+            representation, labels, uses, step = state["sample"]
+            self.sample = Sample(representation.to(self.device), labels.to(self.device), uses, step)
 
 
 def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=None, **options):
-    """A buffer for each of the representations' ``shapes`` (C, h, w), and the lines that say what memory they take.
+    """(a buffer for each of the representations' ``shapes`` (C, h, w), the lines that say what memory they take).
 
     Raises InputError, before anything is allocated, when that is more than is free.
     """
     if capacity == 0:
         return [HandOver(options["device"]) for _ in shapes], ["buffers: none, synchronous"]
 
-    def buffers(capacity, storage_device, bits):
-        return [
-            ReplayBuffer(capacity, batch_size, s, storage_device=storage_device, dtype=dtype, bits=bits, **options)
-            for s in shapes
-        ]
+    def size(shape, bits):
+        """Bytes of a buffer, which is not allocated."""
+        one_slot = ReplayBuffer(1, batch_size, shape, storage_device="meta", dtype=dtype, bits=bits, **options)
+        return capacity * one_slot.nbytes
 
-    sizes = [capacity * buffer.nbytes for buffer in buffers(1, "meta", bits)]
-    plain = sum(capacity * buffer.nbytes for buffer in buffers(1, "meta", None))
+    sizes = [size(shape, bits) for shape in shapes]
     total = sum(sizes)
-    kind = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
-    lines = [
-        f"buffer before module {n}: {capacity} mini-batches x {batch_size} x "
-        f"{'x'.join(map(str, shape))} in {kind}: {readable(size)}"
-        for n, (shape, size) in enumerate(zip(shapes, sizes, strict=True), start=1)
-    ]
-    saved = (
-        f", {readable(plain - total)} ({100 * (1 - total / plain):.1f} %) less than in "
-        f"{str(dtype).removeprefix('torch.')}"
-        if bits
-        else ""
-    )
+    plain = str(dtype).removeprefix("torch.")
+    values = f"{bits} bits" if bits else plain
+    lines = []
+    for n, (shape, num_bytes) in enumerate(zip(shapes, sizes, strict=True), start=1):
+        dimensions = "x".join(map(str, shape))
+        lines.append(
+            f"buffer before module {n}: {capacity} mini-batches x {batch_size} x {dimensions} in {values}: "
+            f"{readable(num_bytes)}"
+        )
+    saved = ""
+    if bits:
+        uncompressed = sum(size(shape, None) for shape in shapes)
+        percent = 100 * (1 - total / uncompressed)
+        saved = f", {readable(uncompressed - total)} ({percent:.1f} %) less than in {plain}"
     lines.append(
         f"buffers: {readable(total)} on {storage_device.type}{saved}; as much again of main memory "
         "while a checkpoint is written or read"
     )
     check_memory(total, storage_device)
+    options |= {"storage_device": storage_device, "dtype": dtype, "bits": bits}
     try:
-        return buffers(capacity, storage_device, bits), lines
-    except RuntimeError as error:  # taken by others since, or no one piece
+        return [ReplayBuffer(capacity, batch_size, shape, **options) for shape in shapes], lines
+    except RuntimeError as error:  # others have taken the memory since, or it is not in one piece
         raise InputError(
             f"the buffers' {readable(total)} cannot be allocated on {storage_device.type}: {WAYS_OUT}"
         ) from error
@@ -279,8 +302,8 @@ WAYS_OUT = "choose a smaller --buffer, --batch_size or --feature_size, --compres
 
 
 def check_memory(total, device):
-    """Raises InputError when buffers of ``total`` bytes on ``device``, and once more in main memory for checkpoints,
-    are more than is free.
+    """Raises InputError when buffers of ``total`` bytes on ``device``, and the same again in main memory for
+    checkpoints, are more than is free.
     """
     cpu = torch.device("cpu")
     needs = {device: total}
@@ -293,25 +316,21 @@ def check_memory(total, device):
 
 
 def free_memory(device):
-    """Bytes still free on ``device``, with what the system would give up for it and within the container's limit; None
-    where nothing tells.
-    """
+    """Free bytes on ``device``; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free = []
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-            free.append(int(limit) - int((group / "memory.current").read_text()) + int(cache))
-    except (OSError, KeyError, ValueError):
-        pass
-    return min(free, default=None)
+    meminfo = Path("/proc/meminfo")  # Linux
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            kilobytes, _ = value.split()
+            return int(kilobytes) * 1024
+    return None
 
 
 def readable(size):

@@ -16,29 +16,36 @@ WARM_UP = 2  # turns of each module, from the lowest up, before the first draw: 
 
 
 class Turns:
-    """Decides which module is next and counts the mini-batches each has learned from.
+    """Decides whose turn is next, and counts the mini-batches that each module has learned from.
 
-    ``weights``: a module is drawn with a probability proportional to its own, from the draws' own generator; None: the
-    modules take turns in order. ``length``: mini-batches an epoch. A module learns for ``epochs`` of its own epochs.
+    ``weights``: a module is drawn with a probability proportional to its weight, by a random generator of its own;
+    None: the modules take turns in order. ``length``: mini-batches per epoch. A module learns for ``epochs`` of its own
+    epochs.
     """
 
     def __init__(self, modules, length, epochs, *, weights=None, warm_up=True, seed=0):
-        self.modules, self.length, self.epochs, self.warm_up = modules, length, epochs, warm_up
+        self.modules = modules
+        self.length = length
+        self.epochs = epochs
+        self.warm_up = warm_up
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
-        self.taken = 0
-        self.learned = [0] * modules  # mini-batches
-        self.frozen = [0] * modules  # turns since its last epoch was over
+        self.taken = 0  # turns
+        self.learned = [0] * modules  # mini-batches, per module
+        self.frozen = [0] * modules  # turns after the module's last epoch, per module
 
     def until(self, epoch):
         """Yields the module (from 0) of each turn, until the slowest module has finished ``epoch`` of its own."""
         while min(self.learned) < epoch * self.length:
             module = self.draw()
-            self.frozen[module] += not self.learns(module)
+            if not self.learns(module):
+                self.frozen[module] += 1
             yield module
 
     def draw(self):
-        turn, self.taken = self.taken, self.taken + 1
+        """The module of the next turn."""
+        turn = self.taken
+        self.taken += 1
         if self.warm_up and turn < WARM_UP * self.modules:
             return turn // WARM_UP
         if self.weights is None:
@@ -46,10 +53,11 @@ class Turns:
         return torch.multinomial(self.weights, 1, generator=self.generator).item()
 
     def learns(self, module):
+        """Whether ``module`` has epochs of its own left."""
         return self.learned[module] < self.epochs * self.length
 
     def feeds(self, module):
-        """Whether a module above still learns from what this one makes."""
+        """Whether a module above still learns from what ``module`` makes."""
         return any(self.learns(above) for above in range(module + 1, self.modules))
 
     def own_epochs(self, module):
@@ -66,17 +74,21 @@ class Turns:
         }
 
     def load_state_dict(self, state):
-        if state["epochs"] != self.epochs and any(state["frozen"]):
-            raise InputError(
-                f"a module has stopped learning after its epoch {state['epochs']}: resume with "
-                f"--nepochs {state['epochs']}"
-            )
+        check_epochs(state["epochs"], self.epochs, frozen=any(state["frozen"]))
         self.generator.set_state(state["generator"])
-        self.taken, self.learned, self.frozen = state["taken"], list(state["learned"]), list(state["frozen"])
+        self.taken = state["taken"]
+        self.learned = list(state["learned"])
+        self.frozen = list(state["frozen"])
+
+
+def check_epochs(before, now, frozen):
+    """Raises InputError when a run that has ``frozen`` a module after its last epoch resumes with other epochs."""
+    if now != before and frozen:
+        raise InputError(f"a module has stopped learning after its epoch {before}: resume with --nepochs {before}")
 
 
 class ImageStream:
-    """What the lowest module reads: the training images' mini-batches, pass after pass, in its own time."""
+    """What the lowest module reads: the training images' mini-batches, epoch after epoch, at its own pace."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -89,11 +101,13 @@ class ImageStream:
         return str(self.batches)
 
     def read(self):
+        """The next Sample."""
         batch = next(self.iterator, None)
         if batch is None:
-            self.iterator = iter(self.batches)  # begins a pass
+            self.iterator = iter(self.batches)  # begins an epoch
             batch = next(self.iterator)
-        return Sample(*batch, uses=0, step=0)
+        images, labels = batch
+        return Sample(images, labels, uses=0, step=0)
 
     def state_dict(self):
         return self.batches.state_dict()
@@ -104,11 +118,11 @@ class ImageStream:
 
 
 class Tally:
-    """What one module did between two lines of the log: a Meter of its learning, its turns, and the age and uses of
-    what it learned from.
+    """What one module did in an epoch of the log: a Meter of its learning, its turns, and the staleness and reuse of
+    the mini-batches that it learned from.
 
-    Staleness is the steps that the module below has taken since it wrote the mini-batch; reuse how often the mini-batch
-    had been read before.
+    Staleness is the number of steps that the module below has taken since it wrote a mini-batch; reuse is how often the
+    mini-batch had been read before.
     """
 
     def __init__(self):
@@ -116,20 +130,34 @@ class Tally:
         self.begin()
 
     def begin(self):
-        """Forgets everything: a new epoch."""
+        """Begins a new epoch."""
         self.meter.begin()
-        self.turns = self.skipped = self.frozen = 0
-        self.staleness, self.reuse = [], []
+        self.turns = 0
+        self.skipped = 0  # turns in which there was nothing to learn from
+        self.frozen = 0  # turns after the module's last epoch
+        self.staleness = []
+        self.reuse = []
 
     def state_dict(self):
-        return {**vars(self), "meter": self.meter.state_dict()}
+        return {
+            "meter": self.meter.state_dict(),
+            "turns": self.turns,
+            "skipped": self.skipped,
+            "frozen": self.frozen,
+            "staleness": self.staleness,
+            "reuse": self.reuse,
+        }
 
     def load_state_dict(self, state):
         self.meter.load_state_dict(state["meter"])
-        vars(self).update({key: value for key, value in state.items() if key != "meter"})
+        self.turns = state["turns"]
+        self.skipped = state["skipped"]
+        self.frozen = state["frozen"]
+        self.staleness = state["staleness"]
+        self.reuse = state["reuse"]
 
     def learned(self, loss, logits, labels, staleness, reuse):
-        """Adds a mini-batch that the module learned from; ``staleness`` None: from the images."""
+        """Adds a mini-batch that the module learned from; ``staleness`` is None for images."""
         self.meter.update(loss, logits, labels)
         if staleness is not None:
             self.staleness.append(staleness)
@@ -141,12 +169,16 @@ class Tally:
         return self.meter.top1 if self.meter.count else float("nan")
 
     def line(self, n, epoch):
-        """The line of the log: staleness and reuse only above the lowest module, and where it learned."""
+        """The log's line; with staleness and reuse where the module has learned from a buffer."""
         text = f"# module {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
-        for name in ("staleness", "reuse"):
-            if values := getattr(self, name):
-                text += f", {name} mean {sum(values) / len(values):.4f} max {max(values)}"
-        return text
+        return text + mean_and_max("staleness", self.staleness) + mean_and_max("reuse", self.reuse)
+
+
+def mean_and_max(name, values):
+    """The part of a Tally's line for ``values``; empty when there are none."""
+    if not values:
+        return ""
+    return f", {name} mean {sum(values) / len(values):.4f} max {max(values)}"
 
 
 TALLY = re.compile(  # earlier versions called a module a layer
@@ -158,8 +190,11 @@ TALLY = re.compile(  # earlier versions called a module a layer
 
 
 def tallies(comments):
-    """A frame with a row for each line that Tally.line wrote among a log's ``comments``; staleness and reuse are nan
-    where the line has none.
+    """A data frame with a row for each line of Tally among a log's ``comments``; staleness and reuse are nan where the
+    line has none.
     """
-    rows = [match.groupdict() for match in map(TALLY.fullmatch, comments) if match]
+    rows = []
+    for comment in comments:
+        if match := TALLY.fullmatch(comment):
+            rows.append(match.groupdict())
     return pd.DataFrame(rows, columns=list(TALLY.groupindex)).astype(float)

@@ -1,14 +1,14 @@
-"""What the benchmarks with --output print, they write there as well."""
+"""Prints a benchmark's result, and writes it to the file that --output names."""
 
 from pathlib import Path
 
 from decoupled.errors import writing
 
-WAY_OUT = "name a file that can"
+WAY_OUT = "name a file that can be written"
 
 
 def check_output(path):
-    """Raises InputError where ``path`` cannot be written: before the work. None is no file."""
+    """Raises InputError, before the work, if ``path`` cannot be written. None means no file."""
     if path:
         with writing(path, WAY_OUT):
             Path(path).open("a").close()

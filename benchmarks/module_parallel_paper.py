@@ -26,148 +26,215 @@ momentum and the peak of a step (decoupled.analysis.costs); 1F1B keeps at most G
 micro-batches of the lowest stage; DGL's queue of two on both sides counts.
 """
 
+import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from benchmark_output import check_output, publish
 from torch import nn
 from torch.nn import functional as F
 
 from decoupled.analysis.costs import LiveStorages, costs, peak_memory, training_step
-from decoupled.training import environment as provenance
 from decoupled.training import flags
+from decoupled.training.environment import environment
+
+sys.path.insert(0, str(Path(__file__).parent))
+from benchmark_output import check_output, publish
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))  # for what its scripts import beside them
 from greedy_torchvision import greedy_torchvision
 
 LINKS = {"NVLink": 300e9, "100 Gb/s": 12.5e9, "10 Gb/s": 1.25e9}  # bytes/s in each direction
 NETWORKS = {"VGG-19": "vgg19_bn", "ResNet-152": "resnet152"}
-MICRO = 8, 32  # micro-batches of a pipeline
+MICRO_BATCHES = (8, 32)  # of a pipeline
 
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--networks", default=",".join(NETWORKS.values()), help="of torchvision, with commas between")
+    parser.add_argument("--networks", default=",".join(NETWORKS.values()), help="of torchvision, separated by commas")
     parser.add_argument("--gpus", type=flags.integers, default=[2, 4, 8], metavar="G,G,…", help="numbers of GPUs")
-    parser.add_argument("--batch-size", type=flags.integer(2), default=256, help="images a mini-batch, of all GPUs")
+    parser.add_argument("--batch-size", type=flags.integer(2), default=256, help="images per mini-batch, over all GPUs")
     parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of an image")
-    parser.add_argument("--queue", type=flags.integer(1), default=2, help="mini-batches that wait between two modules")
-    parser.add_argument("--tflops", type=flags.number(above=0), default=60.0, help="10^12 FLOPs a second of a GPU")
-    parser.add_argument("--output", type=flags.path, metavar="FILE", help="write the tables there too")
+    parser.add_argument("--queue", type=flags.integer(1), default=2, help="mini-batches in flight between two modules")
+    parser.add_argument("--tflops", type=flags.number(above=0), default=60.0, help="10^12 FLOPs per second of a GPU")
+    parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the tables to this file")
     return parser.parse_args()
 
 
-def parameters(module):
-    """Bytes of its parameters."""
+# Memory
+
+
+def meta_images(count, side):
+    """(count, 3, side, side), without values."""
+    return torch.empty(count, 3, side, side, device="meta")
+
+
+def parameter_bytes(module):
     return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def whole_network(net):
+    """The bodies of ``net`` with its last head: what back-propagation trains."""
+    return nn.Sequential(*(module.body for module in net), net[-1].auxiliary)
 
 
 def backprop_memory(net, images):
     """Bytes that back-propagation of the bodies of ``net`` with its last head takes, weights included."""
-    whole = nn.Sequential(*(module.body for module in net), net[-1].auxiliary)
+    whole = whole_network(net)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     step = training_step(lambda: (F.cross_entropy(whole(images), labels),), whole)
     memory = peak_memory(lambda: (step(), step()), images.device)
     whole.zero_grad()
-    return memory + parameters(whole)
+    return memory + parameter_bytes(whole)
 
 
-def kept(module, below):
-    """Bytes that the graph of a forward pass keeps, output included."""
+def run_forward(module, inputs):
+    """(bytes that the graph of a forward pass keeps, output included; the output, detached)."""
     with LiveStorages() as storages:
-        output = module(below.detach().requires_grad_())
+        output = module(inputs.detach().requires_grad_())
         return storages.live, output.detach()
 
 
-class Counted:
-    """What a network in G modules needs, on the meta device: FLOPs of a training image of each module, with its
-    auxiliary (``dgl``) and of its body with back-propagation (``bodies``); bytes.
+def pipeline_memory(net, inputs, micro_batches):
+    """Bytes of the fullest stage in 1F1B, where stage n of G keeps at most G - n micro-batches, n from 0.
+    ``inputs``: one micro-batch of images.
     """
+    stages = []
+    for n, module in enumerate(net):
+        waiting = len(net) - n
+        stage = module.body
+        if waiting == 1:
+            stage = nn.Sequential(module.body, module.auxiliary)
+        graph, inputs = run_forward(stage, inputs)
+        stages.append(3 * parameter_bytes(stage) + min(micro_batches, waiting) * graph)
+    return max(stages)
 
-    def __init__(self, arch, gpus, args):
-        batch, side = args.batch_size, args.image_size
-        self.gpus, self.batch = gpus, batch
-        net = greedy_torchvision(arch, gpus, image_size=side).to("meta")
 
-        def images(count):
-            return torch.empty(count, 3, side, side, device="meta")
+def representation_bytes(net, images):
+    """[bytes of the images, of each module's output]."""
+    sizes = [images.nbytes]
+    representation = images
+    for module in net:
+        with torch.no_grad():
+            representation = module.body(representation)
+        sizes.append(representation.nbytes)
+    return sizes
 
-        modules = costs(net, images(batch)).unstack("part")
-        self.dgl = modules["training_flops"]["module"].tolist()
-        self.bodies = (3 * modules["flops"]["body"]).tolist()
-        self.bodies[-1] += 3 * modules["flops"]["auxiliary"].iloc[-1]
-        self.links, below, fullest = [], images(batch), []
-        for n, module in enumerate(net, start=1):
-            with torch.no_grad():
-                above = module.body(below)
-            waiting = args.queue * (below.nbytes * (n > 1) + above.nbytes * (n < gpus))
-            fullest.append(modules["memory"]["module"][n] + parameters(module) + waiting)
-            self.links += [above.nbytes / batch] if n < gpus else []
-            below = above
-        whole = nn.Sequential(*(module.body for module in net), net[-1].auxiliary)
-        self.gradients = {"b.-p.": parameters(whole), "DGL": parameters(net)}
-        share = images(-(-batch // gpus))
-        replica = costs(net, share).unstack("part")["memory"]["module"].max()
-        self.memory = {
-            "one GPU, b.-p.": backprop_memory(net, images(batch)),
-            "DGL": max(fullest),
-            **{f"1F1B {parts}": self.pipeline_memory(net, images(-(-batch // parts)), parts) for parts in MICRO},
-            "data-parallel b.-p.": backprop_memory(net, share),
-            "data-parallel DGL": replica + 3 * parameters(net),
-        }
 
-    def pipeline_memory(self, net, below, parts):
-        stages = []
-        for n, module in enumerate(net):
-            body = module.body if n < self.gpus - 1 else nn.Sequential(module.body, module.auxiliary)
-            graph, below = kept(body, below)
-            stages.append(3 * parameters(body) + min(parts, self.gpus - n) * graph)
-        return max(stages)
+def dgl_memory(net, module_costs, sizes, queue):
+    """Bytes of the fullest GPU in DGL, a module each: weights, the peak of a step, and ``queue`` mini-batches that wait
+    on both sides. ``sizes``: see representation_bytes.
+    """
+    gpus = len(net)
+    needed = []
+    for n, module in enumerate(net, start=1):
+        arriving = sizes[n - 1] if n > 1 else 0
+        leaving = sizes[n] if n < gpus else 0
+        step = module_costs["memory"]["module"][n]
+        needed.append(step + parameter_bytes(module) + queue * (arriving + leaving))
+    return max(needed)
 
-    def speeds(self, rate, link):
-        """{method: images/s, of back-propagation on one GPU as 1} over a link of so many bytes/s."""
-        scale, gpus = self.batch / rate, self.gpus
-        wire = self.batch * max(self.links) / link
-        alone = scale * sum(self.bodies)
 
-        def parallel(total, gradients):
-            ring = 2 * (gpus - 1) / gpus * gradients / link
-            return total / gpus / 3 + max(2 / 3 * total / gpus, ring)
+class Demands(NamedTuple):
+    """What a network of G modules demands. ``count_demands`` counts it."""
 
-        seconds = {
-            "DGL": max(scale * max(self.dgl), wire),
-            **{f"1F1B {parts}": (parts + gpus - 1) / parts * max(scale * max(self.bodies), wire) for parts in MICRO},
-            "data-parallel b.-p.": parallel(alone, self.gradients["b.-p."]),
-            "data-parallel DGL": parallel(scale * sum(self.dgl), self.gradients["DGL"]),
-        }
-        return {"one GPU, DGL": alone / (scale * sum(self.dgl))} | {
-            name: alone / time for name, time in seconds.items()
-        }
+    batch_size: int
+    dgl_flops: list  # of each module, per training image, auxiliary included
+    body_flops: list  # the same of its body with back-propagation
+    link_bytes: list  # per image, of each representation between two modules
+    backprop_gradients: int  # bytes
+    dgl_gradients: int  # bytes
+
+
+def count_demands(net, module_costs, sizes, batch_size):
+    """The Demands of ``net``, whose costs per module are ``module_costs``."""
+    body_flops = (3 * module_costs["flops"]["body"]).tolist()
+    body_flops[-1] += 3 * module_costs["flops"]["auxiliary"].iloc[-1]
+    return Demands(
+        batch_size=batch_size,
+        dgl_flops=module_costs["training_flops"]["module"].tolist(),
+        body_flops=body_flops,
+        link_bytes=[size / batch_size for size in sizes[1:-1]],
+        backprop_gradients=parameter_bytes(whole_network(net)),
+        dgl_gradients=parameter_bytes(net),
+    )
+
+
+def relative_speeds(demands, flops_per_second, bytes_per_second):
+    """{method: images/s, those of back-propagation on one GPU being 1}."""
+    gpus = len(demands.dgl_flops)
+    scale = demands.batch_size / flops_per_second
+    sending = demands.batch_size * max(demands.link_bytes) / bytes_per_second
+    backprop = scale * sum(demands.body_flops)
+    dgl = scale * sum(demands.dgl_flops)
+
+    def data_parallel(total, gradients):
+        all_reduce = 2 * (gpus - 1) / gpus * gradients / bytes_per_second
+        return total / gpus / 3 + max(2 / 3 * total / gpus, all_reduce)
+
+    seconds = {"one GPU, DGL": dgl, "DGL": max(scale * max(demands.dgl_flops), sending)}
+    for count in MICRO_BATCHES:
+        bubbles = (count + gpus - 1) / count
+        seconds[f"1F1B {count}"] = bubbles * max(scale * max(demands.body_flops), sending)
+    seconds["data-parallel b.-p."] = data_parallel(backprop, demands.backprop_gradients)
+    seconds["data-parallel DGL"] = data_parallel(dgl, demands.dgl_gradients)
+    return {method: backprop / time for method, time in seconds.items()}
+
+
+def fullest_memory(net, module_costs, sizes, args):
+    """{method: bytes of the fullest GPU}."""
+    gpus = len(net)
+    side = args.image_size
+    share = meta_images(math.ceil(args.batch_size / gpus), side)
+    replica = costs(net, share)["memory"].xs("module", level="part").max()
+    memory = {
+        "one GPU, b.-p.": backprop_memory(net, meta_images(args.batch_size, side)),
+        "DGL": dgl_memory(net, module_costs, sizes, args.queue),
+    }
+    for count in MICRO_BATCHES:
+        micro_batch = meta_images(math.ceil(args.batch_size / count), side)
+        memory[f"1F1B {count}"] = pipeline_memory(net, micro_batch, count)
+    memory["data-parallel b.-p."] = backprop_memory(net, share)
+    memory["data-parallel DGL"] = replica + 3 * parameter_bytes(net)
+    return memory
+
+
+def make_tables(args):
+    """(frame of relative speeds, frame of the fullest GPU's GiB)."""
+    names = {arch: name for name, arch in NETWORKS.items()}
+    speeds = {}
+    memory = {}
+    for arch in args.networks.split(","):
+        name = names.get(arch, arch)
+        for gpus in args.gpus:
+            net = greedy_torchvision(arch, gpus, image_size=args.image_size).to("meta")
+            images = meta_images(args.batch_size, args.image_size)
+            module_costs = costs(net, images).unstack("part")
+            sizes = representation_bytes(net, images)
+            demands = count_demands(net, module_costs, sizes, args.batch_size)
+            for link, bytes_per_second in LINKS.items():
+                speeds[name, gpus, link] = relative_speeds(demands, 1e12 * args.tflops, bytes_per_second)
+            fullest = fullest_memory(net, module_costs, sizes, args)
+            memory[name, gpus] = {method: count / 2**30 for method, count in fullest.items()}
+    return (
+        pd.DataFrame.from_dict(speeds, orient="index").rename_axis(["network", "GPUs", "link"]),
+        pd.DataFrame.from_dict(memory, orient="index").rename_axis(["network", "GPUs"]),
+    )
 
 
 def main():
     args = parse_args()
     check_output(args.output)
-    names = {arch: name for name, arch in NETWORKS.items()}
-    speeds, memory = {}, {}
-    for arch in args.networks.split(","):
-        for gpus in args.gpus:
-            counted = Counted(arch, gpus, args)
-            name = names.get(arch, arch)
-            memory[name, gpus] = {method: count / 2**30 for method, count in counted.memory.items()}
-            for link, speed in LINKS.items():
-                speeds[name, gpus, link] = counted.speeds(1e12 * args.tflops, speed)
-    first = pd.DataFrame.from_dict(speeds, orient="index").rename_axis(["network", "GPUs", "link"])
-    second = pd.DataFrame.from_dict(memory, orient="index").rename_axis(["network", "GPUs"])
+    speeds, memory = make_tables(args)
     lines = [
-        *provenance.environment(torch.device("cpu"), False),
+        *environment(torch.device("cpu"), False),
         f"# batch {args.batch_size}, {args.tflops:g} TFLOP/s a GPU, fp32",
         "\nimages/s, back-propagation on one GPU = 1\n",
-        first.to_string(float_format="{:.2f}".format),
+        speeds.to_string(float_format="{:.2f}".format),
         "\nmemory of the fullest GPU, GiB\n",
-        second.to_string(float_format="{:.2f}".format),
+        memory.to_string(float_format="{:.2f}".format),
     ]
     publish("\n".join(lines) + "\n", args.output)
 

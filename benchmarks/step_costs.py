@@ -49,11 +49,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import textwrap
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -63,225 +63,381 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from decoupled import InputError
 from decoupled.analysis.costs import LiveStorages, step_seconds
 from decoupled.networks.flops import count_flops
-from decoupled.training import environment as provenance
 from decoupled.training import flags
-from decoupled.training.run import Run
+from decoupled.training.environment import environment
+from decoupled.training.precision import pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
+import method_steps
 from benchmark_output import check_output, publish
-from method_steps import METHODS, NETWORKS, SMALL, most_modules, network
+from method_networks import NETWORKS, SMALL, chained_network, decoupled_network, interfaced_network, most_modules
+from method_steps import InFlight, ScaledOptimizer, autocast_on, sgd
 
 SECONDS = 0.1  # a row is repeated within a round for at least as long
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
+GIB = 2**30
+
+
+# Methods. make_step(args, net, images, labels) makes the step of all modules on one device, and
+# make_device_step(args, net, k, inputs, labels) that of module k on a device of its own.
+
+
+def autocast_of(args):
+    return autocast_on(pick_device(args.device), args.half)
+
+
+def scaled_sgd(args, module):
+    return ScaledOptimizer(sgd(module), args.half)
+
+
+def backprop(args, net, images, labels, checkpointing=False):
+    optimizer = scaled_sgd(args, net)
+    autocast = autocast_of(args)
+    return lambda: method_steps.backprop_step(net, optimizer, images, labels, autocast, checkpointing)
+
+
+def dgl(args, net, images, labels):
+    optimizers = [scaled_sgd(args, module) for module in net]
+    autocast = autocast_of(args)
+    return lambda: method_steps.dgl_step(net, optimizers, images, labels, autocast)
+
+
+def dgl_device(args, net, k, inputs, labels):
+    return dgl(args, net[k : k + 1], inputs, labels)
+
+
+def sequential(args, net, images, labels):
+    optimizers = [scaled_sgd(args, module) for module in net]
+    autocast = autocast_of(args)
+    return lambda: method_steps.sequential_step(net, optimizers, images, labels, autocast)
+
+
+def ddg(args, net, images, labels):
+    optimizers = [scaled_sgd(args, module) for module in net]
+    in_flight = [InFlight(len(net), k) for k in range(len(net))]
+    autocast = autocast_of(args)
+    return lambda: method_steps.ddg_step(net, optimizers, in_flight, images, labels, autocast)
+
+
+def ddg_device(args, net, k, inputs, labels):
+    optimizer = scaled_sgd(args, net[k])
+    in_flight = InFlight(len(net), k)
+    autocast = autocast_of(args)
+
+    def step():
+        output, _ = method_steps.ddg_module_step(net[k], optimizer, in_flight, inputs, labels, autocast)
+        if not in_flight.is_last:
+            in_flight.gradient = torch.empty_like(output)  # arrives from above, for the next iteration
+
+    return step
+
+
+def dni(args, net, images, labels):
+    optimizer = sgd(net)
+    autocast = autocast_of(args)
+    return lambda: method_steps.dni_step(net, optimizer, images, labels, autocast)
+
+
+def device_step_of(part_step):
+    """A make_device_step from dni_part_step or pipeline_stage_step."""
+
+    def make(args, net, k, inputs, labels):
+        optimizer = sgd(net[k])
+        autocast = autocast_of(args)
+        is_first = k == 0
+        is_last = k == len(net) - 1
+        return lambda: part_step(net[k], optimizer, inputs, labels, autocast, is_first, is_last)
+
+    return make
+
+
+class Method(NamedTuple):
+    build: Callable  # (args, splits) → modules
+    make_step: Callable | None = None  # None: on one device it is back-propagation
+    make_device_step: Callable | None = None  # None: modules cannot learn at the same time
+    delayed: bool = False  # mini-batches are in flight between steps
+
+
+METHODS = {
+    "back-propagation": Method(chained_network, backprop),
+    "pipeline": Method(chained_network, make_device_step=device_step_of(method_steps.pipeline_stage_step)),
+    "checkpointing": Method(chained_network, functools.partial(backprop, checkpointing=True)),
+    "DGL": Method(decoupled_network, dgl, dgl_device),
+    "sequential": Method(decoupled_network, sequential),
+    "DDG": Method(chained_network, ddg, ddg_device, delayed=True),
+    "DNI": Method(interfaced_network, dni, device_step_of(method_steps.dni_part_step)),
+}
+OTHERS = [name for name in METHODS if name != "back-propagation"]
 
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    names = f"one of {', '.join(NETWORKS)}"
-    parser.add_argument("--network", choices=NETWORKS, default="cifar_resnet", metavar="NAME", help=names)
+    parser.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="cifar_resnet",
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)} (default: cifar_resnet)",
+    )
     parser.add_argument("--depth", type=flags.integer(1, 2000), help="of cifar_resnet, 6n+2 (default: 110)")
-    size = "side of ImageNet's images (default: 224)"
-    parser.add_argument("--image-size", type=flags.integer(32), help=size)
-    batch = "images a step (default: 128, or 32 of ImageNet's)"
-    parser.add_argument("--batch-size", type=flags.integer(2), help=batch)
-    splits = "numbers of modules, or all (default: 2 4 all)"
-    parser.add_argument("--splits", type=number_of_modules, nargs="+", default=[2, 4, "all"], metavar="K", help=splits)
-    methods = "rows beside back-propagation (default: every method's)"
-    parser.add_argument("--methods", choices=[*METHODS][1:], nargs="+", default=[*METHODS][1:], help=methods)
-    parser.add_argument("--count", action="store_true", help="measure nothing, compute nothing")
-    parser.add_argument("--budget", type=flags.number(above=0), metavar="GIB", help="find the largest batch in it")
+    parser.add_argument(
+        "--image-size", type=flags.integer(32), help="side of the images of an ImageNet network (default: 224)"
+    )
+    parser.add_argument(
+        "--batch-size", type=flags.integer(2), help="images per step (default: 128; ImageNet networks: 32)"
+    )
+    parser.add_argument(
+        "--splits",
+        type=number_of_modules,
+        nargs="+",
+        default=[2, 4, "all"],
+        metavar="K",
+        help="numbers of modules, or all (default: 2 4 all)",
+    )
+    parser.add_argument(
+        "--methods",
+        choices=OTHERS,
+        nargs="+",
+        default=OTHERS,
+        help="methods to compare with back-propagation (default: all)",
+    )
+    parser.add_argument("--count", action="store_true", help="count only: run and time nothing")
+    parser.add_argument(
+        "--budget", type=flags.number(above=0), metavar="GIB", help="find the largest batch that fits in this memory"
+    )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
-    parser.add_argument("--device", default="auto", help=flags.DEVICE)
-    parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere, as large")
-    parser.add_argument("--output", type=flags.path, metavar="FILE", help="write the tables there too")
-    row = "measure this row alone, and print JSON: method, K, and the batch to begin with in search of the largest"
-    parser.add_argument("--row", nargs=3, metavar=("METHOD", "K", "BATCH"), help=row)
-    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
+    parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the tables to this file")
+    parser.add_argument(
+        "--row",
+        nargs=3,
+        metavar=("METHOD", "K", "BATCH"),
+        help="measure this row only and print JSON; BATCH is where the search for the largest batch starts",
+    )
     args = parser.parse_args()
+    small = args.network in SMALL
     if args.depth and args.network != "cifar_resnet":
         parser.error(f"--depth is of cifar_resnet: leave it out with {args.network}")
     if args.row and args.row[0] not in METHODS:
         parser.error(f"--row {' '.join(args.row)}: the method is one of {', '.join(METHODS)}")
-    if args.image_size and args.network in SMALL:
+    if args.image_size and small:
         parser.error(f"{args.network} has 32×32 images: leave --image-size out")
     args.depth = args.depth or 110
-    args.image_size = args.image_size or (32 if args.network in SMALL else 224)
-    args.batch_size = args.batch_size or (128 if args.network in SMALL else 32)
-    args.classes = 10 if args.network in SMALL else 1000
-    args.splits = [*dict.fromkeys(most_modules(args) if splits == "all" else splits for splits in args.splits)]
+    args.image_size = args.image_size or (32 if small else 224)
+    args.batch_size = args.batch_size or (128 if small else 32)
+    args.classes = 10 if small else 1000
+    numbers = [most_modules(args) if splits == "all" else splits for splits in args.splits]
+    args.splits = list(dict.fromkeys(numbers))
     return args
 
 
 def number_of_modules(text):
-    return text if text == "all" else flags.integer(2)(text)
+    if text == "all":
+        return text
+    return flags.integer(2)(text)
 
 
 # Counting and measuring
 
 
-def batch(args, size, device):
+class Measured(NamedTuple):
+    """A row: ``columns`` of the main table, and the peak MiB of each device, if the row has several."""
+
+    columns: dict
+    devices: list
+
+
+def random_batch(args, size, device):
     """Random images (B, 3, s, s) and labels (B,)."""
     images = torch.randn(size, 3, args.image_size, args.image_size, device=device)
     labels = torch.randint(args.classes, (size,), device=device)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def prepared(run, net):
-    """``net`` where it learns, in channels-last memory."""
+def prepare(net, device):
+    """Moves ``net`` to ``device`` in channels-last memory, in train mode, and returns it."""
     if not isinstance(next(net.parameters()), FakeTensor):
-        return run.prepare(net).train()
-    for module in net.modules():  # Module.to cannot; of another format than its weights, a gradient would be copied
+        return net.to(device, memory_format=torch.channels_last).train()
+    # Module.to does nothing to FakeTensors. A gradient of another format than its weight would be copied
+    for module in net.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 4:
                 setattr(module, name, nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last)))
     return net.train()
 
 
-def steps_before(method, splits, k=0):
-    """Steps of module ``k`` after which all that lasts is there: its momentum, and what DDG has in flight."""
-    return splits - k if method == "DDG" else 1
+def steps_to_settle(method, splits, k=0):
+    """Steps of module ``k`` after which all lasting memory is there: the momentum and what DDG has in flight."""
+    if method.delayed:
+        return splits - k
+    return 1
 
 
-def peak_bytes(run, make, held, before):
-    """(the most bytes that a step takes after ``before`` others, with ``held``, which was there before ``make()`` made
-    the step; that step). On CUDA nothing else may be there.
+def peak_bytes(make_step, held, before, device):
+    """The most bytes that a step needs after ``before`` others, and that step. The tensors ``held`` exist already and
+    count. On CUDA the allocator counts, so nothing else may be there.
     """
-
-    def one():
-        run.steps.watched.clear()  # a loss a step
-        step()
-
-    cuda = run.device.type == "cuda"
-    with nullcontext() if cuda else LiveStorages() as live:
-        for tensor in () if cuda else held:
-            live.know(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
-        step = make()
+    if device.type == "cuda":
+        step = make_step()
         for _ in range(before):
-            one()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(run.device)
-        else:
-            live.peak = live.live
-        one()
-    return torch.cuda.max_memory_allocated(run.device) if cuda else live.peak, one
+            step()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device), step
+    with LiveStorages() as storages:
+        for tensor in held:
+            storage = tensor.untyped_storage()
+            storages.know(storage, storage.nbytes())
+        step = make_step()
+        for _ in range(before):
+            step()
+        storages.peak = storages.live
+        step()
+    return storages.peak, step
 
 
-def whole_peak(args, method, net, size):
-    """(peak bytes of a step of batch ``size`` on one device, that step)."""
-    run = Run(args)
-    images, labels = batch(args, size, run.device)
-    make = functools.partial(METHODS[method].whole, run, net, images, labels)
+def one_device_peak(args, method, net, size):
+    """The peak bytes of a step with batch ``size`` on one device, and that step."""
+    device = pick_device(args.device)
+    images, labels = random_batch(args, size, device)
+    make_step = functools.partial(method.make_step, args, net, images, labels)
     held = [*net.parameters(), *net.buffers(), images, labels]
-    return peak_bytes(run, make, held, steps_before(method, len(net)))
+    return peak_bytes(make_step, held, steps_to_settle(method, len(net)), device)
 
 
 def device_peaks(args, method, splits):
-    """[peak bytes of each of ``splits`` devices]."""
-    net, peaks = METHODS[method].build(args, splits), []
-    below, labels = batch(args, args.batch_size, flags.pick_device(args.device))
+    """The peak MiB of each of ``splits`` devices, each with a module."""
+    device = pick_device(args.device)
+    autocast = autocast_of(args)
+    net = method.build(args, splits)
+    inputs, labels = random_batch(args, args.batch_size, device)
+    peaks = []
     for k in range(splits):
-        run = Run(args)
-        part = prepared(run, net[k])
-        make = functools.partial(METHODS[method].alone, run, net, k, below, labels)
-        held = [below, *part.parameters(), *part.buffers()]
-        held += [labels] if method == "DGL" or k == splits - 1 else []  # others need none
-        peaks.append(peak_bytes(run, make, held, steps_before(method, splits, k))[0])
-        with torch.no_grad(), run.autocast():
-            below = getattr(part, "body", part)(below)
+        module = prepare(net[k], device)
+        make_step = functools.partial(method.make_device_step, args, net, k, inputs, labels)
+        held = [inputs, *module.parameters(), *module.buffers()]
+        has_labels = k == splits - 1 or hasattr(module, "auxiliary")
+        if has_labels:
+            held.append(labels)
+        peak, _ = peak_bytes(make_step, held, steps_to_settle(method, splits, k), device)
+        peaks.append(peak / MIB)
+        body = getattr(module, "body", module)
+        with torch.no_grad(), autocast():
+            inputs = body(inputs)
         net[k] = nn.Identity()
-        del part, make, held
+        del module, body, make_step, held
     return peaks
 
 
 def count(args, method, splits):
-    """(columns, [peak MiB of each device]) of a row, without computing."""
+    """The counted part of a row, without computing."""
     args = Namespace(**{**vars(args), "device": "cpu"})
-    row, devices = {}, []
+    columns = {}
+    devices = []
     with FakeTensorMode():
-        if METHODS[method].whole:
-            net = prepared(Run(args), METHODS[method].build(args, splits))
-            peak, step = whole_peak(args, method, net, args.batch_size)
-            row["GFLOP/image"] = count_flops(step) / args.batch_size / 1e9
-            weights, buffers = (sum(tensor.nbytes for tensor in of()) for of in (net.parameters, net.buffers))
-            row |= {"fixed MiB": (3 * weights + buffers) / MIB, "peak MiB": peak / MIB}
-            devices = [peak / MIB] if splits == 1 else []
+        if method.make_step:
+            net = prepare(method.build(args, splits), torch.device("cpu"))
+            peak, step = one_device_peak(args, method, net, args.batch_size)
+            weights = sum(parameter.nbytes for parameter in net.parameters())
+            buffers = sum(buffer.nbytes for buffer in net.buffers())
+            columns["GFLOP/image"] = count_flops(step) / args.batch_size / 1e9
+            columns["fixed MiB"] = (3 * weights + buffers) / MIB  # gradients and momentum are as large as the weights
+            columns["peak MiB"] = peak / MIB
+            del step
+            if splits == 1:
+                devices = [peak / MIB]
             if args.budget:
-                step, sizes = None, {args.batch_size: peak}
-                row["largest"] = counted_largest(args, method, net, sizes)
-        if METHODS[method].alone:
-            devices = [peak / MIB for peak in device_peaks(args, method, splits)]
-    return row | ({"fullest MiB": max(devices)} if devices else {}), devices
+                columns["largest"] = counted_largest(args, method, net, peak)
+        if method.make_device_step:
+            devices = device_peaks(args, method, splits)
+    if devices:
+        columns["fullest MiB"] = max(devices)
+    return Measured(columns, devices)
 
 
-def counted_largest(args, method, net, sizes):
-    """The largest batch within the budget; ``sizes``: peaks that are known. A straight line through two is a guess."""
+def counted_largest(args, method, net, known_peak):
+    """The largest batch within the budget, searched for around a linear guess. ``known_peak``: of --batch-size."""
+    budget = args.budget * GIB
 
+    @functools.cache
     def peak(size):
-        if size not in sizes:
-            sizes[size] = whole_peak(args, method, net, size)[0]
-        return sizes[size]
+        return one_device_peak(args, method, net, size)[0]
 
-    size, budget = args.batch_size, args.budget * GIB
-    slope = (peak(2 * size) - peak(size)) / size
-    return largest(lambda size: peak(max(size, 2)) <= budget, int(size + (budget - peak(size)) / slope))
+    def fits(size):
+        return peak(max(size, 2)) <= budget  # batch norm needs two
+
+    size = args.batch_size
+    slope = (peak(2 * size) - known_peak) / size
+    return largest(fits, guess=int(size + (budget - known_peak) / slope))
 
 
 def largest(fits, guess):
-    """The largest integer ≥ 0 for which ``fits`` holds, found around ``guess``: all smaller ones fit too."""
-    low, high, stride = 0, None, 1
+    """The largest integer ≥ 0 for which ``fits`` holds, found around ``guess``. All smaller ones must fit too."""
+    low = 0
+    high = None
+    stride = 1
     candidate = max(guess, 1)
     while high is None or high - low > 1:
         if fits(candidate):
             low = candidate
         else:
             high = candidate
+        if high == 1:
+            return 0
         if high is None:
-            candidate, stride = low + stride, 2 * stride
+            candidate = low + stride
+            stride *= 2
         elif low == 0:
-            candidate, stride = max(high - stride, 1), 2 * stride
-            if high == 1:
-                return 0
+            candidate = max(high - stride, 1)
+            stride *= 2
         else:
             candidate = (low + high) // 2
     return low
 
 
 def measure(args, method, splits, guess):
-    """(columns, [peak MiB of each device]) of a row by the clock and CUDA's allocator: for a process of its own."""
-    device, row, devices = flags.pick_device(args.device), {}, []
-    torch.manual_seed(args.seed)
-    if METHODS[method].whole:
-        net = prepared(Run(args), METHODS[method].build(args, splits))
-        peak, step = whole_peak(args, method, net, args.batch_size)
+    """The measured part of a row, by the clock and CUDA's allocator: for a process of its own."""
+    device = pick_device(args.device)
+    on_cuda = device.type == "cuda"
+    columns = {}
+    devices = []
+    torch.manual_seed(1)
+    if method.make_step:
+        net = prepare(method.build(args, splits), device)
+        peak, step = one_device_peak(args, method, net, args.batch_size)
         calls = math.ceil(SECONDS / step_seconds(step, 1, device))
         seconds = statistics.median(step_seconds(step, calls, device) for _ in range(args.repeats))
-        row = {"ms/step": 1000 * seconds, "images/s": args.batch_size / seconds}
-        if device.type == "cuda":
-            row["CUDA peak MiB"], step = peak / MIB, None
+        columns = {"ms/step": 1000 * seconds, "images/s": args.batch_size / seconds}
+        del step
+        if on_cuda:
+            columns["CUDA peak MiB"] = peak / MIB
+            if splits == 1:
+                devices = [peak / MIB]
             if args.budget:
-                row["CUDA largest"] = run_largest(args, method, net, guess)
-        del net, step
+                columns["CUDA largest"] = largest_that_runs(args, method, net, guess)
+        del net
         gc.collect()
-    if device.type == "cuda":
-        devices = [peak / MIB for peak in device_peaks(args, method, splits)] if METHODS[method].alone else []
-        devices = [row["CUDA peak MiB"]] if splits == 1 else devices
-        row |= {"CUDA fullest MiB": max(devices)} if devices else {}
-    return row, devices
+    if on_cuda and method.make_device_step:
+        devices = device_peaks(args, method, splits)
+    if devices:
+        columns["CUDA fullest MiB"] = max(devices)
+    return Measured(columns, devices)
 
 
-def run_largest(args, method, net, guess):
+def largest_that_runs(args, method, net, guess):
     """The largest batch whose steps run when PyTorch may take no more than the budget."""
+    device = pick_device(args.device)
 
     def fits(size):
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            whole_peak(args, method, net, max(size, 2))  # batch norm needs two
+            one_device_peak(args, method, net, max(size, 2))  # batch norm needs two
         except torch.cuda.OutOfMemoryError:
             return False
         return True
 
-    device = flags.pick_device(args.device)
     share = args.budget * GIB / torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     limit = largest(fits, guess)
@@ -289,112 +445,163 @@ def run_largest(args, method, net, guess):
     return limit
 
 
-def measured_alone(args, method, splits, row):
-    """The row's (columns, devices) that its own process measures; none where that cannot be."""
-    device = flags.pick_device(args.device)
+def memory_of(device):
+    """Bytes."""
     if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[1]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = row.get("peak MiB", 0) * MIB
-    if needed > memory or (not METHODS[method].whole and device.type != "cuda"):
-        return {}, []
-    words = [method, splits, int(row.get("largest", 0))]
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", *map(str, words)]
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_in_process(args, name, splits, counted):
+    """The measured part of a row, by a process of its own; empty where that cannot be. ``counted``: its columns."""
+    device = pick_device(args.device)
+    needed = counted.get("peak MiB", 0) * MIB
+    if needed > memory_of(device) or (not METHODS[name].make_step and device.type != "cuda"):
+        return Measured({}, [])
+    guess = int(counted.get("largest", 0))
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", name, str(splits), str(guess)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(
-            f"{method}, K = {splits}: its own process ended with {done.returncode}; its step needs "
+            f"{name}, K = {splits}: its own process ended with {done.returncode}; its step needs "
             f"{needed / GIB:.1f} GiB: choose other --splits or --methods, or --count"
         )
-    return json.loads(done.stdout)
+    return Measured(*json.loads(done.stdout))
 
 
 # The tables
 
 
-def words(peak, base):
-    """What ``peak`` is beside ``base``."""
-    more = 100 * (peak / base - 1)
-    if math.isnan(more):
+def describe_saving(peak, base):
+    """``peak`` relative to ``base``, in words."""
+    if math.isnan(peak) or math.isnan(base):
         return ""
+    more = 100 * (peak / base - 1)
+    if more <= -0.5:
+        return f"saves {-more:.0f} %"
     if more < 0.5:
-        return f"saves {-more:.0f} %" if more <= -0.5 else "saves nothing"
+        return "saves nothing"
     return f"saves nothing: {more:.0f} % more"
 
 
 def savings(frame):
-    """For each row what it saves: a frame of words. ``frame`` is the main table."""
-    base, fullest = frame["peak MiB"].iloc[0], frame["fullest MiB"]
-    stages = [fullest.get(("pipeline", splits), math.nan) for _, splits in frame.index]
-    columns = {
-        "one device": [words(peak, base) for peak in frame["peak MiB"]],
-        "fullest of K": [words(peak, base) for peak in fullest],
-        "fullest, beside the pipeline's": [words(*peaks) for peaks in zip(fullest, stages, strict=True)],
-    }
-    return pd.DataFrame(columns, index=frame.index).iloc[1:]
+    """A frame of words: what each row saves. ``frame`` is the main table."""
+    base = frame["peak MiB"].iloc[0]
+    rows = {}
+    for (name, splits), row in frame.iloc[1:].iterrows():
+        stage = frame["fullest MiB"].get(("pipeline", splits), math.nan)
+        rows[name, splits] = {
+            "one device": describe_saving(row["peak MiB"], base),
+            "fullest of K": describe_saving(row["fullest MiB"], base),
+            "fullest, beside the pipeline's": describe_saving(row["fullest MiB"], stage),
+        }
+    return as_frame(rows)
 
 
-def tables(args):
-    """(main frame, {(method, K, by what): [MiB of each device]}), of which the progress is told on stderr."""
-    rows, devices = {}, {}
-    asked = (method for method in METHODS if method in args.methods)
-    todo = [("back-propagation", 1), *((method, splits) for method in asked for splits in args.splits)]
-    for method, splits in todo:
-        row, devices[method, splits, "counted"] = count(args, method, splits)
-        if not args.count:
-            more, devices[method, splits, "CUDA"] = measured_alone(args, method, splits, row)
-            row |= more
-        rows[method, splits] = row
-        print(f"# {method}, K = {splits}: done", file=sys.stderr, flush=True)
+def as_frame(rows):
+    """A frame of {(method, K): {column: value}}."""
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(rows, names=("method", "K"))
+    return frame
+
+
+COLUMNS = [
+    "ms/step",
+    "images/s",
+    "GFLOP/image",
+    "fixed MiB",
+    "peak MiB",
+    "fullest MiB",
+    "largest",
+    "more",
+    "CUDA peak MiB",
+    "CUDA fullest MiB",
+    "CUDA largest",
+    "CUDA more",
+]
+
+
+def make_tables(args, measure_row=measure_in_process):
+    """(main frame, {(method, K, "counted" or "CUDA"): MiB of each device}). Reports progress on stderr."""
+    todo = [("back-propagation", 1)]
+    for name in METHODS:
+        if name in args.methods:
+            todo += [(name, splits) for splits in args.splits]
+    rows = {}
+    devices = {}
+    for name, splits in todo:
+        counted = count(args, METHODS[name], splits)
+        rows[name, splits] = counted.columns
+        devices[name, splits, "counted"] = counted.devices
+        if not args.count:
+            measured = measure_row(args, name, splits, counted.columns)
+            rows[name, splits] = counted.columns | measured.columns
+            devices[name, splits, "CUDA"] = measured.devices
+        print(f"# {name}, K = {splits}: done", file=sys.stderr, flush=True)
+    frame = as_frame(rows)
     for name in ("largest", "CUDA largest"):
         if name in frame:
-            frame[name.replace("largest", "more")] = 100 * (frame[name] / max(frame[name].iloc[0], 1) - 1)
-    order = ["ms/step", "images/s", "GFLOP/image", "fixed MiB", "peak MiB", "fullest MiB", "largest", "more"]
-    order += ["CUDA peak MiB", "CUDA fullest MiB", "CUDA largest", "CUDA more"]
-    return frame[[name for name in order if name in frame]], devices
+            base = max(frame[name].iloc[0], 1)
+            frame[name.replace("largest", "more")] = 100 * (frame[name] / base - 1)
+    return frame[[name for name in COLUMNS if name in frame]], devices
+
+
+def list_devices(devices):
+    """Lines with the peaks of each device, for rows with several."""
+    lines = []
+    for (name, splits, by), peaks in devices.items():
+        if len(peaks) < 2:
+            continue
+        title = f"{name}, {splits}"
+        if by == "CUDA":
+            title += " by CUDA"
+        lines.append(textwrap.fill(f"{title}: {' '.join(f'{mib:.1f}' for mib in peaks)}", 120))
+    return "\n".join(lines)
+
+
+def header(args):
+    """The lines above the tables."""
+    lines = environment(pick_device(args.device), args.half)
+    name = f"ResNet-{args.depth}" if args.network == "cifar_resnet" else args.network
+    about = f"# {name}, {args.image_size}×{args.image_size}, batch {args.batch_size}"
+    if args.count:
+        precision = lines[-1].rsplit(", ")[-1]
+        lines[-1] = f"# device: none, counted, {precision}"
+    else:
+        about += f", {args.repeats} rounds"
+    lines.append(about)
+    if args.budget:
+        lines.append(f"# largest: the largest batch in {args.budget:g} GiB; more: in % than back-propagation's")
+    return "\n".join(lines)
 
 
 def report(args, frame, devices):
     """The text to print."""
-    device = flags.pick_device(args.device)
-    about = provenance.environment(device, args.half)
-    if args.count:
-        about[-1] = f"# device: none, counted, {about[-1].rsplit(', ')[-1]}"
-    name = f"ResNet-{args.depth}" if args.network == "cifar_resnet" else args.network
-    size = f"{args.image_size}×{args.image_size}"
-    about.append(f"# {name}, {size}, batch {args.batch_size}" + f", {args.repeats} rounds" * (not args.count))
-    if args.budget:
-        about.append(f"# largest: the largest batch in {args.budget:g} GiB; more: in % than back-propagation's")
-    whole = {name: "{:.0f}".format for name in frame if "largest" in name or "more" in name}
-    main = frame.to_string(float_format="{:,.2f}".format, formatters=whole, na_rep="", sparsify=False)
-    saved = savings(frame).to_string(sparsify=False)
-    lines = [
-        textwrap.fill(
-            f"{method}, {splits}{' by CUDA' * (by == 'CUDA')}: {' '.join(f'{mib:.1f}' for mib in peaks)}", 120
-        )
-        for (method, splits, by), peaks in devices.items()
-        if len(peaks) > 1
-    ]
-    parts = ["\n".join(about), main, "MiB of each device, from the image up", "\n".join(lines)]
-    return "\n\n".join([*parts, "What a method saves of back-propagation's memory", saved]) + "\n"
+    whole_numbers = {name: "{:.0f}".format for name in frame if "largest" in name or "more" in name}
+    return "\n\n".join(
+        [
+            header(args),
+            frame.to_string(float_format="{:,.2f}".format, formatters=whole_numbers, na_rep="", sparsify=False),
+            "MiB of each device, from the image up",
+            list_devices(devices),
+            "What a method saves of back-propagation's memory",
+            savings(frame).to_string(sparsify=False) + "\n",
+        ]
+    )
 
 
 def main():
     args = parse_args()
-    with tempfile.TemporaryDirectory() as args.log_dir:
-        if args.row:
-            method, splits, guess = args.row
-            print(json.dumps(measure(args, method, int(splits), int(guess))))
-            return
-        flags.pick_device(args.device)
-        check_output(args.output)
-        with FakeTensorMode():
-            for splits in args.splits:
-                network(args, splits)  # fails here where it does at all
-        publish(report(args, *tables(args)), args.output)
+    if args.row:
+        name, splits, guess = args.row
+        print(json.dumps(measure(args, METHODS[name], int(splits), int(guess))))
+        return
+    pick_device(args.device)
+    check_output(args.output)
+    with FakeTensorMode():
+        for splits in args.splits:
+            decoupled_network(args, splits)  # raises InputError where the network cannot be split so
+    publish(report(args, *make_tables(args)), args.output)
 
 
 if __name__ == "__main__":

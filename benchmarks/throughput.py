@@ -28,20 +28,24 @@ Columns:
   peak MiB      made by two steps from the start on, momentum included, on top
                 of network and images (decoupled.analysis.costs.peak_memory)
 Rows, a table for each network: training steps on one batch, already on the
-device; "stage n" learns module n on the frozen ones below, their mean is that
-of sequential training as a whole (and its largest peak). Evaluation includes
-its data and meters. "an epoch's" rows are done once for 50,000 images. Each
-round measures every row, so that a drift of the machine hits all alike.
+device. "stage n" trains module n on the frozen ones below; the mean over stages
+is that of sequential training as a whole (its peak is the largest). Evaluation
+includes its data and meters. "an epoch's" rows happen once per 50,000 images.
+Each round measures every row, so that a drift of the machine affects all alike.
 """
 
+import atexit
 import contextlib
 import copy
 import gc
 import io
 import itertools
 import math
+import shutil
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +54,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam
+from torch.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -61,167 +65,185 @@ from decoupled.data.datasets import CIFAR10_MEAN, CIFAR10_STD
 from decoupled.networks.evaluation import Meter, evaluate
 from decoupled.networks.flops import count_flops
 from decoupled.networks.layerwise import layerwise_cnn
-from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
-from decoupled.training import environment as provenance
 from decoupled.training import flags
+from decoupled.training.environment import environment
+from decoupled.training.precision import pick_device
 from decoupled.training.run import Run
-from dni import synthesizer_context
+
+sys.path.insert(0, str(Path(__file__).parent))
+from method_steps import ScaledOptimizer, autocast_on, dgl_step, dni_step, sequential_module_step, sgd
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "dni"))  # for what its scripts import beside them
 from dni import cifar_cnn_dni, cifar_dgl
 
-TRAIN, TEST, CLASSES = 50_000, 10_000, 10  # CIFAR-10's
-TEST_BATCH = 1000
-BATCH = {"learning_curves": 128, "dni": 256}  # the experiments'
-DEPTH = 4  # of the learning-curves network
+CLASSES = 10  # CIFAR-10's
+BATCH_SIZE = {"learning_curves": 128, "dni": 256}  # the experiments'
+DEPTH = 4  # of the learning_curves network
 CHANNELS = 128  # of the dni network
-SECONDS = 0.1  # a row is repeated within a round for at least as long
-# Of the matrix product that is the ceiling: large enough to reach it, small enough to repeat
-SIDE = {
-    "cpu": 2048,
-    "mps": 4096,
-    "cuda": 8192,
-}
 
-# Elements of each array that is streamed from memory: many times the caches
-STREAM = {"cpu": 2**25, "mps": 2**25, "cuda": 2**27}
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    train: int  # images
+    test: int  # images
+    test_batch: int  # images
+    seconds: float  # a row is repeated within a round for at least as long
+    matrix: dict  # by device: side of the matrices whose product is the ceiling, enough to reach it
+    stream: dict  # by device: elements of an array that is streamed from memory, many times the caches
+
+
+FULL = Sizes(
+    train=50_000,
+    test=10_000,
+    test_batch=1000,
+    seconds=0.1,
+    matrix={"cpu": 2048, "mps": 4096, "cuda": 8192},
+    stream={"cpu": 2**25, "mps": 2**25, "cuda": 2**27},
+)
+SMOKE = Sizes(
+    train=64,
+    test=16,
+    test_batch=8,
+    seconds=1e-9,
+    matrix={"cpu": 64, "mps": 64, "cuda": 64},
+    stream={"cpu": 64, "mps": 64, "cuda": 64},
+)
 
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--network", choices=("all", *BATCH), default="all", help="networks")
+    parser.add_argument("--network", choices=("all", *BATCH_SIZE), default="all", help="networks")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--threads", type=flags.integer(1), help="of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--threads", type=flags.integer(1), help="CPU threads of PyTorch (default: its own choice)")
     parser.add_argument(
         "--batch-size",
         type=flags.integer(2),
-        help="images a step (default: the experiment's, 128 or, for dni, 256)",
+        help="images per step (default: the experiment's, 128 or, for dni, 256)",
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument(
         "--plain-malloc", action="store_true", help="without decoupled.training.precision.keep_freed_memory"
     )
-    parser.set_defaults(compile=False, epochs=1, seed=1, name="", resume=None, save_every=10.0)  # what a Run asks for
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to see that everything runs: the numbers mean nothing"
+    )
     return parser.parse_args()
 
 
+class Setting(NamedTuple):
+    """What all rows of a network are measured with."""
+
+    device: torch.device
+    half: bool
+    train: Batches
+    test: Batches
+    images: torch.Tensor  # (B, 3, 32, 32), a training batch
+    labels: torch.Tensor  # (B,)
+
+    @property
+    def autocast(self):
+        return autocast_on(self.device, self.half)
+
+    def place(self, net):
+        """``net`` on the device, in channels-last memory and train mode."""
+        return net.to(self.device, memory_format=torch.channels_last).train()
+
+
 class Row(NamedTuple):
-    """A line of the table: ``step()`` deals with ``images`` images; ``net`` where what it costs is looked at more
-    closely.
-    """
+    """A row of the table: ``step()`` processes ``images`` images. ``net`` is there where its costs are looked into."""
 
     name: str
     images: int
-    step: callable
+    step: Callable
     net: nn.Module = None
 
 
-def greedy_step(run, net, optimizers, images, labels):
-    """A callable: Algorithm 1 on one mini-batch, as in the scripts, without meters."""
-
-    def step():
-        representation = images
-        for module, optimizer in zip(net, optimizers, strict=True):
-            with run.autocast():
-                representation, logits = module(representation)
-            loss = F.cross_entropy(logits.float(), labels)
-            run.step(loss, optimizer)
-            representation = representation.detach()
-
-    return step
+# The rows of learning_curves. One function per method makes its own network and returns a list of rows.
 
 
-# The rows of learning_curves. One function a method: it makes its own run and networks, and returns a list of rows.
-
-
-def learning_curves(args, train, test):
-    batch = next(iter(train))
+def learning_curves_rows(setting, sizes):
     return [
-        *dgl(args, *batch),
-        *sequential(args, *batch),
-        *dgl(args, *batch, block_size=DEPTH, name="back-propagation step"),
-        *evaluation(args, train, test),
-        *housekeeping(args, *batch, train, test),
+        greedy_row(setting, "DGL step"),
+        *sequential_rows(setting),
+        greedy_row(setting, "back-propagation step", block_size=DEPTH),  # DGL with a single module
+        *evaluation_rows(setting, sizes),
+        *housekeeping_rows(setting, sizes),
     ]
 
 
-def sgd(module):
-    return SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-
-
-def begin(args, block_size=1):
-    """(run, network, optimizers)."""
-    run = Run(args)
-    net = run.prepare(
-        layerwise_cnn(
-            channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size
-        )
+def learning_curves_network(setting, block_size=1):
+    """The network of learning_curves and the optimizers of its modules."""
+    net = layerwise_cnn(
+        channels=64, depth=DEPTH, downsample=(1, 3), auxiliary="mlp-sr", classes=CLASSES, block_size=block_size
     )
-    optimizers = [sgd(module) for module in net]
-    return run, net, optimizers
+    setting.place(net)
+    optimizers = [ScaledOptimizer(sgd(module, lr=0.1, weight_decay=5e-4), setting.half) for module in net]
+    return net, optimizers
 
 
-def dgl(args, images, labels, block_size=1, name="DGL step"):
-    """The step of learning_curves/cifar_dgl.py without meters. With all layers in one block it is back-propagation."""
-    run, net, optimizers = begin(args, block_size)
-
-    return [Row(name, len(labels), greedy_step(run, net, optimizers, images, labels))]
-
-
-def sequential(args, images, labels):
-    """The steps of learning_curves/cifar_sequential_greedy.py, one stage after the other, without meters."""
-    return [sequential_stage(args, images, labels, n) for n in range(1, DEPTH + 1)]
-
-
-def sequential_stage(args, images, labels, n):
-    run, net, optimizers = begin(args)
-    *frozen, module = net[:n]
-    net.eval()
-    module.train()
+def greedy_row(setting, name, block_size=1):
+    net, optimizers = learning_curves_network(setting, block_size)
 
     def step():
-        representation = images
-        with run.autocast():
-            with torch.no_grad():
-                for below in frozen:
-                    representation = below.body(representation)
-            _, logits = module(representation)
-        loss = F.cross_entropy(logits.float(), labels)
-        run.step(loss, optimizers[n - 1])
+        dgl_step(net, optimizers, setting.images, setting.labels, setting.autocast)
 
-    return Row(f"sequential step, stage {n}", len(labels), step)
+    return Row(name, len(setting.labels), step)
 
 
-def evaluation(args, train, test):
-    run, net, _ = begin(args)
+def sequential_rows(setting):
+    return [sequential_row(setting, module_index) for module_index in range(DEPTH)]
 
-    def step(heads=None):
-        with run.autocast():
-            evaluate(net, test, heads)
+
+def sequential_row(setting, module_index):
+    net, optimizers = learning_curves_network(setting)
+    optimizer = optimizers[module_index]
+
+    def step():
+        sequential_module_step(net, module_index, optimizer, setting.images, setting.labels, setting.autocast)
+
+    return Row(f"sequential step, stage {module_index + 1}", len(setting.labels), step)
+
+
+def evaluation_rows(setting, sizes):
+    net, _ = learning_curves_network(setting)
+
+    def all_heads():
+        with setting.autocast():
+            evaluate(net, setting.test)
+
+    def last_head():
+        with setting.autocast():
+            evaluate(net, setting.test, [DEPTH - 1])
 
     return [
-        Row(f"evaluation, all {DEPTH} heads", TEST_BATCH, step),
-        Row("evaluation, last head", TEST_BATCH, lambda: step([DEPTH - 1])),
+        Row(f"evaluation, all {DEPTH} heads", sizes.test_batch, all_heads),
+        Row("evaluation, last head", sizes.test_batch, last_head),
     ]
 
 
-def housekeeping(args, images, labels, train, test):
+def housekeeping_rows(setting, sizes):
     """Data, meters, log and checkpoint of DGL."""
-    run, net, optimizers = begin(args)
-    next(run.epochs(net=net, optimizers=optimizers))  # writes its log and checkpoint
-    stream = itertools.chain.from_iterable(itertools.repeat(train))
-    with torch.no_grad(), run.autocast():
-        every_logits = net(images)
-    losses = [F.cross_entropy(logits.float(), labels) for logits in every_logits]
-    train_meter, test_meter = Meter(), Meter()
-    for meter, batches in ((train_meter, len(train)), (test_meter, TEST // TEST_BATCH)):
-        for _ in range(batches):
-            meter.update(losses[0], every_logits[0], labels)
+    net, optimizers = learning_curves_network(setting)
+    forever = itertools.chain.from_iterable(itertools.repeat(setting.train))
+    with torch.no_grad(), setting.autocast():
+        every_logits = net(setting.images)
+    losses = [F.cross_entropy(logits.float(), setting.labels) for logits in every_logits]
 
-    def meters():
+    def update_meters():
         for loss, logits in zip(losses, every_logits, strict=True):
-            Meter().update(loss, logits, labels)
+            Meter().update(loss, logits, setting.labels)
+
+    def epoch_meter(batches):
+        meter = Meter()
+        for _ in range(batches):
+            meter.update(losses[0], every_logits[0], setting.labels)
+        return meter
+
+    train_meter = epoch_meter(len(setting.train))
+    test_meter = epoch_meter(sizes.test // sizes.test_batch)
+    run = begin_run(setting, net, optimizers)
 
     def log():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -229,73 +251,78 @@ def housekeeping(args, images, labels, train, test):
                 run.log(n, 1, train_meter, test_meter)
 
     return [
-        Row("data, training batch", len(labels), lambda: next(stream)),
-        Row("data, test batch", TEST_BATCH, lambda: next(iter(test))),
-        Row("meters, training batch", len(labels), meters),
-        Row("data, an epoch's order", TRAIN, train.draw),
-        Row("log, an epoch's", TRAIN, log),
-        Row("checkpoint, an epoch's", TRAIN, run.save),
+        Row("data, training batch", len(setting.labels), lambda: next(forever)),
+        Row("data, test batch", sizes.test_batch, lambda: next(iter(setting.test))),
+        Row("meters, training batch", len(setting.labels), update_meters),
+        Row("data, an epoch's order", sizes.train, setting.train.draw),
+        Row("log, an epoch's", sizes.train, log),
+        Row("checkpoint, an epoch's", sizes.train, run.save),
     ]
+
+
+def begin_run(setting, net, optimizers):
+    """A Run in its first epoch, whose log and checkpoint are in a temporary folder."""
+    folder = tempfile.mkdtemp(prefix="throughput-")
+    atexit.register(shutil.rmtree, folder)
+    parser = flags.parser(__doc__, epochs=1, batch_size=len(setting.labels))
+    run = Run(parser.parse_args(["--device", str(setting.device), "--log-dir", folder]))
+    next(run.epochs(net=net, optimizers=[optimizer.optimizer for optimizer in optimizers]))
+    return run
 
 
 # The rows of dni
 
 
-def dni(args, train, test):
-    batch = next(iter(train))
+def dni_rows(setting, sizes):
     return [
-        dni_adam(args, *batch, "back-propagation step"),
-        dni_dgl(args, *batch),
-        dni_adam(args, *batch, "DNI step", synthetic=True),
-        dni_adam(args, *batch, "cDNI step", synthetic=True, context=True),
+        dni_row(setting, "back-propagation step"),
+        dni_greedy_row(setting),
+        dni_row(setting, "DNI step", synthetic=True),
+        dni_row(setting, "cDNI step", synthetic=True, context=True),
     ]
 
 
-def dni_adam(args, images, labels, name, synthetic=False, context=False):
-    """The step of dni/cifar_cnn_dni.py without meters."""
-    run = Run(args)
-    net = run.prepare(cifar_cnn_dni.Network(CHANNELS, CLASSES, synthetic, context)).train()
+def dni_row(setting, name, synthetic=False, context=False):
+    args = Namespace(channels=CHANNELS, dni=synthetic, context=context)
+    net = setting.place(cifar_cnn_dni.build(args, CLASSES))
     optimizer = Adam(net.parameters(), lr=3e-5, fused=True)
 
     def step():
-        given = F.one_hot(labels, CLASSES).float() if context else None
-        optimizer.zero_grad()
-        with run.autocast(), synthesizer_context(given):
-            (logits,) = net(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        optimizer.step()
+        one_hot = F.one_hot(setting.labels, CLASSES).float() if context else None
+        dni_step(net, optimizer, setting.images, setting.labels, setting.autocast, one_hot)
 
-    return Row(name, len(labels), step, net)
+    return Row(name, len(setting.labels), step, net)
 
 
-def dni_dgl(args, images, labels):
-    """The step of dni/cifar_dgl.py without meters."""
-    run = Run(args)
-    blocks, last = cifar_dgl.backbone(CHANNELS, CLASSES)
-    heads = [cifar_dgl.auxiliary(CHANNELS, CLASSES), cifar_dgl.auxiliary(CHANNELS, CLASSES), last]
-    net = run.prepare(DecoupledNetwork(map(DecoupledModule, blocks, heads))).train()
-    optimizers = [Adam(module.parameters(), lr=3e-5, fused=True) for module in net]
+def dni_greedy_row(setting):
+    net = setting.place(cifar_dgl.build(Namespace(channels=CHANNELS), CLASSES))
+    optimizers = [ScaledOptimizer(Adam(module.parameters(), lr=3e-5, fused=True), setting.half) for module in net]
 
-    return Row("DGL step", len(labels), greedy_step(run, net, optimizers, images, labels), net)
+    def step():
+        dgl_step(net, optimizers, setting.images, setting.labels, setting.autocast)
+
+    return Row("DGL step", len(setting.labels), step, net)
 
 
 # Measuring
 
 
 def settle(rows):
-    """Takes each row's step once on CUDA, whose libraries try kernels and take lasting workspaces then: no row's peak
-    is to have that memory.
+    """Takes each row's step once. On CUDA its libraries try kernels and take lasting workspaces at the first step, and
+    no row's peak should include those.
     """
     for row in rows:
         row.step()
 
 
-def matrix_product(half, device):
-    """A callable that multiplies two large square matrices in the convolutions' precision, and the FLOPs of that."""
-    dtype = torch.float32 if not half else torch.float16 if device.type == "cuda" else torch.bfloat16
-    side = SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+def matrix_product(half, device, sizes):
+    """A callable that multiplies two large square matrices in the convolutions' precision, and its FLOPs."""
+    dtype = torch.float32
+    if half:
+        dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    side = sizes.matrix[device.type]
+    left = torch.randn(side, side, device=device, dtype=dtype)
+    right = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty(side, side, device=device, dtype=dtype)
 
     def multiply():
@@ -308,11 +335,18 @@ def matrix_product(half, device):
     return multiply, 2 * side**3
 
 
-class Traffic(TorchDispatchMode):
-    """Inside the block: ``operations``, the (FLOPs, bytes) of each operation that runs, backward passes included.
+class Operation(NamedTuple):
+    """What one operation on a device costs."""
 
-    Bytes are what it reads of its tensors and writes of its results, each tensor once and as if there were no caches;
-    of a result in place, both. Views and memory that is only reserved move nothing.
+    flops: int
+    size: int  # bytes read and written
+
+
+class Traffic(TorchDispatchMode):
+    """Inside the block: ``operations``, an Operation for each that runs, backward passes included.
+
+    Bytes are those of the tensors it reads and of its results, each tensor once and as if there were no caches; an
+    in-place result counts twice. Views and memory that is only reserved move nothing.
     """
 
     def __init__(self):
@@ -327,206 +361,253 @@ class Traffic(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if not func.is_view and "empty" not in func.__name__ and func._schema.name != "aten::detach":
-            read, written = (
-                {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
-                for tree in ((args, kwargs), result)
-            )
-            if func._schema.is_mutable and not written:  # as of fused optimizers
-                written = read
-            size = sum(leaf.numel() * leaf.element_size() for leaf in (*read.values(), *written.values()))
-            count = flop_registry.get(func.overloadpacket)
-            self.operations.append((count(*args, **kwargs, out_val=result) if count else 0, size))
+        if func.is_view or "empty" in func.__name__ or func._schema.name == "aten::detach":
+            return result
+        read = distinct_tensors((args, kwargs))
+        written = distinct_tensors(result)
+        if func._schema.is_mutable and not written:  # such as fused optimizers
+            written = read
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count else 0
+        self.operations.append(Operation(flops, num_bytes(read) + num_bytes(written)))
         return result
 
 
-def stream(device):
-    """A callable that reads two arrays and writes a third, much larger than caches, and the bytes of that."""
-    elements = STREAM[device.type]
-    left, right, total = (torch.ones(elements, device=device) for _ in range(3))
+def distinct_tensors(tree):
+    """The tensors in nested lists, tuples and dicts, each once."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+    return tensors.values()
+
+
+def num_bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def stream(device, sizes):
+    """A callable that reads two arrays and writes a third, each much larger than the caches, and the bytes of that."""
+    elements = sizes.stream[device.type]
+    left = torch.ones(elements, device=device)
+    right = torch.ones(elements, device=device)
+    total = torch.ones(elements, device=device)
     return lambda: torch.add(left, right, alpha=3.0, out=total), 3 * 4 * elements
 
 
-def measure(rows, args, device):
-    """(frame with a line for each row: images, FLOPs an image, bytes an image, least seconds an image, peak bytes;
-    seconds an image, rounds × rows; ceiling in FLOP/s; bandwidth in bytes/s).
-    """
-    lines, calls, traffic = [], [], []
+class Measurements(NamedTuple):
+    """What the rows of one network cost."""
+
+    costs: pd.DataFrame  # by row: images, FLOPs per image, bytes per image, least seconds per image, peak memory
+    times: pd.DataFrame  # seconds per image, rounds × rows
+    ceiling: float  # FLOP/s
+    bandwidth: float  # bytes/s
+
+
+def measure(rows, setting, sizes, repeats):
+    """Measurements of ``rows``."""
+    device = setting.device
+    memory = []
+    flops = []
+    traffic = []
+    calls = []
     for row in rows:
-        memory = peak_memory(lambda row=row: (row.step(), row.step()), device)
-        lines.append({"images": row.images, "flops": count_flops(row.step) / row.images, "memory": memory})
+        memory.append(peak_memory(lambda row=row: (row.step(), row.step()), device))
+        flops.append(count_flops(row.step) / row.images)
         with Traffic() as counted:
             row.step()
         traffic.append(counted.operations)
-        calls.append(math.ceil(SECONDS / step_seconds(row.step, 1, device)))
-    multiply, flops = matrix_product(args.half, device)
-    add, streamed = stream(device)
-    step_seconds(add, 1, device)
-    sums = []
+        calls.append(math.ceil(sizes.seconds / step_seconds(row.step, 1, device)))
+
+    multiply, product_flops = matrix_product(setting.half, device, sizes)
+    add, streamed = stream(device, sizes)
+    step_seconds(add, 1, device)  # warm up
     step_seconds(multiply, 1, device)
     products = [step_seconds(multiply, 1, device)]
-    products_calls = math.ceil(SECONDS / products[0])
+    product_calls = math.ceil(sizes.seconds / products[0])
+    sums = []
     rounds = []
-    for _ in range(args.repeats):
-        products.append(step_seconds(multiply, products_calls, device))
-        rounds.append(
-            [step_seconds(row.step, count, device) / row.images for row, count in zip(rows, calls, strict=True)]
-        )
-        products.append(step_seconds(multiply, products_calls, device))
+    for _ in range(repeats):
+        products.append(step_seconds(multiply, product_calls, device))
+        rounds.append([step_seconds(row.step, n, device) / row.images for row, n in zip(rows, calls, strict=True)])
+        products.append(step_seconds(multiply, product_calls, device))
         sums.append(step_seconds(add, 3, device))
+    ceiling = product_flops / min(products)
+    bandwidth = streamed / min(sums)
+
     names = [row.name for row in rows]
-    ceiling, bandwidth = flops / min(products), streamed / min(sums)
-    for line, operations in zip(lines, traffic, strict=True):
-        line["bytes"] = sum(size for _, size in operations) / line["images"]
-        line["limit"] = sum(max(work / ceiling, size / bandwidth) for work, size in operations) / line["images"]
-    return pd.DataFrame(lines, index=names), pd.DataFrame(rounds, columns=names), ceiling, bandwidth
-
-
-def table(lines, times, ceiling):
-    """The frame to print, from measure's first three results."""
-    order = [*times.columns]
-    if stages := [name for name in order if name.startswith("sequential step, stage")]:
-        mean = "sequential step, mean"
-        times[mean] = times[stages].mean(axis=1)
-        lines.loc[mean] = {
-            "images": lines["images"][stages[0]],
-            "flops": lines["flops"][stages].mean(),
-            "bytes": lines["bytes"][stages].mean(),
-            "limit": lines["limit"][stages].mean(),
-            "memory": lines["memory"][stages].max(),
-        }
-        order.insert(order.index(stages[-1]) + 1, mean)
-    typical = times.median()
-    speed = lines["flops"] / typical
-    frame = pd.DataFrame(
-        {
-            "images/s": 1 / typical,
-            "% of DGL": 100 * typical / typical["DGL step"],
-            "GFLOP/image": lines["flops"] / 1e9,
-            "GFLOP/s": speed / 1e9,
-            "% of ceiling": 100 * speed / ceiling,
-            "MB/image": lines["bytes"] / 1e6,
-            "% of limit": 100 * lines["limit"] / typical,
-            "peak MiB": lines["memory"] / 2**20,
-        }
-    )
-    without = frame["GFLOP/image"] == 0
-    frame.loc[without, ["GFLOP/image", "GFLOP/s", "% of ceiling", "MB/image", "% of limit"]] = np.nan
-    return frame.loc[order]
-
-
-def print_epoch(rows, frame, times):
-    """What data, meters and log take of an epoch of DGL, and all heads' evaluation beside the last head's."""
-    typical = times.median()
-    parts = {
-        "data": TRAIN * (typical["data, training batch"] + typical["data, an epoch's order"])
-        + TEST * typical["data, test batch"],
-        "meters": (TRAIN + TEST)
-        * typical["meters, training batch"],  # a little too much for the test images: their batches are larger
-        "log": TRAIN * typical["log, an epoch's"],
+    images = [row.images for row in rows]
+    columns = {
+        "images": images,
+        "flops": flops,
+        "bytes": [sum(each.size for each in operations) for operations in traffic],
+        "limit": [least_seconds(operations, ceiling, bandwidth) for operations in traffic],
+        "memory": memory,
     }
-    checkpoint = TRAIN * typical["checkpoint, an epoch's"]
-    evaluated = f"evaluation, all {DEPTH} heads"
-    training = TRAIN * (
-        typical["DGL step"]
-        + typical["data, training batch"]
-        + typical["meters, training batch"]
-        + typical["data, an epoch's order"]
-    )
-    epoch = training + TEST * typical[evaluated] + parts["log"] + checkpoint
-    share = " + ".join(f"{name} {100 * part / epoch:.2f}" for name, part in parts.items())
-    print(f"\nAn epoch of DGL ({TRAIN:,} images trained, {TEST:,} evaluated) takes {epoch:.1f} s.")
-    print(
-        f"data + meters + log: {100 * sum(parts.values()) / epoch:.2f} % of it ({share}); checkpoint "
-        f"{100 * checkpoint / epoch:.2f} %"
-    )
-    ratio = (times[evaluated] / times["evaluation, last head"]).median()
-    print(f"evaluation of all heads takes {ratio:.3f} times as long as of the last head")
+    frame = pd.DataFrame(columns, index=names)
+    frame["bytes"] /= images
+    frame["limit"] /= images
+    return Measurements(frame, pd.DataFrame(rounds, columns=names), ceiling, bandwidth)
 
 
-def print_parts(rows, frame, times):
-    """DGL's step beside the sum of its parts at back-propagation's share of the ceiling, and how often synthesizers
-    run.
+def least_seconds(operations, ceiling, bandwidth):
+    """The least time in which the machine could run ``operations`` one after the other."""
+    return sum(max(each.flops / ceiling, each.size / bandwidth) for each in operations)
+
+
+def add_sequential_mean(measured):
+    """Measurements with a row for the mean over the stages of sequential learning, below these, if they have any."""
+    names = list(measured.times.columns)
+    stages = [name for name in names if name.startswith("sequential step, stage")]
+    if not stages:
+        return measured
+    mean = "sequential step, mean"
+    row = measured.costs.loc[stages].mean()
+    row["memory"] = measured.costs["memory"][stages].max()
+    names.insert(names.index(stages[-1]) + 1, mean)
+    frame = pd.concat([measured.costs, pd.DataFrame({mean: row}).T]).loc[names]
+    times = measured.times.assign(**{mean: measured.times[stages].mean(axis=1)})[names]
+    return measured._replace(costs=frame, times=times)
+
+
+def make_table(measured):
+    """The frame to print."""
+    measured = add_sequential_mean(measured)
+    seconds = measured.times.median()
+    frame = measured.costs
+    speed = frame["flops"] / seconds
+    table = pd.DataFrame(
+        {
+            "images/s": 1 / seconds,
+            "% of DGL": 100 * seconds / seconds["DGL step"],
+            "GFLOP/image": frame["flops"] / 1e9,
+            "GFLOP/s": speed / 1e9,
+            "% of ceiling": 100 * speed / measured.ceiling,
+            "MB/image": frame["bytes"] / 1e6,
+            "% of limit": 100 * frame["limit"] / seconds,
+            "peak MiB": frame["memory"] / 2**20,
+        }
+    )
+    without_products = table["GFLOP/image"] == 0
+    table.loc[without_products, ["GFLOP/image", "GFLOP/s", "% of ceiling", "MB/image", "% of limit"]] = np.nan
+    return table
+
+
+FORMATS = {"images/s": "{:,.0f}", "GFLOP/image": "{:.3f}", "MB/image": "{:.3f}"}
+
+
+def format_table(table):
+    formatters = {column: FORMATS.get(column, "{:,.1f}").format for column in table}
+    return table.to_string(formatters=formatters, na_rep="")
+
+
+def describe_epoch(rows, table, times, sizes):
+    """The share of an epoch of DGL that data, meters and log take, and the cost of evaluating all heads."""
+    typical = times.median()
+    seconds = {
+        "data": sizes.train * (typical["data, training batch"] + typical["data, an epoch's order"])
+        + sizes.test * typical["data, test batch"],
+        # A little too much for the test images: their batches are larger
+        "meters": (sizes.train + sizes.test) * typical["meters, training batch"],
+        "log": sizes.train * typical["log, an epoch's"],
+    }
+    checkpoint = sizes.train * typical["checkpoint, an epoch's"]
+    all_heads = f"evaluation, all {DEPTH} heads"
+    per_training_image = ["DGL step", "data, training batch", "meters, training batch", "data, an epoch's order"]
+    training = sizes.train * typical[per_training_image].sum()
+    epoch = training + sizes.test * typical[all_heads] + seconds["log"] + checkpoint
+    shares = " + ".join(f"{name} {100 * part / epoch:.2f}" for name, part in seconds.items())
+    ratio = (times[all_heads] / times["evaluation, last head"]).median()
+    return [
+        f"An epoch of DGL ({sizes.train:,} images trained, {sizes.test:,} evaluated) takes {epoch:.1f} s.",
+        f"data + meters + log: {100 * sum(seconds.values()) / epoch:.2f} % of it ({shares}); checkpoint "
+        f"{100 * checkpoint / epoch:.2f} %",
+        f"evaluation of all heads takes {ratio:.3f} times as long as of the last head",
+    ]
+
+
+def describe_parts(rows, table, times, sizes):
+    """How DGL's step compares with the sum of its parts at back-propagation's share of the ceiling, and how often
+    synthesizers run.
     """
-    row = next(row for row in rows if row.name == "DGL step")
-    parts = (
-        costs(copy.deepcopy(row.net).to("meta"), torch.empty(2, 3, 32, 32, device="meta"))["training_flops"].xs(
-            "module", level="part"
-        )
-        / 1e9
-    )
-    own, backprop = frame.loc["DGL step"], frame.loc["back-propagation step"]
+    (net,) = [row.net for row in rows if row.name == "DGL step"]
+    frame = costs(copy.deepcopy(net).to("meta"), torch.empty(2, 3, 32, 32, device="meta"))
+    parts = frame["training_flops"].xs("module", level="part") / 1e9
+    dgl = table.loc["DGL step"]
+    backprop = table.loc["back-propagation step"]
+    backprop_pace = times["back-propagation step"] / backprop["GFLOP/image"]
+    dgl_pace = times["DGL step"] / parts.sum()
+    ratio = (backprop_pace / dgl_pace).median()
     each = " + ".join(f"{part:.3f}" for part in parts)
-    print(
-        f"\nDGL's modules, each alone, cost {each} = {parts.sum():.3f} GFLOP/image; its step counts "
-        f"{own['GFLOP/image']:.3f}."
-    )
-    ratio = ((times["back-propagation step"] / backprop["GFLOP/image"]) / (times["DGL step"] / parts.sum())).median()
-    share, speed = backprop["% of ceiling"], own["images/s"]
-    print(
-        f"At back-propagation's share of the ceiling, {share:.1f} %, that is {speed / ratio:,.0f} "
-        f"images/s; DGL runs {speed:,.0f} ({ratio:.2f} ×)."
-    )
-    counts = ", ".join(f"{row.name.removesuffix(' step')} {synthesizer_runs(row)}" for row in rows)
-    print(
-        f"Runs of synthesizers (DGL: auxiliaries) in a step: {counts}. The network has 3 interfaces, DGL 2 auxiliaries."
-    )
+    runs = ", ".join(f"{row.name.removesuffix(' step')} {synthesizer_runs(row)}" for row in rows)
+    return [
+        f"DGL's modules, each alone, cost {each} = {parts.sum():.3f} GFLOP/image; its step counts "
+        f"{dgl['GFLOP/image']:.3f}.",
+        f"At back-propagation's share of the ceiling, {backprop['% of ceiling']:.1f} %, that is "
+        f"{dgl['images/s'] / ratio:,.0f} images/s; DGL runs {dgl['images/s']:,.0f} ({ratio:.2f} ×).",
+        f"Runs of synthesizers (DGL: auxiliaries) in a step: {runs}. The network has 3 interfaces, DGL 2 auxiliaries.",
+    ]
 
 
 def synthesizer_runs(row):
     """How often synthesizers run in a step."""
-    ran = []
-    # By name: scripts are loaded by path
-    synthesizers = [module for module in row.net.modules() if type(module).__name__ == "ConvSynthesizer"]
-    hooks = [synthesizer.register_forward_hook(lambda *_: ran.append(1)) for synthesizer in synthesizers]
+    runs = []
+    hooks = []
+    for module in row.net.modules():
+        if type(module).__name__ == "ConvSynthesizer":  # by name: scripts are loaded by path
+            hooks.append(module.register_forward_hook(lambda *_: runs.append(1)))
     row.step()
     for hook in hooks:
         hook.remove()
-    return len(ran)
+    return len(runs)
+
+
+NETWORKS = {
+    "learning_curves": (learning_curves_rows, describe_epoch),
+    "dni": (dni_rows, describe_parts),
+}
+
+
+def random_setting(device, half, batch_size, sizes):
+    """A Setting with random images."""
+    torch.manual_seed(1)
+    pixels = torch.randint(256, (sizes.train, 32, 32, 3), dtype=torch.uint8).to(device)
+    labels = torch.randint(CLASSES, (sizes.train,)).to(device)
+    train = Batches(pixels, labels, batch_size, mean=CIFAR10_MEAN, std=CIFAR10_STD, augment=True)
+    size = sizes.test_batch
+    test = Batches(pixels[:size], labels[:size], size, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    return Setting(device, half, train, test, *next(iter(train)))
+
+
+def benchmark(network, setting, sizes, repeats):
+    """(Measurements, the frame to print, lines to print below it) of a network."""
+    make_rows, describe = NETWORKS[network]
+    if setting.device.type == "cuda":
+        settle(make_rows(setting, sizes))
+        gc.collect()
+    rows = make_rows(setting, sizes)
+    measured = measure(rows, setting, sizes, repeats)
+    table = make_table(measured)
+    return measured, table, describe(rows, table, measured.times, sizes)
 
 
 def main():
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = flags.pick_device(args.device)
+    device = pick_device(args.device)
+    sizes = SMOKE if args.smoke else FULL
+    networks = NETWORKS if args.network == "all" else [args.network]
     malloc = ", plain malloc" if args.plain_malloc else ""
-    with tempfile.TemporaryDirectory() as args.log_dir:
-        print("\n".join(provenance.environment(device, args.half)))
-        for network, rows_of, conclude in (
-            ("learning_curves", learning_curves, print_epoch),
-            ("dni", dni, print_parts),
-        ):
-            if args.network not in ("all", network):
-                continue
-            batch_size = args.batch_size or BATCH[network]
-            torch.manual_seed(args.seed)
-            pixels, labels = torch.randint(256, (TRAIN, 32, 32, 3), dtype=torch.uint8), torch.randint(CLASSES, (TRAIN,))
-            common = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
-            train = Batches(pixels.to(device), labels.to(device), batch_size, augment=True, **common)
-            test = Batches(pixels[:TEST_BATCH].to(device), labels[:TEST_BATCH].to(device), TEST_BATCH, **common)
-            if device.type == "cuda":
-                settle(rows_of(args, train, test))
-                gc.collect()
-            rows = rows_of(args, train, test)
-            lines, times, ceiling, bandwidth = measure(rows, args, device)
-            frame = table(lines, times, ceiling)
-            print(
-                f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling "
-                f"{ceiling / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.1f} GB/s\n"
-            )
-            formats = {
-                column: (
-                    "{:,.0f}"
-                    if column == "images/s"
-                    else "{:.3f}"
-                    if column in ("GFLOP/image", "MB/image")
-                    else "{:,.1f}"
-                ).format
-                for column in frame
-            }
-            print(frame.to_string(formatters=formats, na_rep=""), flush=True)
-            conclude(rows, frame, times)
+    print("\n".join(environment(device, args.half)))
+    for network in networks:
+        batch_size = args.batch_size or BATCH_SIZE[network]
+        setting = random_setting(device, args.half, batch_size, sizes)
+        measured, table, conclusion = benchmark(network, setting, sizes, args.repeats)
+        print(
+            f"\n# {network}, batch {batch_size}, {args.repeats} rounds{malloc}; ceiling "
+            f"{measured.ceiling / 1e9:,.0f} GFLOP/s, memory {measured.bandwidth / 1e9:,.1f} GB/s\n"
+        )
+        print(format_table(table))
+        print()
+        print("\n".join(conclusion), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,6 @@ from decoupled.errors import InputError
 from decoupled.networks.decouple import cuts, decouple
 from decoupled.networks.evaluation import evaluate
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork
-from decoupled.training.checkpoint import load
+from decoupled.training.loading import load
 
 __all__ = ["DecoupledModule", "DecoupledNetwork", "InputError", "cuts", "decouple", "evaluate", "load"]

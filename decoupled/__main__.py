@@ -1,17 +1,41 @@
-"""The command line of the package: python -m decoupled plot | predict | export, each with --help."""
+"""The package's command line: python -m decoupled plot | predict | export."""
 
+import argparse
 import importlib
+import os
 import sys
 
-COMMANDS = {"plot": "plots", "predict": "predict", "export": "export"}
+COMMANDS = {  # name: (module with its main, what it does)
+    "plot": ("plots", "draw learning curves from logs"),
+    "predict": ("predict", "classify images with a trained network, measure early exits"),
+    "export": ("export", "write logs as a table, or for TensorBoard"),
+}
+
+
+def parse_args():
+    width = max(map(len, COMMANDS))
+    commands = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m decoupled",
+        usage="python -m decoupled COMMAND …",
+        description="What comes after a training run. Each COMMAND has a --help of its own.",
+        epilog="\n".join(["commands:", *commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(f"usage: python -m decoupled {{{','.join(COMMANDS)}}} … (each has --help)")
-    command = importlib.import_module(f"decoupled.analysis.{COMMANDS[sys.argv[1]]}")
-    sys.argv = [f"{sys.argv[0]} {sys.argv[1]}", *sys.argv[2:]]
-    command.flags.start(command.main)
+    args = parse_args()
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may be missing here
+    from decoupled.training import flags
+
+    module, _ = COMMANDS[args.command]
+    command = importlib.import_module(f"decoupled.analysis.{module}")
+    sys.argv = [f"python -m decoupled {args.command}", *args.arguments]
+    flags.start(command.main)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import contextlib
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names it and says the way out; scripts exit
-    with code 2.
+    """Something the user gave cannot be used. The message is one line that names it and says how to fix it; scripts
+    exit with code 2.
     """
 
 
@@ -16,7 +16,7 @@ def one_line(text):
 
 @contextlib.contextmanager
 def writing(path, way_out="make room or access there, then --resume"):
-    """Turns a failure to write ``path`` into an InputError."""
+    """Turns a failure to write ``path`` into an InputError; ``way_out`` says how to fix it."""
     try:
         yield
     except OSError as error:

@@ -1,75 +1,124 @@
-"""Per-epoch logs: one text line a head and epoch, in the format of the authors' published logs, which ``read_log``
-reads too.
+"""Per-epoch logs: one line per head per epoch, in the format of the authors' published logs, which ``read_log`` reads
+too; and how the files of a run are named.
 
-Fields: n, the head (from 1; from 0 in async_buffer); epoch (from 1; the authors' DGL log of the dni experiment counts
-from 0); loss, the mean training cross-entropy; accuracies in %. A log starts with the run's arguments as
-``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where and how the run was made and how long
-each epoch took; the authors' notebooks pass over them, as over every line they do not know.
-
-python -m decoupled export LOG… --csv FILE            rows: log, n, epoch, results
-python -m decoupled export LOG… --tensorboard DIR     a run for each log
+Fields: n, the head (from 1; from 0 in async_buffer and imagenet_dgl); epoch (from 1; the authors' DGL log of the dni
+experiment counts from 0); loss, the mean training cross-entropy; accuracies in %. A log starts with the run's arguments
+as ``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where and how the run was made and how long
+each epoch took; the authors' notebooks skip them, like every other line they do not know.
 """
 
 import ast
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from decoupled.errors import InputError
 
-STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
+# Names of files
 
 
-EDITED = re.compile(r"\.edited(-\d+)?\.log$")  # the names of logs that were changed, and are kept beside the run's
+class RunName(NamedTuple):
+    """The name of a run's log and checkpoint, PREFIX-TIME[-NUMBER].
 
-
-INTEGERS = ("n", "epoch", "own_epoch")
-
-
-INTEGER, NUMBER = r"(\d{1,9})", r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
-
-
-def pattern(template, columns):
-    """Compiled form of a line in which each ``{}`` is a number, and the columns those numbers fill. Blanks at its end
-    do not matter.
+    prefix  the script and --name, joined by "-"
+    time    when the run started, "20260131-235959"
+    number  0; 1, 2, … for further runs that started in the same second
     """
-    first, *parts = map(re.escape, template.rstrip().split("{}"))
-    numbers = (INTEGER if column in INTEGERS else NUMBER for column in columns)
-    text = "".join(number + part for number, part in zip(numbers, parts, strict=True))
-    return re.compile(first + text + r"\s*", re.ASCII), columns
+
+    prefix: str
+    time: str
+    number: int
+
+
+STAMP = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?", re.ASCII)
+RUN_NAME = re.compile(rf"(?:(.*)-)?{STAMP.pattern}", re.ASCII | re.DOTALL)
+EDITED = re.compile(r"\.edited(-\d+)?\.log$", re.ASCII)
+
+
+def parse_run_name(path):
+    """The RunName of the log or checkpoint ``path``; None for a file that no run has named."""
+    match = RUN_NAME.fullmatch(Path(path).stem)
+    if match is None:
+        return None
+    prefix, time, number = match.groups()
+    return RunName(prefix or "", time, int(number or 0))
+
+
+def started_at(path):
+    """When the run of the log or checkpoint ``path`` started, by its name: (time, number), which sort in the order of
+    the runs. A file without a time in its name comes before all others.
+    """
+    name = parse_run_name(path)
+    if name is None:
+        return "", 0
+    return name.time, name.number
+
+
+def newest(paths):
+    """The one of ``paths`` whose run started last, by the times in their names; of files without one, the last
+    modified. None where there is no path.
+    """
+    return max(paths, key=lambda path: (started_at(path), path.stat().st_mtime_ns), default=None)
+
+
+def is_edited(path):
+    """Whether ``path`` is a log that someone changed, which its run has kept beside its own as STEM.edited.log."""
+    return EDITED.search(Path(path).name) is not None
+
+
+# Lines
+
+
+class LineFormat(NamedTuple):
+    """A kind of line: the pattern that it matches as a whole, and the columns that the pattern's groups fill."""
+
+    pattern: re.Pattern
+    columns: tuple
+
+
+INTEGER_COLUMNS = ("n", "epoch", "own_epoch")
+INTEGER = r"(\d{1,9})"
+NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+
+
+def line_format(template, columns):
+    """The LineFormat of ``template``, in which each ``{}`` is the number of one of ``columns``. Blanks at the end of a
+    line do not matter.
+    """
+    first, *parts = template.rstrip().split("{}")
+    pattern = re.escape(first)
+    for column, part in zip(columns, parts, strict=True):
+        number = INTEGER if column in INTEGER_COLUMNS else NUMBER
+        pattern += number + re.escape(part)
+    return LineFormat(re.compile(pattern + r"\s*", re.ASCII), columns)
 
 
 LOWER_HEAD = "# head {}, epoch {}: loss {}, train top-1 {}, test top-1 {}"
 
-
-LINES = (
-    pattern(
-        "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ", ("n", "epoch", "loss", "train_top1", "test_top1")
+RESULT_LINES = (
+    line_format(
+        "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ",
+        ("n", "epoch", "loss", "train_top1", "test_top1"),
     ),
-    pattern(
+    line_format(
         "n: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{}), top1ens:{} top5ens:{}",
         ("n", "epoch", "train_top1", "train_top5", "test_top1", "test_top5", "ensemble_top1", "ensemble_top5"),
     ),
-    pattern(
+    line_format(
         "lr: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{})",
         ("lr", "epoch", "train_top1", "train_top5", "test_top1", "test_top5"),
     ),
-    pattern(
+    line_format(
         "n: {}, epoch {},epochtrue {}, train {}, test {},ense {} ",
         ("n", "epoch", "own_epoch", "train_top1", "test_top1", "ensemble_top1"),
     ),
-    pattern(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
+    line_format(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
 )
-
-
-RESULT = ("n: ", "lr: ", "# head ")  # how lines of results begin
-
-
-LOSS = pattern("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))[0]
-
-
-SECONDS = re.compile(r"# (?:module \d+, )?epoch (\d+) took (\d+(?:\.\d+)?) s", re.ASCII)
+RESULT_STARTS = ("n: ", "lr: ", "# head ")
+LOSS_LINE = line_format("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))
+SECONDS = re.compile(r"# (?:module \d+, )?epoch \d+ took (\d+(?:\.\d+)?) s", re.ASCII)
 
 
 def head_line(n, epoch, loss, train, test):
@@ -78,87 +127,134 @@ def head_line(n, epoch, loss, train, test):
 
 
 def lower_head_line(n, epoch, loss, train, test):
-    """The line of head ``n`` where the published log has the last head only: a comment to the authors' notebooks, which
-    would take any line of their own form for that head's.
+    """The line of head ``n`` where the published log has the last head only: a comment, since the authors' notebooks
+    would take any line of their own format for the last head's.
     """
     return LOWER_HEAD.format(n, epoch, f"{loss:.5f}", round(train, 4), round(test, 4))
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
     """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs its module has finished. Accuracies in %."""
-    train, test, ensemble = (round(value, 4) for value in (train, test, ensemble))
-    return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, train {train}, test {test},ense {ensemble} "
+    scores = f"train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)}"
+    return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, {scores} "
 
 
 def loss_line(n, epoch, loss):
-    """The line of module ``n``'s training loss in imagenet, whose published lines have none: a comment to the authors'
-    notebooks.
-    """
+    """The line of module ``n``'s training loss in imagenet: a comment, since the published lines there have no loss."""
     return f"# n: {n}, epoch {epoch}, loss: {loss:.5f}"
 
 
 def imagenet_line(n, epoch, train, test, ensemble):
-    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % of its training, its evaluation, and the evaluation
-    of the ensemble up to it.
+    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % in training, in evaluation, and of the ensemble of
+    heads up to ``n`` in evaluation.
     """
-    (a, b), (c, d), (e, f) = ((round(value, 4) for value in pair) for pair in (train, test, ensemble))
-    return f"n: {n}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d}), top1ens:{e} top5ens:{f}"
+    ensemble_top1, ensemble_top5 = ensemble
+    scores = f"top1ens:{round(ensemble_top1, 4)} top5ens:{round(ensemble_top5, 4)}"
+    return f"n: {n}, epoch {epoch}, {train_and_test(train, test)}, {scores}"
 
 
 def imagenet_backprop_line(lr, epoch, train, test):
-    """The line of an epoch of back-propagation in imagenet: its learning rate, (top-1, top-5) in % of training and of
+    """The line of an epoch of back-propagation in imagenet: its learning rate; (top-1, top-5) in % in training and in
     evaluation.
     """
-    (a, b), (c, d) = ((round(value, 4) for value in pair) for pair in (train, test))
-    return f"lr: {lr:g}, epoch {epoch}, train top1:{a}(top5:{b}), test top1:{c} (top5:{d})"
+    return f"lr: {lr:g}, epoch {epoch}, {train_and_test(train, test)}"
+
+
+def train_and_test(train, test):
+    """What the two lines of imagenet have in common, from (top-1, top-5) each."""
+    train_top1, train_top5 = train
+    test_top1, test_top5 = test
+    training = f"train top1:{round(train_top1, 4)}(top5:{round(train_top5, 4)})"
+    return f"{training}, test top1:{round(test_top1, 4)} (top5:{round(test_top5, 4)})"
+
+
+# Reading
 
 
 def read_log(path, empty=False):
-    """A pandas frame with a row for each line of results in the log at ``path``, and columns as the line has fields
-    (see the module's text).
+    """Reads the log at ``path`` into a pandas frame with a row for each line of results, and the line's fields as
+    columns (see the module's docstring).
 
-    A column "loss" comes from ``loss_line`` where the lines themselves have none; back-propagation counts as n = 1.
-    ``frame.attrs`` holds "arguments", the run's (a dict), "comments", its ``#`` lines, "seconds", each epoch's wall
-    time where logged, and "damaged", the numbers of lines that begin as results do and are none. A last line that was
-    cut off is left out. Raises InputError when the file cannot be read, holds more than one log or, unless ``empty``
-    says that this is no error, holds no results.
+    A column "loss" comes from ``loss_line`` where the lines of results have none; back-propagation counts as n = 1.
+    ``frame.attrs`` holds
+
+    arguments  the run's arguments, a dict
+    comments   the ``#`` lines, without the sign
+    seconds    the wall time of each epoch, where logged
+    damaged    the numbers of lines that are left out: they start as results do but do not end so, or were cut off in
+               writing
+
+    Raises InputError when the file cannot be read, holds more than one log or, unless ``empty`` allows that, holds no
+    results.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise InputError(f"the log {path} cannot be read: {error.strerror}") from error
-    lines = text.split("\n")
-    if not lines[-1].endswith(" "):  # cut off mid-line: its last number may lack digits
-        lines.pop()
-    rows, comments, arguments, seconds, losses, damaged = {}, [], None, [], {}, []
+    lines, damaged_end = read_lines(path)
+    results = {}  # (n, epoch): {column: number}
+    losses = {}  # (n, epoch): training loss
+    arguments = None
+    comments = []
+    seconds = []
+    damaged = []
     for number, line in enumerate(lines, start=1):
         if line.startswith("Namespace("):
             if arguments is not None:
                 raise InputError(f"{path} holds two logs, the second from line {number} on: split it")
             arguments = parse_namespace(line)
-        if found := next(((m, columns) for form, columns in LINES if (m := form.fullmatch(line))), None):
-            match, columns = found
-            row = {"n": 1} | dict(zip(columns, map(float, match.groups()), strict=True))
-            key = row["n"], row["epoch"]
-            if key in rows:
-                raise InputError(f"{path} has n {key[0]:g}, epoch {key[1]:g} a second time in line {number}: two logs")
-            rows[key] = row
+        result = parse_result(line)
+        if result is not None:
+            key = result["n"], result["epoch"]
+            if key in results:
+                raise InputError(f"{path} repeats n {key[0]:g}, epoch {key[1]:g} in line {number}: split the two logs")
+            results[key] = result
             continue
-        if line.startswith(RESULT):
+        if line.startswith(RESULT_STARTS):
             damaged.append(number)
         if line.startswith("#"):
             comments.append(line[1:].strip())
-            seconds += [float(match[2]) for match in [SECONDS.match(line)] if match]
-            losses |= {(float(match[1]), float(match[2])): float(match[3]) for match in [LOSS.match(line)] if match}
-    if not rows and not empty:
+        if match := SECONDS.match(line):
+            seconds.append(float(match[1]))
+        if match := LOSS_LINE.pattern.fullmatch(line):
+            n, epoch, loss = map(float, match.groups())
+            losses[n, epoch] = loss
+    if not results and not empty:
         raise InputError(f"the log {path} holds no line of results")
-    for key, row in rows.items() if losses else []:
-        row.setdefault("loss", losses.get(key, float("nan")))
-    frame = pd.DataFrame([*rows.values()], columns=None if rows else ["n", "epoch"])
-    frame = frame.astype({column: int for column in INTEGERS if column in frame and frame[column].notna().all()})
-    about = {"comments": comments, "seconds": seconds, "damaged": damaged}
-    frame.attrs = {"arguments": arguments or {}, **about}
+    if losses:
+        for key, result in results.items():
+            result.setdefault("loss", losses.get(key, float("nan")))
+    frame = result_frame(list(results.values()))
+    frame.attrs = {
+        "arguments": arguments or {},
+        "comments": comments,
+        "seconds": seconds,
+        "damaged": damaged + damaged_end,
+    }
     return frame
+
+
+def read_lines(path):
+    """The lines of the log at ``path``, and a list with the number of the last one where that is left out.
+
+    A last line without a line break counts if it ends with the blank that the published formats end with. Any other may
+    have been cut off in the middle of a number, which cannot be told from a whole one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise InputError(f"the log {path} cannot be read: {error.strerror}") from error
+    *lines, last = text.split("\n")
+    if last.endswith(" "):
+        return [*lines, last], []
+    if last:
+        return lines, [len(lines) + 1]
+    return lines, []
+
+
+def parse_result(line):
+    """{column: number} of a line of results; None for any other line."""
+    for form in RESULT_LINES:
+        if match := form.pattern.fullmatch(line):
+            numbers = map(float, match.groups())
+            return {"n": 1.0} | dict(zip(form.columns, numbers, strict=True))
+    return None
 
 
 def parse_namespace(line):
@@ -170,6 +266,17 @@ def parse_namespace(line):
         return dict(re.findall(r"(\w+)=([^,)]*)", line))
 
 
+def result_frame(results):
+    """A frame of ``results``, a list of {column: number}, with integers where all results have one."""
+    if not results:
+        return pd.DataFrame(columns=["n", "epoch"], dtype=int)
+    frame = pd.DataFrame(results)
+    for column in INTEGER_COLUMNS:
+        if column in frame and frame[column].notna().all():
+            frame[column] = frame[column].astype(int)
+    return frame
+
+
 def final(frame):
-    """The result of each head: its row at the last epoch, never the best."""
+    """The result of each head: its row at the last epoch, never the best one. The index is n."""
     return frame.sort_values("epoch", kind="stable").groupby("n").tail(1).sort_values("n").set_index("n")

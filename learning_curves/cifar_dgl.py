@@ -5,13 +5,12 @@ of the paper's Sec. 5.3, Figs. 3 and 4.
     torchrun --nproc-per-node 2 learning_curves/cifar_dgl.py
 
 Every module takes its step on each mini-batch, on the detached representation
-from the module below (Algorithm 1); with torchrun the modules learn at the same
-time, in a process for each or for some, with the same results. After 50 epochs
-the authors' published log has test top-1 78.35 / 85.25 / 87.90 / 89.86 % for
-heads 1 to 4. A training image costs 0.35 GFLOP, an epoch 17 TFLOP.
+from the module below (Algorithm 1). With torchrun, the modules learn at the
+same time, in one process each or several modules in one, with the same results.
+After 50 epochs the authors' published log has test top-1 78.35 / 85.25 / 87.90
+/ 89.86 % for heads 1 to 4. A training image costs 0.35 GFLOP, an epoch 17
+TFLOP.
 """
-
-import argparse
 
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -25,46 +24,48 @@ from decoupled.training.run import Run
 
 def parse_args():
     parser = flags.parser(__doc__, epochs=50, batch_size=128, distributed=True)
-    statistics = "evaluate with batch norm statistics of all training images: where an epoch has few mini-batches"
-    # No default: a run that was begun before this flag existed has none either, and resumes.
-    parser.add_argument("--precise-statistics", action="store_true", default=argparse.SUPPRESS, help=statistics)
+    group = parser.add_argument_group("network")
+    group.add_argument("--channels", type=flags.WIDTH, default=64, help="channels of each module")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--precise-statistics",
+        action="store_true",
+        help="use batch norm statistics of all training images: where an epoch has few mini-batches",
+    )
     return parser.parse_args()
 
 
 def build(args, classes):
-    """The network, which no flag changes."""
-    return layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes)
+    return layerwise_cnn(channels=args.channels, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes)
 
 
 def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data()
-    stage = run.distribute(build(args, classes))  # the modules of this process: all of them, but under torchrun
+    net = run.distribute(build(args, classes))  # a Stage: this process's modules, all of them but under torchrun
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
-        for module in stage.modules_here
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net.modules_here
     ]
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]  # at epochs 16, 31, 46, …
-    meters = [Meter() for _ in stage.modules_here]
+    meters = [Meter() for _ in net.modules_here]
 
-    state = {"optimizers": optimizers, "schedules": schedules, "train": train, "test": test, "meters": meters}
-    for epoch in run.epochs(net=stage, **state):
-        stage.train()
-        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the module below sends
-            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
+    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
+        net.train()
+        for representation, labels in run.progress(net.inputs(train)):  # images, or what the module below sends
+            for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, where another process has it
-        if "precise_statistics" in args:
-            stage.recompute_statistics(train.without_augmentation(), run.autocast)
+            net.send(representation, labels)  # to the module above, where another process has it
+        if args.precise_statistics:
+            net.recompute_statistics(train.without_augmentation(), run.autocast)
         with run.autocast():
-            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
-        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
+            scores = evaluate(net.heads, run.evaluation(net.inputs(test)))
+        for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:
             schedule.step()

@@ -3,11 +3,12 @@ curves of the paper's Sec. 5.3, Figs. 3 and 4.
 
     python learning_curves/cifar_sequential_greedy.py
 
-One module after the other is trained for all epochs, its learning rate starting
-anew, on top of the finished modules below: these are frozen, batch norm
-statistics included, and cost a forward pass of their bodies. After 50 epochs
-each the authors' published log has test top-1 78.55 / 85.77 / 88.28 / 89.13 %
-for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
+One module after the other is trained for all epochs, each with the learning
+rate from its start, on top of the finished modules below: these are frozen,
+batch norm statistics included, and cost a forward pass of their bodies. After
+50 epochs each the authors' published log has test top-1 78.55 / 85.77 / 88.28 /
+89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1
+to 4.
 """
 
 import torch
@@ -22,12 +23,14 @@ from decoupled.training.run import Run
 
 
 def parse_args():
-    return flags.parser(__doc__, epochs=50, batch_size=128).parse_args()
+    parser = flags.parser(__doc__, epochs=50, batch_size=128)
+    group = parser.add_argument_group("network")
+    group.add_argument("--channels", type=flags.WIDTH, default=64, help="channels of each module")
+    return parser.parse_args()
 
 
 def build(args, classes):
-    """The network, which no flag changes."""
-    return layerwise_cnn(channels=64, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes)
+    return layerwise_cnn(channels=args.channels, depth=4, downsample=(1, 3), auxiliary="mlp-sr", classes=classes)
 
 
 def main():
@@ -40,11 +43,18 @@ def main():
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]
     meter = Meter()
 
-    state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": train, "test": test}
-    for module_index, epoch in run.epochs(num_modules=len(net), **state, meters=meter):
-        *frozen, module = net[: module_index + 1]
-        optimizer, schedule = optimizers[module_index], schedules[module_index]
-        net.eval()  # the modules below normalize with their final statistics and leave them alone
+    for module_index, epoch in run.epochs(
+        net=net,
+        optimizers=optimizers,
+        schedules=schedules,
+        train=train,
+        test=test,
+        meters=meter,
+        num_modules=len(net),
+    ):
+        frozen = net[:module_index]
+        module = net[module_index]
+        net.eval()  # the frozen modules normalize with their final statistics and leave them alone
         module.train()
         for images, labels in run.progress(train):
             representation = images  # (B, 3, 32, 32)
@@ -54,12 +64,12 @@ def main():
                         representation = below.body(representation)  # (B, C, s, s)
                 _, logits = module(representation)  # (B, classes)
             loss = F.cross_entropy(logits.float(), labels)
-            run.step(loss, optimizer)
+            run.step(loss, optimizers[module_index])  # zero_grad, backward, step
             meter.update(loss, logits, labels)
         with run.autocast():
             (score,) = evaluate(net, run.evaluation(test), heads=[module_index])
         run.log(module_index + 1, epoch, meter, score)
-        schedule.step()
+        schedules[module_index].step()
 
 
 if __name__ == "__main__":

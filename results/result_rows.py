@@ -1,8 +1,7 @@
-"""The rows of the tables (rows.csv), and which logs are runs of which row.
+"""The rows of the tables (rows.csv), and the logs that are runs of each row.
 
-A log is a run of a row when its script, the arguments that decide a result and its data are the row's. It counts when
-it was made at a commit not older than the row's ``since``, the oldest whose results stand for it, and older than its
-``before``, if there is one. Where a log lies and what it is called do not matter.
+The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them, and those that the row's column
+``logs`` names. Each must be a run of that row: its script, the arguments that decide the result, and its data.
 """
 
 import csv
@@ -10,7 +9,6 @@ import functools
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,40 +16,36 @@ from typing import NamedTuple
 import pandas as pd
 
 from decoupled import InputError
-from decoupled.logs import EDITED, read_log
+from decoupled.logs import read_log
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
-SEQUENTIAL = "learning_curves/cifar_sequential_greedy.py"
-WHOLE = (SEQUENTIAL, "async_buffer/cifar_buffer.py")  # their first epochs depend on how many there are to be
-# Arguments that say how and where a run was made, not what it is; epochs and seed are compared on their own.
-HOW = {
-    "resume",
-    "log_dir",
-    "save_folder",
-    "data_dir",
-    "data",
-    "name",
-    "device",
-    "half",
-    "compile",
-    "deterministic",
-    "workers",
-    "backend",
+
+# Scripts whose first epochs depend on how many there are in all: a longer run is not a run of the row.
+OF_FIXED_LENGTH = ("learning_curves/cifar_sequential_greedy.py", "async_buffer/cifar_buffer.py")
+
+# Arguments that say how and where a run was made, not what it is. Seed and epochs are compared on their own.
+FREE_ARGUMENTS = {
+    *("resume", "log_dir", "save_folder", "data_dir", "data", "name", "save_every", "debug"),
+    *("device", "half", "compile", "deterministic", "static_loss_scale", "dynamic_loss_scale", "buffer_device"),
+    *("workers", "backend", "log_interval", "print_freq", "test_batch_size", "seed", "epochs"),
 }
-HOW |= {"log_interval", "print_freq", "test_batch_size", "buffer_device", "static_loss_scale", "dynamic_loss_scale"}
-HOW |= {"epochs", "seed", "save_every", "debug"}
-DATA = {  # the data a row asks for → the log's line on the training images
-    "CIFAR-10": r"\d+ images of cifar10 \((PNG|original)\)",
-    "CIFAR-10 (JPEG)": r"\d+ images of cifar10 \(JPEG\)",
+RENAMED_VALUES = {"lifo": "priority_lifo"}  # values of flags that older logs have, by their present names
+
+DATA = {  # the data of a row: the pattern of the log's line about the training images
+    "CIFAR-10": r"\d+ images of cifar10 \((PNG|original)\).*",
+    "CIFAR-10 (JPEG)": r"\d+ images of cifar10 \(JPEG\).*",
     "ImageNet": r"1281167 images of .*",
     "digits": r"\d+ images of digits.*",
 }
 
 
 class Row(NamedTuple):
-    """A line of rows.csv. ``head``: the number of the last head, whose result is the row's; ``pflop``: what training
-    one seed costs.
+    """A line of rows.csv.
+
+    head   the number of the last head, whose result is the row's
+    pflop  what training one seed costs
+    logs   names in results/EXPERIMENT of logs that are not called ROW-seedS.log
     """
 
     row: str
@@ -62,9 +56,8 @@ class Row(NamedTuple):
     data: str
     head: int
     seeds: tuple
-    since: str
-    before: str
     pflop: float
+    logs: tuple
 
     @property
     def experiment(self):
@@ -72,22 +65,28 @@ class Row(NamedTuple):
 
     @property
     def arguments(self):
-        return parse(self.script, self.flags)
+        return parse_flags(self.script, self.flags)
 
     @property
     def epochs(self):
         return self.arguments["epochs"]
 
+    def run_name(self, seed):
+        """The --name of a run, which is its log's name in results/ too."""
+        return f"{self.row}-seed{seed}"
+
 
 class Log(NamedTuple):
-    """A run's log. ``frame``: its results so far; ``commits``: of its start and of each resume; ``epochs``: how many
-    its last start was for.
+    """A run's log.
+
+    frame    its results so far, from read_log
+    commits  those of its start and of each resume
+    epochs   how many epochs its last start was for
     """
 
     path: Path
-    script: str
     frame: pd.DataFrame
-    command: list
+    script: str
     commits: list
     data: str
     device: str
@@ -104,139 +103,131 @@ class Log(NamedTuple):
         return self.frame.attrs["seconds"]
 
     def reached(self, head):
-        """The last epoch with a line of ``head``, 0 before the first. Heads are written in order."""
+        """The last epoch with a line of ``head``, 0 before the first."""
         return max(self.frame.loc[self.frame["n"] == head, "epoch"], default=0)
 
 
 def read_rows(path=RESULTS / "rows.csv"):
-    """The rows in the file at ``path``, a dict by name. Raises InputError for flags that their script refuses."""
+    """The rows in the file at ``path``, a dict by name."""
     rows = {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
-            fields = {"head": int(line["head"]), "pflop": float(line["pflop"])}
-            row = Row(**line | fields | {"seeds": tuple(map(int, line["seeds"].split()))})
-            if row.row in rows or row.data not in DATA:
-                raise InputError(f"{path}: {row.row} is there twice, or its data {row.data!r} are not known")
+            line["head"] = int(line["head"])
+            line["seeds"] = tuple(map(int, line["seeds"].split()))
+            line["pflop"] = float(line["pflop"])
+            line["logs"] = tuple(line["logs"].split())
+            row = Row(**line)
+            if row.row in rows:
+                raise InputError(f"{path}: two rows are called {row.row}: rename one")
+            if row.data not in DATA:
+                raise InputError(
+                    f"{path}: the data {row.data!r} of {row.row} are unknown: choose from {', '.join(DATA)}"
+                )
             rows[row.row] = row
     return rows
 
 
 @functools.cache
-def script_parser(script):
-    """The parse_args of a script, named from the repository's root, whose folder is importable from then on."""
+def load_parse_args(script):
+    """The function parse_args of ``script``, a path from the repository's root."""
     folder = str((ROOT / script).parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(script.removesuffix(".py").replace("/", "_"), ROOT / script)
+    name = script.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.parse_args
 
 
 @functools.cache
-def parse(script, flags):
-    """The arguments of ``script`` run with ``flags``: a dict, defaults included."""
-    before = sys.argv
-    sys.argv = [script, *(["DIR"] if script.startswith("imagenet/") else []), *shlex.split(flags)]
+def parse_flags(script, flags):
+    """The arguments of ``script`` with ``flags``, defaults included: a dict."""
+    positional = ["DIR"] if script.startswith("imagenet/") else []
+    argv = sys.argv
+    sys.argv = [script, *positional, *shlex.split(flags)]
     try:
-        return vars(script_parser(script)())
+        return vars(load_parse_args(script)())
     finally:
-        sys.argv = before
+        sys.argv = argv
 
 
-def read_logs(*folders):
-    """The logs in ``folders`` and below, each once."""
-    paths = {path.resolve(): path for folder in folders for path in sorted(Path(folder).rglob("*.log"))}
-    paths = {key: path for key, path in paths.items() if not EDITED.search(path.name)}
-    return [log for path in paths.values() if (log := as_log(path)) is not None]
+# Logs
 
 
-def as_log(path):
-    """The log at ``path``; None when it is no log of these scripts."""
+def read_run_log(path):
+    """The Log at ``path``. Raises InputError for a log that does not say how its run was made."""
     frame = read_log(path, empty=True)
-    comments = [line.partition(": ")[::2] for line in frame.attrs["comments"]]
-    found = {key: value for key, value in comments if value}
-    if not {"command", "commit", "device", "train"} <= set(found):
-        return None
-    command = shlex.split(found["command"])
-    script = "/".join(Path(command[1]).parts[-2:])
-    if "/" not in script:  # started in its own folder
-        script = next(
-            filter(path.name.startswith, (f"{p.parent.name}-{p.stem}-" for p in ROOT.glob(f"*/{script}"))), ""
-        )
-        script = script.strip("-").replace("-", "/") + ".py"
-    match = re.fullmatch(r"(.*?), (\d+) threads?, (.*)", found["device"])
-    device, threads, precision = match.groups() if match else (found["device"], "", "")
-    epochs = re.findall(r"--n?epochs[ =](\d+)", found["command"]) or [frame.attrs["arguments"].get("epochs", 0)]
-    commits = list(dict.fromkeys(value for key, value in comments if key == "commit"))
-    return Log(path, script, frame, command, commits, found["train"], device, threads, precision, int(epochs[-1]))
+    comments = {}
+    commits = []
+    for line in frame.attrs["comments"]:
+        key, _, value = line.partition(": ")
+        comments[key] = value
+        if key == "commit" and value not in commits:
+            commits.append(value)
+    for key in ("command", "commit", "device", "train"):
+        if key not in comments:
+            raise InputError(f"{path} has no line '# {key}: …': name a log of these scripts")
+    _, script, *_ = shlex.split(comments["command"])
+    device = comments["device"]
+    threads = ""
+    precision = ""
+    if match := re.fullmatch(r"(.*?), (\d+) threads?, (.*)", device):
+        device, threads, precision = match.groups()
+    epochs = frame.attrs["arguments"].get("epochs", 0)
+    if found := re.findall(r"--n?epochs[ =](\d+)", comments["command"]):
+        epochs = int(found[-1])
+    return Log(path, frame, script, commits, comments["train"], device, threads, precision, epochs)
 
 
-def in_todays_words(value):
-    """A flag's value, by its present name where an older log has another."""
-    return "priority_lifo" if value == "lifo" else value
+def check_log(row, log):
+    """Raises InputError, naming the difference, where ``log`` is not of a run of ``row``."""
+    script = "/".join(Path(log.script).parts[-2:])  # without its folder, where it was started in that
+    if script not in (row.script, Path(row.script).name):
+        raise InputError(f"{log.path} is a run of {script}, and {row.row} of {row.script}")
+    if not re.fullmatch(DATA[row.data], log.data):
+        raise InputError(f"{log.path} is a run on {log.data}, and {row.row} on {row.data}")
+    if log.arguments.get("seed") not in row.seeds:
+        raise InputError(f"{log.path} is a run with seed {log.arguments.get('seed')}, which {row.row} does not have")
+    if row.script in OF_FIXED_LENGTH and log.epochs != row.epochs:
+        raise InputError(f"{log.path} is a run of {log.epochs} epochs, and {row.row} of {row.epochs}")
+    defaults = parse_flags(row.script, "")  # for flags that are younger than the log
+    for name, value in row.arguments.items():
+        if name in FREE_ARGUMENTS:
+            continue
+        logged = log.arguments.get(name, defaults[name])
+        if isinstance(logged, str):
+            logged = RENAMED_VALUES.get(logged, logged)
+        if logged != value:
+            raise InputError(f"{log.path} is a run with {name} {logged}, and {row.row} has {value}")
 
 
-def is_run_of(log, row, seed):
-    """Whether the arguments and data of ``log`` are those of ``row`` with that seed."""
-    if log.script != row.script or not re.fullmatch(DATA[row.data], log.data) or log.arguments.get("seed") != seed:
-        return False
-    if row.script in WHOLE and log.epochs != row.epochs:
-        return False
-    defaults = parse(row.script, "")  # of flags that are younger than the log
-    what = {key: value for key, value in row.arguments.items() if key not in HOW}
-    return all(in_todays_words(log.arguments.get(key, defaults[key])) == value for key, value in what.items())
-
-
-@functools.cache
-def git(*words):
-    """(exit code, output) of a git command in the repository; (None, "") where there is no git."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-    except OSError:
-        return None, ""
-    return done.returncode, done.stdout.strip()
-
-
-def has_history():
-    """Whether the commits that logs name can be looked up here: not so without git, or in a shallow clone."""
-    return git("rev-parse", "--is-shallow-repository") == (0, "false")
-
-
-def contains(commit, older):
-    """Whether ``commit`` has ``older`` in its past, or is it; None when one of them is not known here."""
-    code, _ = git("merge-base", "--is-ancestor", older, commit.rstrip("+"))
-    return {0: True, 1: False}.get(code)
-
-
-def standing(log, row):
-    """ "stands", "superseded", "another" (of a time that the row is not about) or "unknown" (no such commit here)."""
-    since = [contains(commit, row.since) if row.since else True for commit in log.commits]
-    before = [contains(commit, row.before) if row.before else False for commit in log.commits]
-    if None in since + before:
-        return "unknown"
-    return "another" if any(before) else "stands" if all(since) else "superseded"
-
-
-def runs_of(row, seed, logs):
-    """{standing: logs, the one that came furthest first} of the runs of ``row`` with that seed."""
-    found = {}
+def read_runs(row, results=RESULTS):
+    """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not; of several with one seed, the one
+    that got furthest. Raises InputError for a log that the row names and that is missing or another row's.
+    """
+    folder = results / row.experiment
+    logs = [read_run_log(folder / name) for name in row.logs]
+    for seed in row.seeds:
+        path = folder / f"{row.run_name(seed)}.log"
+        if path.is_file():
+            logs.append(read_run_log(path))
+    runs = {}
     for log in logs:
-        if is_run_of(log, row, seed):
-            found.setdefault(standing(log, row), []).append(log)
-    return {key: sorted(runs, key=lambda log: (-log.reached(row.head), -len(log.frame))) for key, runs in found.items()}
+        check_log(row, log)
+        seed = log.arguments["seed"]
+        if seed not in runs or log.reached(row.head) > runs[seed].reached(row.head):
+            runs[seed] = log
+    return {seed: runs[seed] for seed in row.seeds if seed in runs}
 
 
-def best(row, seed, logs):
-    """The log that counts for ``row`` with that seed and came furthest, finished or not; None when there is none."""
-    return next(iter(runs_of(row, seed, logs).get("stands", [])), None)
+def is_finished(log, row):
+    """Whether ``log`` has all epochs of ``row``."""
+    return log.reached(row.head) >= row.epochs
 
 
-def seconds(log, row):
-    """Wall time of the epochs that ``row`` asks for."""
-    return sum(log.seconds if row.script in WHOLE else log.seconds[: row.epochs])
-
-
-def progress(log, row):
-    """The part of the row's epochs that ``log`` has, from 0 to 1. The sequential script's modules count alike."""
-    return min(len(log.seconds) / row.epochs / (row.head if row.script == SEQUENTIAL else 1), 1)
+def wall_time(log, row):
+    """Seconds that the epochs of ``row`` took."""
+    if row.script in OF_FIXED_LENGTH:
+        return sum(log.seconds)
+    return sum(log.seconds[: row.epochs])

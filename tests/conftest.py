@@ -35,21 +35,27 @@ def run_script(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(run_script, capsys, tmp_path):
-    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr and nothing written;
-    returns that line.
+    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr beside warnings, and
+    nothing written; returns that line.
     """
 
+    def files(folder):
+        if not folder.is_dir():
+            return None
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
     def run(script, *flags, folder=tmp_path / "logs", **names):
-        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None
+        before = files(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_script(script, *flags, folder=folder, **names)
         assert stop.value.code == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and message.startswith(f"{Path(script).name}: error: "), message
-        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else None
-        assert after == before
-        return message
+        lines = capsys.readouterr().err.splitlines(keepends=True)
+        script_name = Path(script).name
+        lines = [line for line in lines if not line.startswith(f"{script_name}: warning: ")]
+        assert len(lines) == 1 and lines[0].startswith(f"{script_name}: error: "), lines
+        assert files(folder) == before
+        return lines[0]
 
     return run
 

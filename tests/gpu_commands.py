@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from running import PARALLEL, SEQUENTIAL, small
+from running import PARALLEL, SEQUENTIAL
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -16,7 +16,8 @@ from decoupled.networks.modules import eval_mode
 from decoupled.training.precision import Steps
 
 TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
-RESNET = (*TOY, "--depth", 14, "--channels", 4, "--splits", 3)
+NARROW = ("--channels", 4)
+RESNET = (*TOY, *NARROW, "--depth", 14, "--splits", 3)
 BUFFER = (*TOY, "--feature_size", 4, "--layer-sequence", "sequential", "--buffer", 3)
 FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three
 IMAGENET, IMAGENET_BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
@@ -26,13 +27,13 @@ DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", 
 # The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
 # layer; for DDG of the first epoch, in which the lowest module takes its first step late, and of another.
 COMMANDS = {
-    (PARALLEL, *TOY): [446],
-    (SEQUENTIAL, *TOY): [130, 136, 141, 104],
-    (AUX, *TOY, "--channels", 4): [684],
-    (AUX, *TOY, "--channels", 4, "--type_aux", "cnn"): [439],
-    ("dni/cifar_dgl.py", *TOY, "--channels", 4): [224],
-    (DNI, *TOY, "--channels", 4): [56],
-    (DNI, *TOY, "--channels", 4, "--dni", "--context"): [132],
+    (PARALLEL, *TOY, *NARROW): [446],
+    (SEQUENTIAL, *TOY, *NARROW): [130, 136, 141, 104],
+    (AUX, *TOY, *NARROW): [684],
+    (AUX, *TOY, *NARROW, "--type_aux", "cnn"): [439],
+    ("dni/cifar_dgl.py", *TOY, *NARROW): [224],
+    (DNI, *TOY, *NARROW): [56],
+    (DNI, *TOY, *NARROW, "--dni", "--context"): [132],
     (DGL, *RESNET): [398],
     (DDG, *RESNET): [248, 246],
     (BACKPROP, *RESNET[:-2]): [184],
@@ -52,10 +53,10 @@ LAYERS = 6  # of the asynchronous network
 
 # Where the overflow is put: the module and its loss, from 0; and the steps that must be skipped, (module, its step).
 OVERFLOWS = {
-    (PARALLEL, *TOY): ((1, 1), {(1, 1)}),
-    (SEQUENTIAL, *TOY): ((1, 1), {(1, 1)}),
-    (AUX, *TOY, "--channels", 4): ((5, 0), {(5, 0)}),
-    ("dni/cifar_dgl.py", *TOY, "--channels", 4): ((1, 1), {(1, 1)}),
+    (PARALLEL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
+    (SEQUENTIAL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
+    (AUX, *TOY, *NARROW): ((5, 0), {(5, 0)}),
+    ("dni/cifar_dgl.py", *TOY, *NARROW): ((1, 1), {(1, 1)}),
     (DGL, *RESNET): ((0, 2), {(0, 2)}),
     # A gradient that overflowed goes down, iteration by iteration. The middle module's first step is its second
     # iteration's, and so on: all three skip the same step of theirs.
@@ -73,11 +74,6 @@ def called(command):
     return " ".join([script.removesuffix(".py"), *map(str, flags[len(common) :])])
 
 
-def narrow(script):
-    """The names to replace in ``script`` for networks that a CPU computes quickly."""
-    return {"layerwise_cnn": small()} if script in (PARALLEL, SEQUENTIAL) else {}
-
-
 def few_images(dataset, folder):
     """A reader of 32 images for training, one of each class and two for testing."""
     images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -88,7 +84,7 @@ def few_images(dataset, folder):
 @pytest.fixture(scope="session")
 def image_folders(tmp_path_factory):
     """Image folders of 7 classes, 21 images for training."""
-    from test_imagenet import write_folders
+    from small_imagenet import write_folders
 
     root = tmp_path_factory.mktemp("images")
     write_folders(root)
@@ -103,7 +99,7 @@ def on_gpu(run_script, image_folders, monkeypatch):
     def run(command, *flags):
         script, *own = command
         data = [image_folders] if "imagenet" in script else []
-        return run_script(script, *data, *own, "--device", "cuda", *flags, **narrow(script))
+        return run_script(script, *data, *own, "--device", "cuda", *flags)
 
     return run
 

@@ -1,4 +1,4 @@
-"""What the tests of scripts share: loading a script, a small network for it, and what a run leaves."""
+"""What the tests of scripts share: loading a script, what a run leaves, and comparing two runs."""
 
 import importlib.util
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from decoupled.networks.layerwise import layerwise_cnn
-
 ROOT = Path(__file__).parent.parent
+PARALLEL = "learning_curves/cifar_dgl.py"
+SEQUENTIAL = "learning_curves/cifar_sequential_greedy.py"
 
 
 def load_script(path):
@@ -37,7 +37,7 @@ class Finished:
 
     @property
     def lines(self):
-        """The log's lines of results."""
+        """The log's result lines."""
         return [line for line in self.log.read_text().splitlines() if line.startswith(("n: ", "# head "))]
 
     @property
@@ -49,21 +49,42 @@ class Finished:
         return self.state["net"][0]
 
 
-PARALLEL = "learning_curves/cifar_dgl.py"
-SEQUENTIAL = "learning_curves/cifar_sequential_greedy.py"
+def tensors(tree):
+    """All tensors in nested dicts, lists and tuples, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        branches = tree.values()
+    elif isinstance(tree, (list, tuple)):
+        branches = tree
+    else:
+        branches = ()
+    found = []
+    for branch in branches:
+        found += tensors(branch)
+    return found
 
 
-def small(**fixed):
-    """layerwise_cnn as the script calls it, but with 4 channels and what is fixed here."""
-    return lambda **settings: layerwise_cnn(**{**settings, "channels": 4, **fixed})
+def assert_same_run(left, whole):
+    """The same result lines, and the same tensors in the checkpoint, to the bit."""
+    assert left.lines == whole.lines
+    assert len(left.lines) >= 2
+    mine = tensors(left.state)
+    expected = tensors(whole.state)
+    assert len(mine) == len(expected) > 5
+    assert all(torch.equal(one, other) for one, other in zip(mine, expected, strict=True))
 
 
 def published_series(log):
     """{(n, epoch), …} of the lines of ``log`` that the authors' notebooks draw: they search each for this pattern."""
     pattern = re.compile(r"n\: (\d{1,2}), epoch (\d{1,4}), loss: (.*), train top1:(.*) test top1:(.*)")
-    found = [match for match in map(pattern.search, log.read_text().splitlines()) if match]
-    assert all(len([float(number) for number in match.groups()]) == 5 for match in found)
-    return {(int(match[1]), int(match[2])) for match in found}
+    series = set()
+    for line in log.read_text().splitlines():
+        match = pattern.search(line)
+        if match:
+            assert len([float(number) for number in match.groups()]) == 5
+            series.add((int(match[1]), int(match[2])))
+    return series
 
 
 def launch(*runs):

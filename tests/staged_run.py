@@ -3,11 +3,18 @@ Not a test: running.launch starts it.
 
     python tests/staged_run.py JSON
 
-JSON: a list of runs, one after the other, each a dict: "processes", "restarts" (torchrun's --max-restarts), "words"
-(the script and its flags), "faults": {rank: [call, what, attempt]}, in that process's call number ``call`` of
-Stage.send, which each mini-batch ends with: a signal's name, sent to the process by itself in that attempt of torchrun,
-by default its first; "error", an InputError; "slow", from there on each takes 50 ms longer. "held": a path; process r
-leaves at path.r what it held (see watch).
+JSON: a list of runs, which are started one after the other. Each is a dict:
+
+processes   how many
+restarts    torchrun's --max-restarts (0)
+words       the script and its flags
+faults      {rank: [call, fault, attempt]}: what process ``rank`` does in that call of Stage.send, which ends each
+            mini-batch, in that attempt of torchrun (0): "SIGKILL" or "SIGSTOP", sent to itself; "SIGTERM" or "SIGINT",
+            sent to torchrun; "error", an InputError; "slow", from there on each call takes 50 ms longer
+held        a path: process ``rank`` writes to held.rank what it held in memory, see watch
+
+After each run a line "outcome: …" on stderr: "finished", the exit codes of the processes that failed, or, after a
+signal to torchrun, [128 + its number].
 """
 
 import collections
@@ -23,49 +30,66 @@ sys.path.insert(0, str(Path(__file__).parent))
 import sklearn.datasets
 import torch
 import torch._dynamo  # optimizers import it, which takes a second
-from running import ROOT, load_script, small
+from running import ROOT, load_script
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from decoupled import InputError
-from decoupled.data import batches as images
-from decoupled.parallel import balance as partition
-from decoupled.parallel import processes, stages
+from decoupled.data.batches import Batches
+from decoupled.parallel.balance import TensorFormat
+from decoupled.parallel.stages import Stage
 from decoupled.training import run as runs  # noqa: F401
 from decoupled.training.flags import start
 
-PATIENCE = 10  # seconds after which a process that was stopped is killed, so that nobody waits for it
+STOPPED_SECONDS = 6  # until a stopped process is killed: torchrun would wait for it for 30
 
 
-def fault(kind, call, what, attempt=0):
-    """The send of a ``kind`` of Stage that fails in its call number ``call`` of an ``attempt``."""
-    real, calls = kind.send, collections.Counter()
+def kill_later(pid):
+    """Kills process ``pid`` after STOPPED_SECONDS, from another process."""
+    if os.fork() == 0:
+        time.sleep(STOPPED_SECONDS)
+        os.kill(pid, signal.SIGKILL)
+        os._exit(0)
 
-    def send(self, *mini_batch):
-        calls["send"] += 1
-        if what == "slow" and calls["send"] >= call:
+
+def fail(fault):
+    """Does what the ``fault`` says in this process."""
+    if fault == "error":
+        raise InputError("this cannot be used: use something else")
+    if fault == "SIGSTOP":
+        kill_later(os.getpid())
+    torchrun = os.getppid()
+    target = torchrun if fault in ("SIGTERM", "SIGINT") else os.getpid()
+    os.kill(target, getattr(signal, fault))
+
+
+def failing(send, fault_call, fault, attempt=0):
+    """The method ``send`` with a ``fault`` in its call number ``fault_call`` of an ``attempt``."""
+    calls = 0
+
+    def send_or_fail(self, *mini_batch):
+        nonlocal calls
+        calls += 1
+        if fault == "slow" and calls >= fault_call:
             time.sleep(0.05)
-        elif calls["send"] == call and what == "error":
-            raise InputError("this cannot be used: use something else")
-        elif calls["send"] == call and os.environ["TORCHELASTIC_RESTART_COUNT"] == str(attempt):
-            if what == "SIGSTOP" and os.fork() == 0:
-                stopped = os.getppid()
-                time.sleep(PATIENCE)
-                os.kill(stopped, signal.SIGKILL)
-                os._exit(0)
-            os.kill(os.getpid(), getattr(signal, what))
-        real(self, *mini_batch)
+        elif calls == fault_call and os.environ["TORCHELASTIC_RESTART_COUNT"] == str(attempt):
+            fail(fault)
+        send(self, *mini_batch)
 
-    return send
+    return send_or_fail
 
 
 def watch():
-    """The most tensors of Layout.room (representations that arrive) and of Layout.pack (that leave) alive at once, and
-    how many images there are in Batches: a dict that counts from now on.
+    """Counts from now on, in a dict: the most tensors of TensorFormat.empty (representations that arrive) and of
+    TensorFormat.pack (that leave) alive at once, and the images in Batches.
     """
-    most, alive = collections.Counter(room=0, pack=0, images=0), collections.Counter()
+    most = collections.Counter(empty=0, pack=0, images=0)
+    alive = collections.Counter()
 
-    def counted(name, real):
+    def counted(name):
+        real = getattr(TensorFormat, name)
+
         def make(self, *args):
             tensor = real(self, *args)
             alive[name] += 1
@@ -75,15 +99,15 @@ def watch():
 
         return make
 
-    for name in ("room", "pack"):
-        setattr(partition.Layout, name, counted(name, getattr(partition.Layout, name)))
-    real = images.Batches.__init__
+    TensorFormat.empty = counted("empty")
+    TensorFormat.pack = counted("pack")
+    real_init = Batches.__init__
 
-    def load(self, pixels, *rest, **options):
-        most["images"] += len(pixels)
-        real(self, pixels, *rest, **options)
+    def init(self, images, *args, **options):
+        most["images"] += len(images)
+        real_init(self, images, *args, **options)
 
-    images.Batches.__init__ = load
+    Batches.__init__ = init
     return most
 
 
@@ -94,30 +118,41 @@ def worker(words, faults, held):
     script, *flags = words
     sys.argv = [str(ROOT / script), *flags]
     module = load_script(script)
-    kind = getattr(module, "ReplayStage", stages.Stage)
+    kind = getattr(module, "ReplayStage", Stage)
     if rank in faults:
-        kind.send = fault(kind, *faults[rank])
-    if hasattr(module, "layerwise_cnn") and not Path(script).is_absolute():
-        module.layerwise_cnn = small()
+        kind.send = failing(kind.send, *faults[rank])
     start(module.main)
     if held:
         Path(f"{held}.{rank}").write_text(json.dumps(most))
 
 
+def launch(run):
+    """Runs one dict of JSON; returns its outcome."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=run["processes"],
+        max_restarts=run.get("restarts", 0),
+        monitor_interval=0.05,
+        start_method="fork",
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+    )
+    try:
+        elastic_launch(config, worker)(run["words"], run.get("faults", {}), run.get("held"))
+    except ChildFailedError as error:
+        return sorted({failure.exitcode for failure in error.failures.values()})
+    except SignalException as error:
+        return [128 + error.sigval]
+    return "finished"
+
+
 def main():
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits
-    processes.GRACE = 2.0
     for run in json.loads(sys.argv[1]):
-        how = {"max_restarts": run.get("restarts", 0), "monitor_interval": 0.05, "start_method": "fork"}
-        where = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-        config = LaunchConfig(1, 1, run["processes"], **how, **where)
-        try:
-            elastic_launch(config, worker)(run["words"], run.get("faults", {}), run.get("held"))
-            outcome = "finished"
-        except ChildFailedError as error:
-            outcome = sorted({failure.exitcode for failure in error.failures.values()})
-        print(f"outcome: {outcome}", file=sys.stderr, flush=True)
+        print(f"outcome: {launch(run)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

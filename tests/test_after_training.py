@@ -1,5 +1,6 @@
 """What one does with a trained network: load it from its checkpoint, predict, leave early, export."""
 
+import os
 import re
 import shutil
 import sys
@@ -18,16 +19,16 @@ from decoupled.data import datasets
 from decoupled.data.batches import Batches
 from decoupled.data.images import InputForm
 from decoupled.logs import final, read_log
-from decoupled.networks.evaluation import WithEnsembles, evaluate
+from decoupled.networks.evaluation import evaluate
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training.flags import start
 
 DIGITS = "--dataset digits --train-samples 16 --batch-size 8 --epochs 1 --device cpu"
-IMAGES = "IMAGES --image-size 32 -b 6 -j 0 --nepochs 1 --lr 0.01 --device cpu"
+IMAGES = "IMAGES --image-size 32 -b 6 -j 0 --nepochs 1 --device cpu"
 AUX = "aux_nets/cifar_dgl.py"
 SCRIPTS = {
-    PARALLEL: DIGITS,
-    SEQUENTIAL: DIGITS,
+    PARALLEL: f"{DIGITS} --channels 4",
+    SEQUENTIAL: f"{DIGITS} --channels 4",
     AUX: f"{DIGITS} --channels 4 --depth 5 --block_size 2 --type_aux cnn",
     "ddg_comparison/cifar_backprop.py": f"{DIGITS} --depth 8 --checkpointing --splits 3",
     "ddg_comparison/cifar_ddg.py": f"{DIGITS} --depth 8 --splits 3",
@@ -63,27 +64,33 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_checkpoint_of_every_script_gives_its_network_which_exports(run_script, folder, script):
-    seen = []
-
-    def few(net, batches, *args, **options):
-        images, labels = (values[:4] for values in next(iter(batches)))
-        seen[:] = [net.net if isinstance(net, WithEnsembles) else net, images]
-        return evaluate(net, [(images, labels)], *args, **options)
-
+def test_a_checkpoint_of_every_script_gives_its_network_which_exports(run_script, folder, monkeypatch, script):
     words = [str(folder) if word == "IMAGES" else word for word in SCRIPTS[script].split()]
-    left = run_script(script, *words, evaluate=few)
-    trained, images = seen
-    state = torch.get_rng_state()
+    left = run_script(script, *words, "--lr", 0.02)
+    random_state = torch.get_rng_state()
     net = decoupled.load(left.checkpoint)
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are the caller's
+    assert torch.equal(torch.get_rng_state(), random_state)  # the caller's random numbers are the caller's
     assert not any(module.training for module in net.modules())
-    with torch.no_grad():
-        assert all(torch.equal(*pair) for pair in zip(trained.eval()(images), net(images), strict=True))
-        if script in EXPORTED:
-            exported = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    if script.startswith("imagenet/"):
+        import imagenet_folders
+
+        _, test, _ = imagenet_folders.load(folder, image_size=32, batch_size=6, workers=0)
+    else:
+        _, test, _ = datasets.load("digits", batch_size=8)
+    logged = final(read_log(left.log))["test_top1"].tolist()
+    assert [meter.top1 for meter in evaluate(net, test)] == pytest.approx(logged, abs=1e-4)
+    if script in EXPORTED:
+        images = next(iter(test))[0][:4]
+        exported = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+        with torch.no_grad():
             for some in (images, images[:3]):
                 assert all(torch.equal(*pair) for pair in zip(exported(some), net(some), strict=True))
+    for optimizer in left.state["optimizers"]:
+        (group,) = optimizer["param_groups"]
+        assert group.get("initial_lr", group["lr"]) == 0.02
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    published = 3e-5 if script.startswith("dni/") else 0.01 if script.startswith("ddg") else 0.1
+    assert load_script(script).parse_args().lr == published
 
 
 # One run that has learned something
@@ -108,14 +115,37 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def say(monkeypatch, capsys):
+def stderr():
+    """The lines that say's last command printed to stderr."""
+    return []
+
+
+@pytest.fixture
+def say(monkeypatch, capsys, stderr):
     """say(*words): the lines that python -m decoupled predict prints."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, words), "--device", "cpu"])
         capsys.readouterr()
         start(predict.main)
-        return capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        stderr[:] = printed.err.splitlines()
+        return printed.out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def refused(say, capsys):
+    """refused(*words): the one line on stderr with which python -m decoupled predict ends, with exit code 2."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            say(*words)
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if not line.startswith("checkpoint: ")]
+        assert stop.value.code == 2 and len(lines) == 1 and printed.out == ""
+        return lines[0]
 
     return run
 
@@ -230,48 +260,98 @@ def test_a_script_of_ones_own(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ({"script": "../evil.py"}, "'../evil.py' is the name of no script"),
-        ({"data": {}}, "does not say what images its network reads"),
-        ({"data": {"classes": ["a"]}}, "does not say what images its network reads"),
-        ({"state": {"optimizers": []}}, "holds no network"),
-        ({"script": PARALLEL}, r"is of another network than .*learning_curves/cifar_dgl\.py builds now"),
-        ({"format": 2}, "is from an earlier version of these scripts"),
-        ({"data": None}, "is no checkpoint of these scripts"),
+        {"script": "../evil.py"},
+        {"data": {}},
+        {"data": {"classes": ["a"]}},
+        {"state": {"optimizers": []}},
+        {"script": PARALLEL},
+        {"format": 2},
+        {"data": None},
     ],
+    ids=str,
 )
-def test_checkpoints_that_will_not_do(run, tmp_path, change, message):
+def test_checkpoints_that_will_not_do(run, tmp_path, change):
     torch.save(torch.load(run[0], weights_only=True) | change, tmp_path / "changed.pt")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         decoupled.load(tmp_path / "changed.pt")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        ("/nonexistent.pt", "/nonexistent.pt is no checkpoint: name the .pt file beside a run's log"),
-        ("RUN /nonexistent.png", "/nonexistent.png is missing: name an image file"),
-        ("RUN LOG", ".log is damaged or no image"),
-        ("RUN LOG --heads 4", "--heads 4: choose all, or one from 1 to 3"),
-        ("RUN LOG --heads 1 --early-exit 0.5", "leave out --heads"),
-        ("RUN LOG --early-exit 90", "--early-exit 90: a confidence is at most 1"),
-        ("RUN LOG --output x.png", "--output is for labeled images"),
-        ("RUN --heads 1", "--heads is for image files"),
-        ("RUN FOLDER LOG", "is a folder: name it alone, or image files"),
-        ("RUN FOLDER", "/val/cat is no class of the network's: 0, 1, 2"),
-        ("RUN FOLDER/cat", "holds no images: labeled images are"),
-        ("FOLDER", "there is no checkpoint in"),
+        ("/nonexistent.pt", "/nonexistent.pt"),
+        ("RUN /nonexistent.png", "/nonexistent.png"),
+        ("RUN LOG", ".log"),
+        ("RUN LOG --heads 4", "--heads"),
+        ("RUN LOG --heads 1 --early-exit 0.5", "--heads"),
+        ("RUN LOG --early-exit 90", "--early-exit"),
+        ("RUN LOG --output x.png", "--output"),
+        ("RUN --output x.xyz", "--output"),
+        ("RUN --heads 1", "--heads"),
+        ("RUN FOLDER LOG", "/val"),
+        ("RUN FOLDER", "/val/cat"),
+        ("RUN FOLDER/cat", "/val/cat"),
+        ("FOLDER", "/val"),
     ],
 )
-def test_what_cannot_be_predicted(run, folder, monkeypatch, capsys, words, message):
+def test_what_cannot_be_predicted(run, folder, refused, words, named):
     val = folder / "val"
     names = {"RUN": run[0], "LOG": run[0].with_suffix(".log"), "FOLDER": val, "FOLDER/cat": val / "cat"}
-    monkeypatch.setattr(sys, "argv", ["predict.py", *(str(names.get(word, word)) for word in words.split())])
-    with pytest.raises(SystemExit) as stop:
-        start(predict.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+    assert named in refused(*(names.get(word, word) for word in words.split()))
+
+
+def test_of_a_folder_of_runs_the_newest_by_name_is_taken_whenever_it_was_copied(run, say, tmp_path):
+    for name in ("a-20260102-000000-1.pt", "a-20260102-000000.pt", "z-20260101-000000.pt", "other.pt"):
+        shutil.copy(run[0], tmp_path / name)
+        os.utime(tmp_path / name, (len(name), len(name)))
+    saved = torch.load(run[0], weights_only=True)
+    torch.save(saved | {"script": "mine/newest.py"}, tmp_path / "a-20260102-000000-1.pt")
+    with pytest.raises(SystemExit):
+        say(tmp_path)  # its script is missing
+    (tmp_path / "a-20260102-000000-1.pt").unlink()
+    assert say(tmp_path)[0].startswith(f"{AUX}, 359 images")
+
+
+def draw_folder(root, splits, classes, count, start=0):
+    """Writes ``count`` images of noise per class, 32×32, as root/SPLIT/CLASS/NUMBER.png."""
+    draw = np.random.default_rng(start)
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(start, start + count):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_a_folder_of_ones_own_is_compared_with_what_the_run_saw(run_script, say, stderr, refused, tmp_path):
+    images = tmp_path / "images"
+    draw_folder(images, ("train", "test"), ("b", "c"), 4)
+    (images / "test/b/.DS_Store").touch()
+    (images / "test/c/Thumbs.db").touch()
+    flags = ("--dataset", "folder", "--data-dir", images, "--batch-size", 4, "--epochs", 1, "--device", "cpu")
+    left = run_script(AUX, *flags, "--channels", 2, "--depth", 2)
+    own = say(left.checkpoint)
+    assert stderr == []
+    named = say(left.checkpoint, images / "test")
+    assert "8 images" in own[0] and "8 images" in named[0] and own[1:] == named[1:]  # read in the same way
+    draw_folder(images, ("test",), ("b",), 1, start=9)
+    say(left.checkpoint)
+    (note,) = stderr  # other images than those that the run was tested on
+    assert str(images) in note
+    for split in ("train", "test"):
+        shutil.move(images / split / "b", images / split / "d")
+    assert "'b'" in refused(left.checkpoint)
+    assert "/test/d" in refused(left.checkpoint, images / "test")
+
+
+def test_flops_of_attention_are_counted():
+    attention = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    (flops,) = predict.exit_flops(attention, torch.zeros(1, 5, 16)).alone
+    assert flops >= 5 * 2 * (4 * 16 * 16 + 2 * 16 * 32)  # projections and the two linear layers
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_network_without_modules_below_has_one_head(tmp_path):
@@ -317,23 +397,3 @@ def test_validation_that_leaves_too_little():
         datasets.load("digits", batch_size=8, validation=1438)
     with pytest.raises(InputError, match="1400 is more than the 1338 training images of digits that --validation"):
         datasets.load("digits", batch_size=8, validation=100, train_samples=1400)
-
-
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if "imagenet" not in script])
-def test_the_rate_is_the_flags(run_script, monkeypatch, script):
-    class Stop(Exception):
-        pass
-
-    def made(parameters, lr, **settings):
-        rates.append(lr)
-        raise Stop
-
-    rates, words = [], SCRIPTS[script].split()
-    names = {"SGD": made} | ({"Adam": made} if script.startswith("dni/") else {})
-    if script == "dni/cifar_dgl.py":
-        names.pop("SGD")
-    for extra in ((), ("--lr", 0.5)):
-        with pytest.raises(Stop):
-            run_script(script, *words, *extra, **names)
-    published = 3e-5 if script.startswith("dni/") else 0.01 if script.startswith("ddg") else 0.1
-    assert rates == [published, 0.5]

@@ -1,8 +1,10 @@
 """The claims of the asynchronous simulation, tested on its script, and what its logs are read as."""
 
+import contextlib
 import os
 import signal
-import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -10,36 +12,20 @@ from naive_buffer import NaiveBuffer
 from running import load_script
 from torch.nn import functional as F
 
-from decoupled.data.datasets import load
+from decoupled.data import datasets
 from decoupled.logs import read_log
-from decoupled.networks.evaluation import evaluate
-from decoupled.training import run as runs
 
 SCRIPT = "async_buffer/cifar_buffer.py"
-load_script(SCRIPT)  # its folder can be imported from now on
-import async_flags  # noqa: E402
+script = load_script(SCRIPT)  # its folder can be imported from now on
 import buffer_results  # noqa: E402
 from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
 from turns import ImageStream, Turns, tallies  # noqa: E402
 
 NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
+DATA = ("--dataset", "digits", "--train-samples", 100, "--batch_size", 32)
 SMALL = ("--feature_size", 3, "--ncnn", 3, "--down", "[0,1]", "--mlp", 1, "--device", "cpu")
-FLAGS = (
-    "--dataset",
-    "digits",
-    "--train-samples",
-    100,
-    "--batch_size",
-    32,
-    "--nepochs",
-    3,
-    "--epochdecay",
-    2,
-    "--seed",
-    5,
-    *SMALL,
-)
-LENGTH = 3  # mini-batches an epoch: the 4 images left over are dropped
+FLAGS = (*DATA, "--nepochs", 3, "--epochdecay", 2, "--seed", 5, *SMALL)
+LENGTH = 3  # mini-batches per epoch: the 4 images left over are dropped
 
 
 def fresh(seed=5):
@@ -49,7 +35,7 @@ def fresh(seed=5):
     optimizers = [
         torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True) for module in net
     ]
-    train, _, _ = load("digits", batch_size=32, train_samples=100, drop_last=True, seed=seed)
+    train, _, _ = datasets.load("digits", batch_size=32, train_samples=100, drop_last=True, seed=seed)
     return net, optimizers, train
 
 
@@ -57,22 +43,22 @@ def rate(epochs_done):
     return 0.1 * 0.2 ** (epochs_done // 2)
 
 
+def draws(flags):
+    """Yields the modules of the turns that a run with FLAGS and ``flags`` takes, without its code."""
+    yield from (0, 0, 1, 1, 2, 2)
+    if flags.get("--layer-sequence") == "sequential":
+        while True:
+            yield from (0, 1, 2)
+    weights = torch.ones(3, dtype=torch.float64)
+    weights[flags.get("--layer_noise", 0)] -= flags.get("--noise", 0)
+    generator = torch.Generator().manual_seed(5)
+    while True:
+        yield torch.multinomial(weights, 1, generator=generator).item()
+
+
 def assert_weights(net, left):
     for key, value in net.state_dict().items():
         assert torch.equal(value, left.weights[key]), key
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The modules of the turns that a run of the script takes, in order."""
-    taken, draw = [], Turns.draw
-
-    def noted(self):
-        taken.append(draw(self))
-        return taken[-1]
-
-    monkeypatch.setattr(Turns, "draw", noted)
-    return taken
 
 
 def test_modules_have_the_released_sizes():
@@ -109,21 +95,10 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def build(monkeypatch, *flags):
+def build(*flags):
     """The network that the script builds with those flags."""
-    made = []
-
-    def noted(*arguments, **options):
-        made.append(asynchronous_cnn(*arguments, **options))
-        raise InterruptedError
-
-    module = load_script(SCRIPT)
-    monkeypatch.setattr(module.async_flags, "asynchronous_cnn", noted)
-    monkeypatch.setattr(module.Run, "data", lambda self, **options: (None, None, 10))
-    monkeypatch.setattr(sys, "argv", ["cifar_buffer.py", "--device", "cpu", *map(str, flags)])
-    with pytest.raises(InterruptedError):
-        module.main()
-    return made[0]
+    with torch.device("meta"):
+        return script.build(script.parse_args([str(flag) for flag in flags]), 10)
 
 
 BODY, MLP, CONV = "Conv2d BatchNorm2d ReLU", "AveragePool Flatten", "Conv2d BatchNorm2d ReLU "
@@ -184,9 +159,8 @@ HEADS = [  # flags, layers of a body and a head, parameters of a body in → out
 @pytest.mark.parametrize(
     ("flags", "body", "head", "body_count", "head_count"), HEADS, ids=[str(flags) for flags, *_ in HEADS]
 )
-def test_flags_build_the_released_networks(monkeypatch, flags, body, head, body_count, head_count):
-    with torch.device("meta"):
-        net = build(monkeypatch, *flags)
+def test_flags_build_the_released_networks(flags, body, head, body_count, head_count):
+    net = build(*flags)
     for index, (module, below, width) in enumerate(zip(net, (3, *WIDTHS), WIDTHS, strict=False)):
         assert kinds(module.body) == "MaxPool2d " * (index in (2, 4)) + body
         assert kinds(module.auxiliary) == head
@@ -194,10 +168,10 @@ def test_flags_build_the_released_networks(monkeypatch, flags, body, head, body_
         assert count(module.auxiliary) == head_count(width, index // 2)
 
 
-def test_convolutions_of_a_head_are_3x3_without_bias_at_full_size(monkeypatch):
+def test_convolutions_of_a_head_are_3x3_without_bias_at_full_size():
     with torch.device("meta"):
         for flags in ((), ("--bn", 0)):
-            net = build(monkeypatch, "--nlin", 2, "--width_aux", 6, *flags)
+            net = build("--nlin", 2, "--width_aux", 6, *flags)
             representation = torch.zeros(2, 3, 32, 32)
             for index, (module, size) in enumerate(zip(net, SIZES, strict=True)):
                 representation = module.body(representation)
@@ -229,20 +203,21 @@ def test_a_batch_norm_after_the_pooling_is_drawn_and_learns():
         assert weight in set(module.parameters())
 
 
-def test_ensembles_are_of_logits_weighted_by_powers_of_two(run_script):
-    evaluated = []
-    run_script(
-        SCRIPT,
-        *FLAGS,
-        "--nepochs",
-        1,
-        evaluate=lambda net, *args, **options: evaluated.append(net) or evaluate(net, *args, **options),
-    )
-    first, second, third, *ensembles = evaluated[0].eval()(torch.randn(4, 3, 32, 32))
-    for ensemble, expected in zip(
-        ensembles, (first, (first + 2 * second) / 3, (first + 2 * second + 4 * third) / 7), strict=True
-    ):
-        torch.testing.assert_close(ensemble, expected)
+def test_the_log_has_the_ensembles_of_logits_weighted_by_powers_of_two(run_script):
+    left = run_script(SCRIPT, *FLAGS, "--buffer", 3)
+    _, test, _ = datasets.load("digits", batch_size=32, test_batch_size=1000, train_samples=100)
+    ((images, labels),) = test
+    net = asynchronous_cnn(**NETWORK)
+    net.load_state_dict(left.weights)
+    first, second, third = net.eval()(images)
+
+    def top1(logits):
+        return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+    last = read_log(left.log).tail(3)
+    ensembles = [first, first + 2 * second, first + 2 * second + 4 * third]
+    assert last.test_top1.tolist() == pytest.approx([top1(first), top1(second), top1(third)], abs=1e-3)
+    assert last.ensemble_top1.tolist() == pytest.approx([top1(ensemble) for ensemble in ensembles], abs=1e-3)
 
 
 def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
@@ -268,18 +243,18 @@ def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
 
 
 SETTINGS = [
-    ("--buffer", 3, "--buffer-sampling", "priority_lifo"),
     ("--buffer", 1, "--noise", 0.6, "--layer_noise", 1),
     ("--buffer", 3, "--noise", 0.7, "--layer_noise", 2, "--max-buffer-reuse", 1),
     ("--buffer", 4, "--noise", 0.8, "--max-buffer-reuse", 2, "--buffer-sampling", "fifo"),
+    ("--buffer", 2, "--noise", 0.9, "--layer_noise", 1),
     ("--buffer", 2, "--layer-sequence", "sequential"),
 ]
 
 
 @pytest.mark.parametrize("flags", SETTINGS)
-def test_it_is_algorithm_2(run_script, drawn, flags):
-    """The turns drawn, replayed with plain PyTorch and the naive buffer: the same weights to the bit, the same skips,
-    staleness and reuse.
+def test_it_is_algorithm_2(run_script, flags):
+    """The same turns with plain PyTorch and the naive buffer: the same weights to the bit, of modules that have stopped
+    learning, too; the same skips, staleness and reuse.
     """
     left = run_script(SCRIPT, *FLAGS, *flags)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -288,8 +263,12 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
         NaiveBuffer(given["--buffer"], given.get("--max-buffer-reuse"), given.get("--buffer-sampling", "priority_lifo"))
         for _ in range(2)
     ]
-    images, learned, skipped, stale, reused = iter(()), [0, 0, 0], 0, [], []
-    for n in drawn:
+    images, learned, frozen, skipped, stale, reused = iter(()), [0, 0, 0], [0, 0, 0], 0, [], []
+    turns = draws(given)
+    while min(learned) < 3 * LENGTH:
+        n = next(turns)
+        if learned[n] == 3 * LENGTH:
+            frozen[n] += 1
         if learned[n:] == [3 * LENGTH] * (3 - n):  # nobody needs what it makes any more
             continue
         if n == 0:
@@ -302,6 +281,7 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
             found = buffers[n - 1].read()
             if found is None:
                 skipped += 1
+                frozen[n] -= learned[n] == 3 * LENGTH
                 continue
             item, uses = found
         values, labels, step = item
@@ -324,8 +304,8 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
     assert learned == [3 * LENGTH] * 3
     assert_weights(net, left)
     counted = tallies(read_log(left.log).attrs["comments"])
-    assert counted.turns.sum() == len(drawn) and counted.skipped.sum() == skipped
-    assert counted.frozen.sum() == len(drawn) - skipped - 9 * LENGTH
+    assert counted.turns.sum() == 9 * LENGTH + sum(frozen) + skipped and counted.skipped.sum() == skipped
+    assert counted.groupby("n").frozen.sum().tolist() == frozen
     assert (counted.staleness_max.max(), counted.reuse_max.max()) == (max(stale), max(reused))
     lines = counted[counted.staleness.notna()]
     weights = lines.turns - lines.skipped - lines.frozen
@@ -335,6 +315,11 @@ def test_it_is_algorithm_2(run_script, drawn, flags):
         assert counted.reuse_max.max() < given["--max-buffer-reuse"]
     if given.get("--max-buffer-reuse") == 1:
         assert skipped > 0
+    frame = read_log(left.log)
+    slowest = frame.groupby("epoch").own_epoch.min()
+    assert slowest.tolist() == [1, 2, 3] and frame.own_epoch.max() == 3
+    if given.get("--noise") == 0.9:  # the lowest module goes on for the slow one above it
+        assert left.state["buffers"][0]["writes"] > 3 * LENGTH and frame[frame.n == 0].own_epoch.tolist()[1:] == [3, 3]
 
 
 def test_modules_are_drawn_by_their_weights():
@@ -347,98 +332,66 @@ def test_modules_are_drawn_by_their_weights():
     assert torch.equal(torch.get_rng_state(), before)  # initialization and images do not depend on the draws
 
 
-def test_the_slow_modules_weight_is_one_minus_the_noise(run_script):
-    made = []
-
-    def noted(*arguments, **options):
-        made.append(options["weights"])
-        return Turns(*arguments, **options)
-
-    run_script(SCRIPT, *FLAGS, "--nepochs", 1, "--buffer", 2, "--noise", 0.25, "--layer_noise", 2, Turns=noted)
-    assert made == [[1, 1, 0.75]]
+def test_the_warm_up_fills_the_chain_once():
+    for weights in (None, [1, 1, 0.5]):
+        turns = Turns(3, 10, 1, weights=weights, seed=5)
+        given = {"--layer-sequence": "sequential"} if weights is None else {"--noise": 0.5, "--layer_noise": 2}
+        expected = draws(given)
+        assert [turns.draw() for _ in range(50)] == [next(expected) for _ in range(50)]
 
 
-@pytest.mark.parametrize("sequence", ["random", "sequential"])
-def test_the_warm_up_fills_the_chain_once(run_script, drawn, sequence):
-    """Not again when a module's learning rate falls, here after each epoch."""
-    run_script(SCRIPT, *FLAGS, "--epochdecay", 1, "--buffer", 2, "--layer-sequence", sequence)
-    assert drawn[:6] == [0, 0, 1, 1, 2, 2]
-    if sequence == "sequential":
-        assert drawn[6:] == [turn % 3 for turn in range(len(drawn) - 6)]
-    else:
-        generator = torch.Generator().manual_seed(5)
-        assert drawn[6:] == [
-            torch.multinomial(torch.ones(3).double(), 1, generator=generator).item() for _ in drawn[6:]
-        ]
+@contextlib.contextmanager
+def sigterm_in_second_epoch(folder):
+    """Sends SIGTERM to this process when the run in it, which saves often, has saved within its second epoch."""
 
+    def saved():
+        """[when the checkpoint was written], after the first epoch; [] before."""
+        for log in folder.glob("*.log"):
+            if "# epoch 1 took" in log.read_text():
+                return [log.with_suffix(".pt").stat().st_mtime_ns]
+        return []
 
-def test_rates_fall_and_learning_stops_by_each_modules_own_epochs(run_script, monkeypatch):
-    rates, nets, final = {n: [] for n in (1, 2, 3)}, [], {}
+    def watch():
+        end = time.monotonic() + 60
+        times = set()
+        while time.monotonic() < end:
+            times.update(saved())
+            if len(times) == 3:  # before and at the end of the first epoch, and in the second
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.001)
 
-    def build(*arguments):
-        nets.append(async_flags.build(*arguments))
-        return nets[0]
-
-    class Watched(runs.Run):
-        def step(self, loss, optimizer):
-            super().step(loss, optimizer)
-            n, _ = self.steps.learner(optimizer)
-            rates[n].append(optimizer.param_groups[0]["lr"])
-            if len(rates[n]) == 3 * LENGTH:
-                final[n] = {key: value.clone() for key, value in nets[0][n - 1].state_dict().items()}
-
-    names = {"Run": Watched, "build": build}
-    left = run_script(SCRIPT, *FLAGS, "--buffer", 2, "--noise", 0.9, "--layer_noise", 1, **names)
-    for n in rates:
-        assert rates[n] == pytest.approx([rate(k // LENGTH) for k in range(3 * LENGTH)])
-        for key, value in final[
-            n
-        ].items():  # a module that has learned all its epochs stays as it is, batch norm statistics included
-            assert torch.equal(value, left.weights[f"{n - 1}.{key}"]), key
-    counted = tallies(read_log(left.log).attrs["comments"]).groupby("n").frozen.sum()
-    assert counted[0] > 0 and counted[2] > 0 and counted[1] == 0
-    assert (
-        left.state["buffers"][0]["writes"] > 3 * LENGTH + counted[0] / 2
-    )  # the lowest goes on writing for the slow one above
-    frame = read_log(left.log)
-    assert frame[frame.n == 1].own_epoch.tolist() == [1, 2, 3] and (frame.own_epoch >= frame.epoch).all()
-    assert frame[frame.n == 0].own_epoch.tolist()[1:] == [3, 3]
-
-
-class Stopped(runs.Run):
-    """A run that gets SIGTERM amid its second epoch."""
-
-    steps = 0
-
-    def step(self, loss, optimizer):
-        super().step(loss, optimizer)
-        Stopped.steps += self.epoch == 2
-        if Stopped.steps == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # a signal that comes too late does not end the tests
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ("--buffer", 3, "--noise", 0.5, "--layer_noise", 1),
-        ("--buffer", 2, "--compress", 4, "--max-buffer-reuse", 1),
-        ("--buffer", 2, "--compress", 8, "--half", "--layer-sequence", "sequential"),
+        ("--buffer", 2, "--compress", 4, "--half", "--max-buffer-reuse", 1),
         (),
     ],
 )
-def test_a_stopped_run_resumes_exactly(run_script, monkeypatch, tmp_path, flags):
-    whole = run_script(SCRIPT, *FLAGS, *flags, folder=tmp_path / "whole")
-    monkeypatch.setattr(Stopped, "steps", 0)
-    with pytest.raises(SystemExit) as stop:
-        run_script(SCRIPT, *FLAGS, *flags, Run=Stopped)
+def test_a_stopped_run_resumes_exactly(run_script, tmp_path, flags):
+    flags = (*FLAGS, *flags, "--train-samples", 160, "--batch-size", 16, "--nepochs", 2)
+    whole = run_script(SCRIPT, *flags, folder=tmp_path / "whole")
+    with pytest.raises(SystemExit) as stop, sigterm_in_second_epoch(tmp_path / "logs"):
+        run_script(SCRIPT, *flags, "--save-every", 0.0001)
     assert stop.value.code == 143
-    left = run_script(SCRIPT, *FLAGS, *flags, "--resume")
+    left = run_script(SCRIPT, *flags, "--resume")
     assert "# resumed after epoch 2, batch" in left.log.read_text()
     told = [
         [line for line in run.log.read_text().splitlines() if line.startswith(("n: ", "# module", "# buffer"))]
         for run in (left, whole)
     ]
-    assert told[0] == told[1] and len(left.lines) == 9
+    assert told[0] == told[1] and len(left.lines) == 6
     assert_same(left.state, whole.state)
 
 
@@ -458,24 +411,23 @@ def assert_same(left, right):
 
 
 def test_the_image_stream_resumes_amid_a_pass():
-    train, _, _ = load("digits", batch_size=32, train_samples=100, seed=1)
+    train, _, _ = datasets.load("digits", batch_size=32, train_samples=100, seed=1)
     stream = ImageStream(train)
     for taken in range(10):  # 4 a pass
         state = stream.state_dict()
-        other = ImageStream(load("digits", batch_size=32, train_samples=100, seed=2)[0])
+        other = ImageStream(datasets.load("digits", batch_size=32, train_samples=100, seed=2)[0])
         other.load_state_dict(state)
         assert_same(other.state_dict(), state)
         assert torch.equal(stream.read().representation, other.read().representation), taken
 
 
 def test_more_epochs_only_before_a_module_has_stopped_learning(run_script, fails, tmp_path):
-    run_script(SCRIPT, *FLAGS, "--nepochs", 2, "--buffer", 2)
-    assert "a module has stopped learning after its epoch 2: resume with --nepochs 2" in fails(
-        SCRIPT, *FLAGS, "--buffer", 2, "--resume"
-    )
-    run_script(SCRIPT, *FLAGS, "--nepochs", 2, folder=tmp_path / "synchronous")
-    left = run_script(SCRIPT, *FLAGS, "--resume", folder=tmp_path / "synchronous")
-    assert left.lines == run_script(SCRIPT, *FLAGS, folder=tmp_path / "whole").lines
+    more = ("--epochs", 2, "--resume")  # the other name of --nepochs
+    run_script(SCRIPT, *FLAGS, "--nepochs", 1, "--buffer", 2)
+    assert "--nepochs 1" in fails(SCRIPT, *FLAGS, "--buffer", 2, *more)
+    run_script(SCRIPT, *FLAGS, "--nepochs", 1, folder=tmp_path / "synchronous")
+    left = run_script(SCRIPT, *FLAGS, *more, folder=tmp_path / "synchronous")
+    assert left.lines == run_script(SCRIPT, *FLAGS, "--nepochs", 2, folder=tmp_path / "whole").lines
 
 
 def test_without_ensembles(run_script):
@@ -484,62 +436,49 @@ def test_without_ensembles(run_script):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags",  # the first is refused
     [
-        (("--buffer", 3, "--noise", 1), "argument --noise: '1' must be a number ≥ 0 and < 1"),
-        (("--buffer", 3, "--noise", "-0.1"), "argument --noise: '-0.1' must be a number"),
-        (("--buffer", 3, "--noise", "nan"), "argument --noise: 'nan' must be a number"),
-        (("--buffer", 3, "--noise", "much"), "argument --noise: 'much' must be a number"),
-        (("--lr", 0), "argument --lr: '0' must be a number > 0"),
-        (("--buffer", 3, "--noise", 0.1, "--layer_noise", 3), "--layer_noise 3 is no module: there are 3, from 0"),
-        (
-            ("--buffer", 3, "--noise", 0.1, "--layer_noise", -1),
-            "argument --layer_noise: '-1' must be an integer ≥ 0",
-        ),
-        (("--buffer", 3, "--buffer-sampling", "newest"), "argument --buffer-sampling: invalid choice: 'newest'"),
-        (("--buffer", 3, "--layer-sequence", "cyclic"), "argument --layer-sequence: invalid choice: 'cyclic'"),
-        (("--buffer", -1), "argument --buffer: '-1' must be an integer ≥ 0"),
-        (("--buffer", 3, "--max-buffer-reuse", 0), "argument --max-buffer-reuse: '0' must be an integer ≥ 1"),
-        (("--buffer", 3, "--compress", 5), "argument --compress: invalid choice: 5"),
-        (
-            ("--buffer", 3, "--noise", 0.1, "--layer-sequence", "sequential"),
-            "--noise has no effect with --layer-sequence sequential",
-        ),
-        (("--noise", 0.1), "--noise has no effect without --buffer: the run is synchronous"),
-        (("--max-buffer-reuse", 2), "--max-buffer-reuse has no effect without --buffer"),
-        (("--compress", 8), "--compress has no effect without --buffer"),
-        (("--width_aux", 64), "--width_aux has no effect without --nlin"),
-        (("--down", "1;2"), "argument --down: '1;2' is no list of modules such as [1,3]"),
-        (("--down", "[0,2]"), "--down [0, 2] must list different modules from 0 to 1"),
-        (("--ncnn", 8, "--down", "0,1,2,3,4,5"), "halves the size too often: 32x32 cannot be halved 6 times"),
-        (
-            ("--ncnn", 8, "--down", "0,1,2,3,4"),
-            "--avg_size 16 does not fit: it must divide 32x32 and be halved 5 times (--down [0, 1, 2, 3, 4]): choose "
-            "from 32",
-        ),
-        (("--avg_size", 6), "--avg_size 6 does not fit: it must divide 32x32 and be halved 2 times (--down [0, 1])"),
-        (("--avg_size", 2), "--avg_size 2 does not fit"),
-        (("--avg_size", 64), "choose from 4, 8, 16, 32"),
-        (("--avg_size", 0), "argument --avg_size: '0' must be an integer ≥ 1"),
-        (("--buffer", 3, "--buffer-sampling", "lifo"), "argument --buffer-sampling: invalid choice: 'lifo'"),
-        (("--ncnn", 1), "argument --ncnn: '1' must be an integer ≥ 2"),
-        (("--ds-type", "sum"), "argument --ds-type: invalid choice: 'sum'"),
-        (("--buffer", 10**9), "the buffers need "),
+        ("--noise", 1, "--buffer", 3),
+        ("--noise", "nan", "--buffer", 3),
+        ("--layer_noise", 3, "--buffer", 3, "--noise", 0.1),
+        ("--layer_noise", -1, "--buffer", 3, "--noise", 0.1),
+        ("--buffer-sampling", "lifo", "--buffer", 3),
+        ("--layer-sequence", "cyclic", "--buffer", 3),
+        ("--buffer", -1),
+        ("--max-buffer-reuse", 0, "--buffer", 3),
+        ("--compress", 5, "--buffer", 3),
+        ("--noise", 0.1, "--buffer", 3, "--layer-sequence", "sequential"),
+        ("--noise", 0.1),
+        ("--max-buffer-reuse", 2),
+        ("--compress", 8),
+        ("--width_aux", 64),
+        ("--down", "1;2"),
+        ("--down", "[0,2]"),
+        ("--down", "0,1,2,3,4,5", "--ncnn", 8),
+        ("--avg_size", 16, "--ncnn", 8, "--down", "0,1,2,3,4"),
+        ("--avg_size", 6),
+        ("--avg_size", 2),
+        ("--avg_size", 64),
+        ("--ncnn", 1),
+        ("--ds-type", "sum"),
+        ("--buffer", 10**9),
+        ("--prog",),
     ],
 )
-def test_bad_flags(fails, flags, message):
-    assert message in fails(SCRIPT, *FLAGS, *flags)
+def test_bad_flags(fails, flags):
+    assert flags[0] in fails(SCRIPT, *FLAGS, *flags)
 
 
 # What runs came to
 
 
 def test_results_of_complete_logs_with_their_setting_and_spread(run_script, tmp_path):
+    short = (*DATA, "--nepochs", 1, *SMALL)
     for seed in (0, 1):
         for flags in ((), ("--noise", 0.5, "--layer_noise", 2)):
-            quick = (*FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL)
-            run_script(SCRIPT, *quick, "--buffer", 2, *flags, "--seed", seed, "--name", f"{seed}{len(flags)}")
-    last = run_script(SCRIPT, *FLAGS[: FLAGS.index("--nepochs")], "--nepochs", 1, *SMALL, "--name", "cut").log
+            name = f"{seed}{len(flags)}"
+            run_script(SCRIPT, *short, "--buffer", 2, *flags, "--seed", seed, "--name", name)
+    last = run_script(SCRIPT, *short, "--name", "cut").log
     last.write_text("".join(line for line in last.read_text().splitlines(True) if not line.startswith("n: 2")))
     frame = buffer_results.results(tmp_path / "logs")
     assert sorted(zip(frame["slow_down"], frame["seed"], strict=True)) == [(1, 0), (1, 1), (2, 0), (2, 1)]
@@ -549,4 +488,4 @@ def test_results_of_complete_logs_with_their_setting_and_spread(run_script, tmp_
     two = frame[frame["slow_down"] == 2]["test_top1"]
     assert table.loc[(2, "2", 2.0), "test_top1"] == pytest.approx(two.mean(), abs=0.006)
     assert table.loc[(2, "2", 2.0), "spread"] == pytest.approx(two.std(), abs=0.006)
-    assert [complete for path, _, _, complete in buffer_results.read_runs(tmp_path / "logs") if path == last] == [False]
+    assert [run.path for run in buffer_results.read_runs(tmp_path / "logs") if not run.complete] == [last]

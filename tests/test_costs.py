@@ -168,8 +168,9 @@ def dgl_step(net, images, labels, summed=False):
     return lambda: (step(), step())
 
 
-@pytest.mark.parametrize("depth", [4, 8])
-def test_dgl_needs_less_memory_than_joint_backward_passes(depth):
+def test_dgl_needs_less_memory_than_joint_backward_passes():
+    depth = 4
+
     # The paper's claim: each module's graph is freed before the next module's forward pass.
     def net(block_size=1):
         with torch.device("meta"):
@@ -274,9 +275,9 @@ def test_blocks_of_layers_back_propagate_inside():
 @pytest.mark.parametrize("name, low, high", [("cnn", 200, 200.1), ("mlp-sr", 4, 4.5), ("mlp", 2, 2.2)])
 def test_relative_cost_where_channels_stay(name, low, high):
     with torch.device("meta"):
-        net = layerwise_cnn(channels=128, depth=6, auxiliary=name)
+        net = layerwise_cnn(channels=128, depth=4, auxiliary=name)
     relative = relative_cost(costs(net, torch.empty(2, 3, 32, 32, device="meta")))
-    assert list(relative.index) == [1, 2, 3, 4, 5, 6]
+    assert list(relative.index) == [1, 2, 3, 4]
     assert (
         low <= relative[3] <= high
     )  # 256 → 256 channels at 16×16: CNN-aux is two convolutions more (and a small Linear)

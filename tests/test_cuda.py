@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from gpu_commands import ASYNC, COMMANDS, DNI, OVERFLOWS, TOY, called, check_an_overflow, check_compiled
+from gpu_commands import ASYNC, COMMANDS, DNI, NARROW, OVERFLOWS, TOY, called, check_an_overflow, check_compiled
 from running import PARALLEL, SEQUENTIAL, load_script
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -83,11 +83,11 @@ def test_an_overflow_in_one_module_costs_it_one_step_and_half_its_loss_scale(on_
 
 
 def test_dni_refuses_fp16(fails):
-    message = fails(DNI, *TOY, "--channels", 4, "--dni", "--device", "cuda", "--half")
+    message = fails(DNI, *TOY, *NARROW, "--dni", "--device", "cuda", "--half")
     assert "--half" in message
 
 
-@pytest.mark.parametrize("command", [(PARALLEL, *TOY), (SEQUENTIAL, *TOY)], ids=called)
+@pytest.mark.parametrize("command", [(PARALLEL, *TOY, *NARROW), (SEQUENTIAL, *TOY, *NARROW)], ids=called)
 def test_compiled_modules_learn_the_same(on_gpu, command):
     plain = read_log(on_gpu(command, "--epochs", 1, "--name", "plain").log)
     compiled = read_log(on_gpu(command, "--epochs", 1, "--name", "compiled", "--compile").log)

@@ -1,13 +1,12 @@
 """Images: reading, order, augmentation statistics, and every kind of bad data."""
 
-import gzip
-import struct
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from decoupled import InputError
 from decoupled.data import datasets
@@ -84,6 +83,45 @@ def test_crops_are_uniform_flips_are_half_and_borders_are_zero():
     assert abs(flips / count - 0.5) < 4 * 0.5 / count**0.5
 
 
+def offsets(image, padded):
+    """The (top, left) at which ``image`` lies in ``padded`` or in its mirror image."""
+    found = []
+    for view in (padded, padded.flip(1)):
+        for top in range(9):
+            for left in range(9):
+                if torch.equal(view[top : top + image.shape[0], left : left + image.shape[1]], image):
+                    found.append((top, left))
+    return found
+
+
+def test_images_are_cropped_to_their_own_size():
+    images = torch.randint(1, 256, (50, 48, 64, 3), dtype=torch.uint8)
+    train = Batches(images, torch.arange(50), 50, **STATISTICS, augment=True)
+    ((batch, labels),) = train
+    assert batch.shape == (50, 3, 48, 64)
+    found = []
+    for image, label in zip(pixels(batch), labels, strict=True):
+        found += offsets(image, F.pad(images[label].long(), (0, 0, 4, 4, 4, 4)))
+    assert len(found) == 50 and len(set(found)) > 20
+    ((whole, _),) = train.without_augmentation()
+    assert torch.equal(pixels(whole), images.long())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.rand(4, 32, 32, 3), torch.arange(4)),
+        (torch.zeros(4, 32, 32, 3, dtype=torch.int64), torch.arange(4)),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)),
+        (torch.zeros(4, 32, 32, dtype=torch.uint8), torch.arange(4)),
+        (torch.zeros(5, 32, 32, 3, dtype=torch.uint8), torch.arange(4)),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(images, labels):
+    with pytest.raises(InputError):
+        Batches(images, labels, 2, **STATISTICS)
+
+
 def test_without_flip_no_image_is_mirrored():
     train = Batches(*numbered(100), 100, **STATISTICS, augment=True, flip=False)
     ((batch, _),) = train
@@ -141,7 +179,7 @@ def test_digits_are_the_bundled_set():
 def folders(tmp_path, monkeypatch):
     """CIFAR-10 as image folders, if it had 3 classes: 4 training and 2 test images of each."""
     for name in ("cifar10", "cifar100"):
-        monkeypatch.setitem(datasets.CLASSES, name, 3)
+        monkeypatch.setitem(datasets.CIFAR_CLASSES, name, 3)
     random = np.random.default_rng(0)
     root = tmp_path / "data"
     for split, count in (("train", 4), ("test", 2)):
@@ -178,104 +216,23 @@ def test_cifar10_has_the_published_statistics(folders):
     torch.testing.assert_close(1 / train.scale / 255, torch.tensor([0.2023, 0.1994, 0.2010]))
 
 
-def test_truncated_image_is_named(folders):
-    path = folders / "train" / "cat" / "2.png"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match=r"train/cat/2\.png is damaged"):
-        load("cifar10", folders, batch_size=2)
-
-
-def test_image_that_is_none_is_named(folders):
-    (folders / "test" / "ship" / "0.png").write_text("hello")
-    with pytest.raises(InputError, match=r"test/ship/0\.png is damaged or no image"):
-        load("cifar10", folders, batch_size=2)
-
-
 def test_image_of_another_size_is_named(folders):
     Image.new("RGB", (48, 40)).save(folders / "train" / "cat" / "2.png")
-    with pytest.raises(InputError, match=r"cat/2\.png is 48x40: this data set's images are 32x32"):
+    with pytest.raises(InputError, match=r"cat/2\.png is 48x40"):
         load("cifar10", folders, batch_size=2)
-
-
-def test_class_folder_without_images_is_named(folders):
-    for path in (folders / "train" / "ship").iterdir():
-        path.unlink()
-    with pytest.raises(InputError, match="ship"):
-        load("cifar10", folders, batch_size=2)
-
-
-def test_class_in_only_one_split_is_named(folders):
-    (folders / "test" / "ship").rename(folders / "test" / "boat")
-    with pytest.raises(InputError, match="'boat' is in only one of train and test"):
-        load("cifar10", folders, batch_size=2)
-
-
-def test_missing_split_is_named(folders):
-    (folders / "test").rename(folders / "other")
-    with pytest.raises(InputError, match="data/test is missing"):
-        load("cifar10", folders, batch_size=2)
-
-
-# idx files
-
-
-def write_idx(path, values):
-    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-
-
-@pytest.fixture(params=["", ".gz"])
-def idx(request, tmp_path, monkeypatch):
-    for split, count in (("train", 20), ("t10k", 10)):
-        monkeypatch.setitem(datasets.FASHION_MNIST, split, count)
-    random = np.random.default_rng(0)
-    for split, count in (("train", 20), ("t10k", 10)):
-        write_idx(
-            tmp_path / f"{split}-images-idx3-ubyte{request.param}",
-            random.integers(1, 256, (count, 28, 28), dtype=np.uint8),
-        )
-        write_idx(tmp_path / f"{split}-labels-idx1-ubyte{request.param}", np.arange(count, dtype=np.uint8) % 10)
-    return tmp_path, request.param
-
-
-def test_fashion_mnist_from_idx_files(idx):
-    train, test, classes = load("fashion-mnist", idx[0], batch_size=5)
-    assert (len(train.labels), len(test.labels), classes) == (20, 10, 10)
-    assert train.flip
-    image = test.images[0]
-    assert (image[2:30, 2:30] > 0).all() and image[:2].sum() == image[30:].sum() == image[:, :2].sum() == image[
-        :, 30:
-    ].sum() == 0
-    assert torch.equal(image[..., 0], image[..., 1]) and torch.equal(image[..., 0], image[..., 2])
-
-
-@pytest.mark.parametrize("keep", [2, 10, 5000])
-def test_truncated_idx_file_is_named(idx, keep):
-    folder, suffix = idx
-    path = folder / f"train-images-idx3-ubyte{suffix}"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"train-images-idx3-ubyte.* is damaged or truncated"):
-        load("fashion-mnist", folder, batch_size=5)
-
-
-def test_missing_idx_file_is_named(idx):
-    folder, suffix = idx
-    (folder / f"t10k-labels-idx1-ubyte{suffix}").unlink()
-    with pytest.raises(InputError, match="t10k-labels-idx1-ubyte is missing"):
-        load("fashion-mnist", folder, batch_size=5)
 
 
 # What cannot be had
 
 
 def test_unknown_data_set():
-    with pytest.raises(InputError, match="'mnist': choose from cifar10, cifar100, fashion-mnist, digits"):
+    with pytest.raises(InputError, match=r"'mnist'.*digits"):
         load("mnist", batch_size=5)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "fashion-mnist"])
 def test_missing_folder(dataset, tmp_path):
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere"):
         load(dataset, tmp_path / "nowhere", batch_size=5)
     assert not list(tmp_path.iterdir())
 
@@ -290,21 +247,23 @@ def test_without_a_network_the_error_says_what_else_works(dataset, exists, tmp_p
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(urllib.request, "_opener", None)
-    with pytest.raises(
-        InputError,
-        match=f"{dataset} is not in data and cannot be downloaded .*: put it there as .*--dataset digits needs no",
-    ):
+    with pytest.raises(InputError, match=f"^{dataset} .* data .*--dataset digits") as error:
         load(dataset, "data", batch_size=5)
-    assert [path.name for path in tmp_path.rglob("*")] == (["data", "mine.txt"] if exists else [])
+    assert "\n" not in str(error.value)
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == (["mine.txt"] if exists else [])
+    assert (tmp_path / "data").exists() == exists
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_samples": 1439, "batch_size": 8}, "--train-samples 1439 is more than the 1438"),
-        ({"train_samples": 100, "batch_size": 101}, "fewer than one batch of 101"),
-        ({"train_samples": 33, "batch_size": 32}, "a batch of one image"),
-        ({"batch_size": 1}, "a batch of one image"),
+        ({"train_samples": 1439, "batch_size": 8}, "--train-samples"),
+        ({"train_samples": 100, "batch_size": 101}, "--batch-size"),
+        ({"train_samples": 33, "batch_size": 32}, "--batch-size"),
+        ({"batch_size": 1}, "--batch-size"),
+        ({"validation": 1438, "batch_size": 8}, "--validation"),
+        ({"validation": 1400, "train_samples": 39, "batch_size": 8}, "--train-samples"),
     ],
 )
 def test_impossible_numbers_of_samples(settings, message):

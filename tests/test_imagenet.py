@@ -5,7 +5,6 @@ networks.
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from running import ROOT, Finished, launch, load_script, published_series
+from small_imagenet import BACKPROP, CLASSES, DGL, TRAIN, VAL, write_folders
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -25,12 +24,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from decoupled.logs import read_log
 from decoupled.parallel import batch_norm as global_batch_norm
 
-DGL, BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
 vgg, resnet = load_script("imagenet/greedy_vgg.py"), load_script("imagenet/greedy_resnet.py")
 script = load_script(DGL)
 import imagenet_folders  # noqa: E402  importable since a script of that folder was loaded
 
-CLASSES, TRAIN, VAL = 7, 21, 17
 GPUS = torch.cuda.device_count()
 # Mini-batches of 8, 8, 5; val 8, 8, 1
 TOY = "--image-size 32 -b 8 -j 0 --device cpu --nepochs 2 --epochdecay 1 --lr 0.01"
@@ -40,22 +37,6 @@ RESNET = (DGL, "--arch", "resnet50", "--splits", 3, "--channels", 2)
 END = (BACKPROP, "--arch", "resnet18")
 DROPOUT = (DGL, "--arch", "squeezenet1_1", "--splits", 3, "--nlin", 1, "--mlp", 0)
 METHODS = {"vgg": VGG, "resnet": RESNET, "end to end": END, "dropout": DROPOUT}
-
-
-def write_folders(root):
-    """Image folders of 7 classes: 3 training images each, 2 for val, 5 of the last; one grey, one CMYK, one PNG under a
-    JPEG's name.
-    """
-    draw = np.random.default_rng(0)
-    for split, each in (("train", 3), ("val", 2)):
-        for label in range(CLASSES):
-            path = root / split / f"class{label}"
-            path.mkdir(parents=True)
-            for number in range(each + 3 * (split == "val" and label == CLASSES - 1)):
-                pixels = draw.integers(0, 256, (5, 6 + number, 3), dtype=np.uint8)
-                image = Image.fromarray(pixels).resize((40 + 3 * label, 44 - label))
-                kind = {(0, 0): "L", (1, 0): "CMYK"}.get((label, number), "RGB")
-                image.convert(kind).save(path / f"{number}.JPEG", "PNG" if (label, number) == (2, 0) else "JPEG")
 
 
 @pytest.fixture(scope="session")
@@ -266,72 +247,6 @@ def test_resnets_linear_layers_keep_pytorchs_default_and_only_bn1d_is_drawn():
             assert layer.bias is None
 
 
-# Data
-
-
-def make(folder, **settings):
-    return imagenet_folders.load(folder, **{"image_size": 32, "batch_size": 8, "workers": 0, **settings})
-
-
-def test_an_images_augmentation_is_the_seeds_the_epochs_and_its_own(folder):
-    train, val, classes = make(folder)
-    assert (len(train.images), len(val.images), classes) == (TRAIN, VAL, CLASSES)
-    first = train.images[1, 4][0]
-    torch.rand(3)
-    assert first.dtype == torch.uint8 and first.shape == (3, 32, 32)
-    assert torch.equal(train.images[1, 4][0], first)
-    others = [train.images[2, 4][0], make(folder, seed=2)[0].images[1, 4][0]]
-    assert not any(torch.equal(first, other) for other in others)
-    assert torch.equal(val.images[1, 4][0], val.images[2, 4][0])
-    state = torch.get_rng_state()
-    _ = train.images[1, 5]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def flat(lists):
-    return [element for each in lists for element in each]
-
-
-def test_processes_share_each_mini_batch(folder):
-    def keys(share, epoch=1, start=0):
-        share.epoch, share.start = epoch, start
-        return [[index for _, index in batch] for batch in share]
-
-    whole = keys(make(folder)[0].share)
-    assert [len(batch) for batch in whole] == [8, 8, 5] and sorted(flat(whole)) == list(range(TRAIN))
-    assert keys(make(folder)[0].share, epoch=2) != whole
-    assert keys(make(folder)[0].share, start=2) == whole[2:]
-    for processes in (2, 3):
-        shares = [keys(make(folder, rank=rank, processes=processes)[0].share) for rank in range(processes)]
-        assert [flat(parts) for parts in zip(*shares, strict=True)] == whole
-        tests = [keys(make(folder, rank=rank, processes=processes)[1].share) for rank in range(processes)]
-        assert sorted(flat(flat(test) for test in tests)) == list(range(VAL))  # each image once, none twice
-
-
-def test_normalization_is_imagenets(folder):
-    _, val, _ = make(folder)
-    image = val.images[1, 3][0]
-    expected = torchvision.transforms.v2.functional.normalize(
-        image.double() / 255, imagenet_folders.MEAN, imagenet_folders.STD
-    )
-    images, labels = next(iter(val))
-    torch.testing.assert_close(images[3].double(), expected, rtol=0, atol=1e-5)
-    assert images.shape == (8, 3, 32, 32) and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_centre_crop_is_the_middle_of_the_image_resized(folder):
-    _, val, _ = make(folder)
-    image = val.images.decode(5)
-    resized = torchvision.transforms.v2.functional.resize(image, 36, antialias=True)
-    top, left = (round((side - 32) / 2) for side in resized.shape[1:])
-    assert torch.equal(val.images[1, 5][0], resized[:, top : top + 32, left : left + 32])
-
-
-def test_neither_workers_nor_their_number_matter(train_small):
-    assert_same(train_small(VGG, "--nepochs", 1, "-j", 2, to="workers"), train_small(VGG, "--nepochs", 1))
-
-
 # The algorithm and the numbers
 
 
@@ -340,7 +255,7 @@ def test_dgl_is_each_module_learning_alone(whole, folder):
     torch.manual_seed(1)
     net = vgg.greedy_vgg("vgg11", 3, CLASSES, 32, width=2).to(memory_format=torch.channels_last)
     start = {name: value.clone() for name, value in net.state_dict().items()}
-    train, _, _ = make(folder, seed=1)
+    train, _, _ = imagenet_folders.load(folder, image_size=32, batch_size=8, workers=0, seed=1)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True) for m in net]
     for rate in (0.01, 0.1 * 0.01):
         for images, labels in train:
@@ -373,7 +288,7 @@ def test_the_logs_accuracies_are_numpys(whole, folder, method):
     build = vgg.greedy_vgg if method is VGG else resnet.greedy_resnet
     net = build(method[2], method[4], CLASSES, 32, width=2).to(memory_format=torch.channels_last)
     net.load_state_dict(left.weights)
-    _, val, _ = make(folder)
+    _, val, _ = imagenet_folders.load(folder, image_size=32, batch_size=8, workers=0)
     with torch.no_grad():
         every = [net.eval()(images) for images, _ in val]
     heads = [torch.cat([logits[n] for logits in every]).float().numpy() for n in range(len(net))]
@@ -647,73 +562,6 @@ def test_bad_flags(fails, folder, method, flags):
     names = {"--block-size": "block-size", "--static-loss-scale": "loss-scale", "--dynamic-loss-scale": "loss-scale"}
     flag = flags[0].replace("_", "-")
     assert names.get(flag, flag.lstrip("-")) in message
-
-
-@pytest.fixture
-def own(folder, tmp_path):
-    """A copy of the image folders, to spoil."""
-    return shutil.copytree(folder, tmp_path / "own")
-
-
-def spoil(own, what):
-    if what in ("train", "val"):
-        shutil.rmtree(own / what)
-    elif what == "empty class":
-        for path in (own / "train/class3").iterdir():
-            path.unlink()
-    elif what == "other classes":
-        (own / "val/class3").rename(own / "val/class30")
-    elif what == "no class":
-        for path in (own / "val").iterdir():
-            shutil.rmtree(path)
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("train", "/train is missing: image folders are {train,val}/<class>/<image>"),
-        ("val", "/val is missing: image folders are {train,val}/<class>/<image>"),
-        ("empty class", "/train cannot be read as image folders (Found no valid file for the classes class3)"),
-        ("no class", "/val cannot be read as image folders (Couldn't find any class folder in"),
-        ("other classes", "class folder 'class3' is in only one of train and val"),
-    ],
-)
-def test_bad_folders(fails, own, what, message):
-    spoil(own, what)
-    assert message in fails(DGL, own, *FLAGS, *VGG[1:])
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_image_is_named(train_small, own, capsys, split):
-    path = own / split / "class4/1.JPEG"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(SystemExit) as stop:
-        train_small(VGG, data=own)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert message.startswith(f"imagenet_dgl.py: error: {path} is damaged or no image (")
-
-
-def test_a_damaged_image_ends_the_process_at_once(own, tmp_path):
-    """With its workers, for which Python would wait."""
-    path = own / "train/class4/1.JPEG"
-    path.write_bytes(path.read_bytes()[:200])
-    flags = map(str, (own, *FLAGS, *VGG[1:], "-j", 2, "--save_folder", tmp_path / "logs"))
-    command = [sys.executable, ROOT / DGL, *flags]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and str(path) in ended.stderr
-
-
-def test_other_images_are_not_resumed(train_small, fails, own, folder, tmp_path):
-    train_small(VGG, "--nepochs", 1)
-    (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    assert "the run was trained on other images than these 21 images of 7 classes" in fails(
-        DGL, own, *FLAGS, *VGG[1:], "--resume"
-    )
-    moved = shutil.copytree(folder, tmp_path / "moved")
-    assert train_small(VGG, "--resume", data=moved).log.is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_small, capsys):

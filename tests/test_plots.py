@@ -1,12 +1,15 @@
-"""Figures: they show the log's numbers under the right labels."""
+"""Figures: they show the log's numbers under the right labels. And the package's command line."""
 
+import os
+import subprocess
 import sys
 
 import pandas
 import pytest
-from matplotlib import pyplot
+from matplotlib.figure import Figure
+from running import ROOT
 
-from decoupled import InputError
+from decoupled import __main__
 from decoupled.analysis import plots
 from decoupled.logs import head_line, read_log
 from decoupled.training.flags import start
@@ -21,7 +24,7 @@ def log(tmp_path):
 
 
 def test_curves_draw_the_heads_asked_for_under_their_own_labels(log):
-    _, axes = pyplot.subplots()
+    axes = Figure().subplots()
     lines = plots.curves(axes, read_log(log), "test_top1")
     assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in lines] == [
         ("head 1", [1, 2, 3], [21, 22, 23]),
@@ -39,7 +42,6 @@ def test_curves_draw_the_heads_asked_for_under_their_own_labels(log):
     (line,) = plots.reference_curves(axes, read_log(log), "loss", heads=[1], linestyle="--")
     assert (line.get_label(), line.get_ydata()[0], line.get_color()) == ("authors' log", 1, "0.75")
     assert line.get_zorder() < lines[0].get_zorder()
-    pyplot.close("all")
 
 
 def write(path, seed, top1, command="learning_curves/cifar_dgl.py", epochs=2, **arguments):
@@ -54,7 +56,7 @@ def write(path, seed, top1, command="learning_curves/cifar_dgl.py", epochs=2, **
 
 def test_seeds_are_drawn_as_mean_and_range_where_all_have_come(tmp_path):
     frames = [read_log(write(tmp_path / f"{s}.log", s, top1, epochs=s + 1)) for s, top1 in ((1, 20), (2, 30), (3, 70))]
-    _, axes = pyplot.subplots()
+    axes = Figure().subplots()
     (line,) = plots.curves(axes, frames, "test_top1", heads=[1])
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [41, 42])
     (band,) = axes.collections
@@ -64,7 +66,6 @@ def test_seeds_are_drawn_as_mean_and_range_where_all_have_come(tmp_path):
     bars = plots.points(axes, pandas.Series([1.0, 3.0, 8.0, 5.0], index=[2, 2, 2, 4]))
     assert list(bars[0].get_ydata()) == [4, 5]
     assert [segment[:, 1].tolist() for segment in bars[2][0].get_segments()] == [[1, 8], [5, 5]]
-    pyplot.close("all")
 
 
 def test_logs_that_differ_in_the_seed_only_are_one_group(tmp_path):
@@ -83,51 +84,82 @@ def test_logs_that_differ_in_the_seed_only_are_one_group(tmp_path):
     assert grouped(first, named) == {"a-seed1": 1, "b": 1}
 
 
-def command(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["plots.py", *map(str, words)])
-    start(plots.main)
+@pytest.fixture
+def plot(monkeypatch, capsys):
+    """plot(*words): what python -m decoupled plot prints."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plot", *map(str, words)])
+        capsys.readouterr()
+        start(plots.main)
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_command_draws_the_newest_log_of_a_folder(log, monkeypatch, capsys):
-    output = log.parent / "curves.png"
-    command(monkeypatch, log.parent, "--output", output)
-    assert output.read_bytes().startswith(b"\x89PNG") and f"learning curves: {output}" in capsys.readouterr().out
-    assert plots.newest_log(log.parent) == log
-    pyplot.close("all")
-
-
-def test_command_overlays_logs_in_the_format_of_the_suffix(tmp_path, monkeypatch, capsys):
+def test_command_overlays_logs_in_the_format_of_the_suffix(tmp_path, plot, capsys):
     logs = [write(tmp_path / f"{lr}-{seed}.log", seed, 20, lr=lr) for lr in (0.1, 0.2) for seed in (1, 2)]
     one_head = tmp_path / "async.log"
     one_head.write_text("n: 5, epoch 1,epochtrue 1, train 60.0, test 50.0,ense 51.0 \n")
-    command(monkeypatch, *logs, "--output", tmp_path / "a.svg")
+    printed = plot(*logs, "--output", tmp_path / "a.svg")
+    assert "lr 0.1 (2 seeds), test top-1 at the end: head 1 22.00 %, head 2 32.00 %" in printed
     text = (tmp_path / "a.svg").read_text()
-    assert "lr 0.1 (2 seeds), test top-1 at the end: head 1 22.00 %, head 2 32.00 %" in capsys.readouterr().out
     assert all(word in text for word in ("lr 0.1 (2 seeds)", "lr 0.2 (2 seeds)", "mean and range over seeds", "loss"))
-    command(monkeypatch, *logs, one_head, "--heads", "1,2", "--output", tmp_path / "b.svg")
+    plot(*logs, one_head, "--heads", "1,2", "--output", tmp_path / "b.svg")
     text = (tmp_path / "b.svg").read_text()
     assert all(word in text for word in (">head 1<", ">head 2<", "train top-1 (%)")) and "training loss" not in text
-    command(monkeypatch, *logs, "--output", tmp_path / "a.pdf")
+    plot(logs[0], "--output", tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
-    for words, message in ((("--heads", "7"), "no log has head 7"), (("--heads", "x"), "'x' must be all, last, or")):
+    for words in (("--heads", "7"), ("--heads", "x"), ("--authors", "ddg"), ("--output", "a.xyz")):
         with pytest.raises(SystemExit) as stop:
-            command(monkeypatch, *logs, *words)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-    pyplot.close("all")
+            plot(logs[0], *words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words[1] in error and error.count("\n") == 1
 
 
-def test_command_draws_the_authors_curves_beneath(tmp_path, monkeypatch, capsys):
-    log = write(tmp_path / "a.log", 1, 20)
-    command(monkeypatch, log, "--authors", "parallel", "sequential", "--output", tmp_path / "a.svg")
-    grey = [line for line in pyplot.gcf().axes[1].lines if line.get_color() == "0.75"]
+def test_the_authors_curves_are_drawn_beneath(tmp_path):
+    frame = read_log(write(tmp_path / "a.log", 1, 20))
+    figure = plots.learning_curves({"a": [frame]}, beneath=plots.authors_curves(["parallel", "sequential"]))
+    grey = [line for line in figure.axes[1].lines if line.get_color() == "0.75"]
     assert len(grey) == 4 and grey[3].get_label() == "sequential, authors"  # of heads 1 and 2, as our log has
     assert (grey[0].get_ydata()[[0, -1]] == [39.36, 78.35]).all() and grey[0].get_linestyle() != grey[3].get_linestyle()
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, log, "--authors", "ddg", "--output", tmp_path / "b.svg")
-    assert stop.value.code == 2 and "the authors have no log 'ddg': choose from" in capsys.readouterr().err
-    pyplot.close("all")
 
 
-def test_folder_without_a_log(tmp_path):
-    with pytest.raises(InputError, match="there is no log in"):
-        plots.newest_log(tmp_path)
+# python -m decoupled
+
+
+def test_a_folders_newest_log_is_drawn_whatever_backend_a_notebook_has_set(log):
+    (log.parent / "run-20260101-000000.log").write_text(log.read_text().replace("test top1:43", "test top1:77"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense"}
+    command = [sys.executable, "-m", "decoupled", "plot", str(log.parent)]
+    done = subprocess.run(command, cwd=log.parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "" and "head 2 77.00 %" in done.stdout
+    assert (log.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def decoupled(monkeypatch, capsys):
+    """decoupled(*words): (exit code, stdout, stderr) of python -m decoupled."""
+    monkeypatch.setenv("MPLBACKEND", "agg")  # which the command sets
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_line_lists_its_commands_and_says_whose_error_it_is(decoupled, tmp_path):
+    code, printed, _ = decoupled("--help")
+    assert code == 0 and all(f"\n  {command} " in printed for command in ("plot", "predict", "export"))
+    assert decoupled()[0] == 2 and decoupled("draw")[0] == 2
+    code, printed, _ = decoupled("export", "--help")
+    assert code == 0 and printed.startswith("usage: python -m decoupled export ")
+    code, _, error = decoupled("export", tmp_path / "none.log", "--csv", tmp_path / "a.csv")
+    assert code == 2 and error.startswith("python -m decoupled export: error: ") and error.count("\n") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import PARALLEL, ROOT, load_script, small
+from running import PARALLEL, ROOT, load_script
 from torch.nn import functional as F
 
 from decoupled.networks.layerwise import layerwise_cnn
@@ -96,10 +96,8 @@ def test_shell_blocks_run(demo, monkeypatch, capsys):
             exec(words[2], {})
         elif words[0] == "python" and words[1].startswith("learning_curves/"):
             validation = ("--validation", "8") if "--validation" in words else ()
-            monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:], *SMALL, *validation])
-            script = load_script(words[1])
-            script.layerwise_cnn = small()
-            start(script.main)
+            monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:], *SMALL, *validation, "--channels", "4"])
+            start(load_script(words[1]).main)
         elif words[0] == "python":
             monkeypatch.setattr(sys, "argv", words[1:])
             load_script(words[1]).parse_args()

@@ -1,10 +1,11 @@
-"""Runs: logs, checkpoints, resume after a real SIGKILL, and every bad input, each on the real scripts."""
+"""Runs: logs, checkpoints, resume after a real SIGKILL, and bad input, each on the real scripts."""
 
+import contextlib
 import errno
 import os
 import re
+import resource
 import shutil
-import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -12,26 +13,21 @@ from unittest import mock
 
 import pytest
 import torch
-from running import PARALLEL, ROOT, SEQUENTIAL, Finished, load_script, small
+from killed_run import run_killed
+from running import PARALLEL, ROOT, SEQUENTIAL, Finished, assert_same_run, load_script
 
 from decoupled import InputError
 from decoupled.logs import read_log
-from decoupled.training import checkpoint as checkpoints
 from decoupled.training import flags
 from decoupled.training import run as runs
+from decoupled.training.checkpoint import Checkpoint
 from decoupled.training.flags import start
-from decoupled.training.precision import Steps, momentum_from_zeros
+from decoupled.training.precision import Steps, allocate_momentum, has_bf16_instructions, pick_device
 
-FLAGS = ("--dataset", "digits", "--train-samples", "100", "--batch-size", "50", "--epochs", "3", "--device", "cpu")
-
-
-def assert_same(left, whole):
-    assert left.lines == whole.lines
-    for name, value in whole.weights.items():
-        assert torch.equal(value, left.weights[name]), name
-    for mine, its in zip(left.state["optimizers"], whole.state["optimizers"], strict=True):
-        for key, value in its["state"].items():
-            assert torch.equal(value["momentum_buffer"], mine["state"][key]["momentum_buffer"])
+FLAGS = (
+    *("--dataset", "digits", "--train-samples", "100", "--batch-size", "50", "--test-batch-size", "400"),
+    *("--epochs", "3", "--device", "cpu", "--channels", "4"),
+)
 
 
 class Momentum(torch.optim.SGD):
@@ -42,12 +38,23 @@ class Momentum(torch.optim.SGD):
             super().step()
 
 
-def fp16_steps(fused, tmp_path):
+def run_toy(monkeypatch, folder, main, *words):
+    """Runs ``main``, a script's."""
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--device", "cpu", "--log-dir", str(folder), *words])
+    start(main)
+    return Finished(folder)
+
+
+def toy_run(epochs=1):
+    return runs.Run(flags.parser("", epochs=epochs, batch_size=8).parse_args())
+
+
+def fp16_steps(monkeypatch, folder, fused):
     """Weights and loss scales of three modules after each of three fp16 steps, in whose first the second overflows."""
     history = []
 
     def main():
-        run = runs.Run(flags.parser("", epochs=1, batch_size=8).parse_args())
+        run = toy_run()
         run.steps.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
@@ -57,401 +64,48 @@ def fp16_steps(fused, tmp_path):
                 values = torch.randn(8, 8)
                 for n, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
                     with torch.autocast("cpu", torch.float16):
-                        loss = module(values).float().square().mean() * (2.0**20 if (batch, n) == (0, 1) else 1)
+                        loss = module(values).float().square().mean()
+                    if (batch, n) == (0, 1):
+                        loss = loss * 2.0**20
                     run.step(loss, optimizer)
                 scales = [run.scaler(optimizer).get_scale() for optimizer in optimizers]
                 history.append(([module.weight.detach().clone() for module in net], scales))
 
-    argv, sys.argv = sys.argv, ["toy.py", "--device", "cpu", "--log-dir", str(tmp_path / f"fused{fused}")]
-    try:
-        start(main)
-    finally:
-        sys.argv = argv
+    run_toy(monkeypatch, folder, main)
     return history
 
 
-def test_a_module_whose_first_step_overflows_skips_it_alone_and_then_learns_as_unfused(tmp_path):
-    fused, plain = (fp16_steps(fused, tmp_path) for fused in (True, False))
+def test_a_module_whose_first_step_overflows_skips_it_alone_and_then_learns_as_unfused(monkeypatch, tmp_path):
+    fused = fp16_steps(monkeypatch, tmp_path / "fused", fused=True)
+    plain = fp16_steps(monkeypatch, tmp_path / "plain", fused=False)
     torch.manual_seed(0)
     before = [torch.nn.Linear(8, 8).weight for _ in range(3)]
     assert [torch.equal(a, b) for a, b in zip(before, fused[0][0], strict=True)] == [False, True, False]
     assert fused[0][1] == [2.0**10, 2.0**9, 2.0**10]
-    for (weights, scales), (expected, its) in zip(fused, plain, strict=True):
-        assert scales == its
-        for weight, other in zip(weights, expected, strict=True):
-            torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-7)
+    for (weights, scales), (expected_weights, expected_scales) in zip(fused, plain, strict=True):
+        assert scales == expected_scales
+        for weight, expected in zip(weights, expected_weights, strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(fused[1][0][1], fused[0][0][1])
 
 
-def test_momentum_from_zeros_steps_bit_for_bit_as_before():
-    for nesterov in (False, True):
-        nets = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)]
-        nets[1].load_state_dict(nets[0].state_dict())
-        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov, "fused": True}
-        optimizers = [torch.optim.SGD(net.parameters(), **settings) for net in nets]
-        momentum_from_zeros(optimizers[1])
-        for _ in range(3):
-            images = torch.randn(4, 3, 8, 8)
-            for net, optimizer in zip(nets, optimizers, strict=True):
-                optimizer.zero_grad()
-                net(images).square().sum().backward()
-                optimizer.step()
-        assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-
-
-# (script, moment, how often it has happened): 4 modules, 2 batches an epoch; writes to the log: 1 of the header, then
-# heads and one of the time.
-KILLS = [
-    (PARALLEL, "step", 13),
-    (PARALLEL, "log", 8),
-    (PARALLEL, "write", 3),
-    (PARALLEL, "replace", 3),
-    (PARALLEL, "renamed", 3),
-    (SEQUENTIAL, "step", 9),
-    (SEQUENTIAL, "write", 8),
-]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What the two scripts leave when nothing stops them."""
-
-    def run(script):
-        folder = tmp_path_factory.mktemp("whole")
-        module = load_script(script)
-        module.layerwise_cnn = small()
-        argv, sys.argv = sys.argv, [str(ROOT / script), *FLAGS, "--log-dir", str(folder)]
-        try:
-            start(module.main)
-        finally:
-            sys.argv = argv
-        return Finished(folder)
-
-    return {script: run(script) for script in (PARALLEL, SEQUENTIAL)}
-
-
-@pytest.mark.parametrize(("script", "moment", "count"), KILLS)
-def test_a_killed_run_resumes_to_identical_weights_and_lines(run_script, whole, tmp_path, script, moment, count):
-    command = [
-        sys.executable,
-        ROOT / "tests" / "killed_run.py",
-        moment,
-        str(count),
-        script,
-        *FLAGS,
-        "--log-dir",
-        str(tmp_path / "logs"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = (tmp_path / "logs").glob("*.log").__next__().read_text()
-    left = run_script(script, *FLAGS, "--resume", layerwise_cnn=small())
-    assert len(before.splitlines()) > 3 and "# resumed after" in left.log.read_text()
-    assert_same(left, whole[script])
-    assert not list(left.folder.glob("*.tmp"))
-
-
-def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume(fails, tmp_path):
-    fails(PARALLEL, *FLAGS, "--resume")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "learning_curves-cifar_dgl-20260101-000000.log").write_text("Namespace()\n")
-    assert "nothing to resume" in fails(PARALLEL, *FLAGS, "--resume")
-
-
-def test_the_log_says_how_it_was_made(whole):
-    text = whole[PARALLEL].log.read_text()
-    assert re.match(r"Namespace\(epochs=3, .*dataset='digits'.*\)\n# command: python ", text)
-    for expected in (
-        rf"# versions: python {sys.version.split()[0]} torch {re.escape(metadata.version('torch'))} "
-        rf"torchvision \S+ numpy \S+",
-        r"# commit: ([0-9a-f]{12}\+?|unknown)",
-        r"# device: cpu \(\w+\), \d+ threads, fp32",
-        r"# train: 100 images of digits \(scikit-learn\)",
-        r"# test: 359 images of digits \(scikit-learn\)",
-        r"DecoupledNetwork\(",
-    ):
-        assert re.search(f"^{expected}", text, re.MULTILINE), expected
-    frame = read_log(whole[PARALLEL].log)
-    assert len(frame) == 12 and frame.attrs["arguments"]["train_samples"] == 100
-    assert len(frame.attrs["seconds"]) == 3 and all(seconds > 0 for seconds in frame.attrs["seconds"])
-    assert frame.epoch.unique().tolist() == [1, 2, 3] and frame.n.tolist() == [1, 2, 3, 4] * 3
-    assert len(read_log(whole[SEQUENTIAL].log).attrs["seconds"]) == 12
-
-
-def test_more_epochs_continue_as_if_never_stopped(run_script, whole):
-    run_script(PARALLEL, *FLAGS, "--epochs", 2, layerwise_cnn=small())
-    left = run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-    assert_same(left, whole[PARALLEL])
-
-
-def test_resuming_a_finished_run_changes_no_result(run_script, whole, tmp_path):
-    shutil.copytree(whole[PARALLEL].folder, tmp_path / "logs")
-    left = run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-    assert_same(left, whole[PARALLEL])
-    assert left.log.read_bytes() == whole[PARALLEL].log.read_bytes()
-
-
-def test_same_seed_same_run_other_seed_another(run_script, whole, tmp_path):
-    again = run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
-    assert_same(again, whole[PARALLEL])
-    other = run_script(PARALLEL, *FLAGS, "--seed", 2, folder=tmp_path / "other", layerwise_cnn=small())
-    assert other.lines != again.lines
-
-
-def test_two_runs_in_one_second_do_not_share_a_log(run_script, tmp_path):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_allocated_momentum_steps_bit_for_bit_as_before(nesterov):
+    nets = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov, "fused": True}
+    optimizers = [torch.optim.SGD(net.parameters(), **settings) for net in nets]
+    allocate_momentum(optimizers[1])
     for _ in range(3):
-        run_script(
-            PARALLEL,
-            *FLAGS,
-            "--epochs",
-            1,
-            "--train-samples",
-            50,
-            layerwise_cnn=small(channels=1, depth=1, downsample=()),
-        )
-    assert len(list((tmp_path / "logs").glob("*.log"))) == len(list((tmp_path / "logs").glob("*.pt"))) == 3
+        images = torch.randn(4, 3, 8, 8)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            net(images).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
 
 
-def test_resume_takes_the_newest_of_that_name_or_the_one_given(run_script, tmp_path):
-    tiny = small(channels=1, depth=1, downsample=())
-    first = run_script(PARALLEL, *FLAGS, "--epochs", 1, "--name", "a", layerwise_cnn=tiny).log
-    second = run_script(PARALLEL, *FLAGS, "--epochs", 1, "--name", "b", layerwise_cnn=tiny).log
-    run_script(PARALLEL, *FLAGS, "--name", "a", "--resume", layerwise_cnn=tiny)
-    assert len(read_log(first)) == 3 and len(read_log(second)) == 1
-    run_script(PARALLEL, *FLAGS, "--name", "b", "--resume", second.with_suffix(".pt"), layerwise_cnn=tiny)
-    assert len(read_log(second)) == 3
-
-
-@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
-def test_half_precision_trains_and_resumes(run_script, script, tmp_path):
-    if script == PARALLEL:  # from a checkpoint after one epoch
-        run_script(script, *FLAGS, "--epochs", 1, "--half", layerwise_cnn=small())
-        left = run_script(script, *FLAGS, "--half", "--resume", layerwise_cnn=small())
-        assert "bf16 mixed" in left.log.read_text()
-        assert_same(left, run_script(script, *FLAGS, "--half", folder=tmp_path / "whole", layerwise_cnn=small()))
-    else:
-        left = run_script(script, *FLAGS, "--half", layerwise_cnn=small())
-    assert all(value.dtype in (torch.float32, torch.int64) for value in left.weights.values())
-    assert read_log(left.log).loss.notna().all()
-
-
-def test_keeping_freed_memory_changes_no_result(run_script, whole, monkeypatch):
-    monkeypatch.setattr(flags, "keep_freed_memory", lambda: None)
-    assert_same(run_script(PARALLEL, *FLAGS, layerwise_cnn=small()), whole[PARALLEL])
-
-
-def test_scripts_run_from_their_own_folder_and_from_the_root(tmp_path):
-    for folder, script in ((ROOT, PARALLEL), (ROOT / "learning_curves", "cifar_sequential_greedy.py")):
-        command = [
-            sys.executable,
-            script,
-            *FLAGS[:4],
-            "--batch-size",
-            "100",
-            "--epochs",
-            "1",
-            "--log-dir",
-            str(tmp_path),
-        ]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("n: ") == 4 and "finished: " in done.stdout
-    assert len(list(tmp_path.glob("*.log"))) == 2
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--dataset", "mnist"), "argument --dataset: invalid choice: 'mnist'"),
-        (("--data-dir", "/nonexistent/data"), "--data-dir /nonexistent/data is no folder"),
-        (("--epochs", "0"), "argument --epochs: '0' must be an integer ≥ 1"),
-        (("--batch-size", "-4"), "argument --batch-size: '-4' must be an integer ≥ 1"),
-        (("--batch-size", "12.5"), "argument --batch-size: '12.5' must be an integer ≥ 1"),
-        (
-            ("--dataset", "digits", "--train-samples", "2000"),
-            "--train-samples 2000 is more than the 1438 training images of digits",
-        ),
-        (("--dataset", "digits", "--train-samples", "100"), "100 training images are fewer than one batch of 128"),
-        (("--device", "tpu"), "--device tpu is unknown: choose from auto, cpu, cuda, cuda:N, mps"),
-        (("--device", "cuda:99"), "--device cuda:99 is not on this machine"),
-        (("--epoch-s", "3"), "unrecognized arguments: --epoch-s 3"),
-        (("--dataset", "digits", "--resume"), "nothing to resume in "),
-        (("--dataset", "digits", "--resume", "/nonexistent.pt"), "no checkpoint /nonexistent.pt"),
-    ],
-)
-@pytest.mark.parametrize("script", [PARALLEL, SEQUENTIAL])
-def test_bad_flags(fails, script, flags, message):
-    assert message in fails(script, *flags)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_without_one(fails):
-    assert "--device cuda is not on this machine (0 such devices): --device cpu always works" in fails(
-        PARALLEL, "--device", "cuda"
-    )
-
-
-def test_truncated_image_ends_the_script(fails, tmp_path):
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            (tmp_path / "data" / split / name / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    assert "train/cat/0.jpg is damaged" in fails(PARALLEL, "--dataset", "folder", "--data-dir", tmp_path / "data")
-
-
-def test_log_folder_that_cannot_be_written_to(fails, tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "logs"):
-        assert "cannot be written to" in fails(PARALLEL, *FLAGS, folder=folder)
-
-
-@pytest.fixture
-def finished(whole, tmp_path):
-    """A copy of a finished run: its folder and checkpoint."""
-    shutil.copytree(whole[PARALLEL].folder, tmp_path / "logs")
-    return next((tmp_path / "logs").glob("*.pt"))
-
-
-@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
-def test_truncated_checkpoint(fails, finished, keep):
-    data = finished.read_bytes()
-    finished.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
-    assert "is truncated, damaged or no checkpoint" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-
-
-def test_checkpoint_that_is_something_else(fails, finished):
-    torch.save({"weights": torch.zeros(3)}, finished)
-    assert "is no checkpoint of these scripts" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-
-
-def test_checkpoint_of_another_script(fails, finished):
-    message = fails(SEQUENTIAL, *FLAGS, "--resume", finished, layerwise_cnn=small())
-    assert (
-        "is a checkpoint of learning_curves/cifar_dgl.py, not of learning_curves/cifar_sequential_greedy.py" in message
-    )
-
-
-@pytest.mark.parametrize("other", [{"channels": 8}, {"depth": 3}, {"block_size": 2}])
-def test_checkpoint_of_another_network(fails, finished, other):
-    assert "is a checkpoint of another network" in fails(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small(**other))
-
-
-def test_other_arguments_are_named(fails, finished):
-    message = fails(PARALLEL, *FLAGS, "--seed", 9, "--half", "--resume", layerwise_cnn=small())
-    assert "is of a run with --seed 1 (now 9), --half False (now True): resume it with the same arguments" in message
-    assert "--epochs 3 (now 2)" in fails(PARALLEL, *FLAGS, "--epochs", 2, "--resume", layerwise_cnn=small())
-
-
-def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(run_script, fails):
-    run_script(SEQUENTIAL, *FLAGS, layerwise_cnn=small(depth=2))
-    assert "--epochs 3 (now 4)" in fails(SEQUENTIAL, *FLAGS, "--epochs", 4, "--resume", layerwise_cnn=small(depth=2))
-
-
-@pytest.mark.parametrize("change", ["edited", "shortened", "gone"])
-def test_a_changed_log_is_kept_and_written_anew(run_script, whole, tmp_path, change):
-    first = run_script(PARALLEL, *FLAGS, "--epochs", 1, layerwise_cnn=small())
-    text = first.log.read_text()
-    changed = {"edited": text.replace("epoch 1", "epoch 9"), "shortened": text[:-20], "gone": None}[change]
-    first.log.unlink() if changed is None else first.log.write_text(changed)
-    left = run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small())
-    assert left.log == first.log
-    assert_same(left, whole[PARALLEL])
-    kept = first.log.with_name(f"{first.log.stem}.edited.log")
-    assert (kept.read_text() if kept.exists() else None) == changed
-    told = "the log was gone" if changed is None else f"the log had been changed: that one is kept as {kept.name}"
-    assert f"# {told}" in left.log.read_text()
-    assert len(read_log(left.log)) == 12
-
-
-class FullDisk:
-    """open() on a disk with room for ``room`` more bytes in files of that suffix: the write that does not fit is done
-    in part and fails.
-    """
-
-    def __init__(self, room, suffix):
-        self.room, self.suffix = room, suffix
-
-    def __call__(self, path, mode="r", **options):
-        file = open(path, mode, **options)  # noqa: SIM115
-        if str(path).endswith(self.suffix) and mode != "rb":
-            file = mock.MagicMock(wraps=file)
-            file.__enter__.return_value = file
-            file.__exit__.side_effect = lambda *error: file.close()
-            file.write.side_effect = lambda data: self.write(file._mock_wraps, data)
-        return file
-
-    def write(self, file, data):
-        taken = min(len(data), self.room)
-        self.room -= taken
-        file.write(bytes(data)[:taken])
-        if taken < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return taken
-
-
-@pytest.mark.parametrize("suffix", [".log", ".pt.tmp"])
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_log(run_script, whole, monkeypatch, capsys, tmp_path, suffix):
-    size = whole[PARALLEL].log.stat().st_size if suffix == ".log" else 2 * whole[PARALLEL].checkpoint.stat().st_size
-    monkeypatch.setattr(checkpoints, "open", FullDisk(size - 150, suffix), raising=False)
-    with pytest.raises(SystemExit) as stop:
-        run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
-    message = capsys.readouterr().err
-    assert (
-        stop.value.code == 2 and message.count("\n") == 1 and "cannot be written (No space left on device)" in message
-    )
-    (log,) = (tmp_path / "logs").glob("*.log")
-    assert log.read_text().endswith("\n")
-    assert {path.suffix for path in (tmp_path / "logs").iterdir()} == {".log", ".pt"}
-
-
-def test_after_a_full_disk_the_run_resumes(run_script, whole, monkeypatch, capsys):
-    room = 2 * whole[PARALLEL].checkpoint.stat().st_size
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "open", FullDisk(room, ".pt.tmp"), raising=False)
-        with pytest.raises(SystemExit):
-            run_script(PARALLEL, *FLAGS, layerwise_cnn=small())
-    assert_same(run_script(PARALLEL, *FLAGS, "--resume", layerwise_cnn=small()), whole[PARALLEL])
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    run_script, fails, monkeypatch, capsys, tmp_path
-):
-    def build(**settings):
-        net = small()(**settings)
-        calls = []
-
-        def poison(module, inputs, output):
-            if module.training:
-                calls.append(1)
-                if len(calls) == 2 + 2:  # epoch 2, batch 2
-                    return output * float("nan")
-
-        net[2].auxiliary.register_forward_hook(poison)
-        return net
-
-    with pytest.raises(SystemExit) as stop:
-        run_script(PARALLEL, *FLAGS, layerwise_cnn=build)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert "the loss of module 3 became nan in epoch 2, batch 2: the last good checkpoint stays in " in message
-    (checkpoint,) = (tmp_path / "logs").glob("*.pt")
-    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
-    assert read_log(checkpoint.with_suffix(".log")).epoch.max() == 1
-
-
-def test_step_with_the_scale_off_is_the_plain_step():
-    """Half precision off: run.step is zero_grad, backward, step, to the bit."""
+def test_step_without_a_loss_scale_is_the_plain_step():
     states = []
     for plain in (True, False):
         torch.manual_seed(0)
@@ -470,7 +124,342 @@ def test_step_with_the_scale_off_is_the_plain_step():
     assert torch.equal(*states)
 
 
+# Killed and resumed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the two scripts leave when nothing stops them."""
+
+    def run(script):
+        folder = tmp_path_factory.mktemp("whole")
+        argv = sys.argv
+        sys.argv = [str(ROOT / script), *FLAGS, "--log-dir", str(folder)]
+        try:
+            start(load_script(script).main)
+        finally:
+            sys.argv = argv
+        return Finished(folder)
+
+    return {script: run(script) for script in (PARALLEL, SEQUENTIAL)}
+
+
+@pytest.mark.parametrize(
+    ("script", "moment", "count"),
+    [
+        (PARALLEL, "step", 13),  # of 8 an epoch
+        (PARALLEL, "log", 8),  # the first appends the header; an epoch appends four heads and the time
+        (PARALLEL, "write", 3),
+        (PARALLEL, "rename", 3),
+        (SEQUENTIAL, "step", 9),
+        (SEQUENTIAL, "write", 8),
+    ],
+)
+def test_a_killed_run_resumes_to_identical_weights_and_lines(run_script, whole, tmp_path, script, moment, count):
+    folder = tmp_path / "logs"
+    run_killed(script, (*FLAGS, "--log-dir", folder), moment, count)
+    (log,) = folder.glob("*.log")
+    assert len(log.read_text().splitlines()) > 3
+    left = run_script(script, *FLAGS, "--resume")
+    assert "# resumed after" in left.log.read_text()
+    assert_same_run(left, whole[script])
+    assert {path.suffix for path in folder.iterdir()} == {".log", ".pt"}
+
+
+def test_more_epochs_continue_as_if_never_stopped_and_a_finished_run_stays(run_script, whole):
+    run_script(PARALLEL, *FLAGS, "--epochs", 2)
+    left = run_script(PARALLEL, *FLAGS, "--resume")
+    assert_same_run(left, whole[PARALLEL])
+    log = left.log.read_bytes()
+    again = run_script(PARALLEL, *FLAGS, "--resume")
+    assert_same_run(again, whole[PARALLEL])
+    assert again.log.read_bytes() == log
+
+
+def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(fails, whole, tmp_path):
+    shutil.copytree(whole[SEQUENTIAL].folder, tmp_path / "logs")
+    assert "--epochs 3 (now 4)" in fails(SEQUENTIAL, *FLAGS, "--epochs", 4, "--resume")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=1),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+            ],
+            [1],
+        ),
+    ],
+)
+def test_more_epochs_are_refused_where_the_schedule_has_a_length(monkeypatch, capsys, tmp_path, make):
+    def main():
+        run = toy_run(epochs=2)
+        net = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        schedule = make(optimizer, run.args.epochs)
+        for _ in run.epochs(net=net, optimizers=optimizer, schedules=schedule):
+            schedule.step()
+
+    left = run_toy(monkeypatch, tmp_path, main)
+    before = left.checkpoint.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run_toy(monkeypatch, tmp_path, main, "--resume", "--epochs", "4")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert str(left.checkpoint) in message and "--epochs" in message
+    assert left.checkpoint.read_bytes() == before
+    run_toy(monkeypatch, tmp_path, main, "--resume")
+
+
+def test_batches_that_cannot_resume_are_refused_before_a_step(monkeypatch, capsys, tmp_path):
+    """They would silently begin the epoch anew."""
+    seen = []
+
+    def main():
+        run = toy_run()
+        net = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in run.epochs(net=net, optimizers=optimizer):
+            for batch in run.progress([1, 2, 3]):
+                seen.append(batch)
+
+    with pytest.raises(SystemExit) as stop:
+        run_toy(monkeypatch, tmp_path, main)
+    assert stop.value.code == 2 and not seen
+    message = capsys.readouterr().err
+    assert "rest()" in message and "state_dict()" in message
+
+
+def test_same_seed_same_run_other_seed_another(run_script, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(flags, "keep_freed_memory", lambda: None)  # which changes no result either
+    again = run_script(PARALLEL, *FLAGS)
+    assert_same_run(again, whole[PARALLEL])
+    other = run_script(PARALLEL, *FLAGS, "--epochs", 1, "--seed", 2, folder=tmp_path / "other")
+    assert other.lines != again.lines[:4]
+
+
+def test_half_precision_trains_and_resumes(run_script, tmp_path):
+    half = (*FLAGS, "--epochs", 2, "--half")
+    run_script(PARALLEL, *half, "--epochs", 1)
+    left = run_script(PARALLEL, *half, "--resume")
+    assert "bf16 mixed" in left.log.read_text()
+    assert_same_run(left, run_script(PARALLEL, *half, folder=tmp_path / "whole"))
+    sequential = run_script(SEQUENTIAL, *half, "--epochs", 1, folder=tmp_path / "sequential")
+    for run in (left, sequential):
+        assert all(value.dtype in (torch.float32, torch.int64) for value in run.weights.values())
+        assert read_log(run.log).loss.notna().all()
+
+
+def test_half_warns_on_a_cpu_without_bf16_instructions(run_script, monkeypatch, capsys, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    for words, expected in (("fma avx512_bf16", True), ("Features : asimd bf16", True), ("fma avx2", False)):
+        cpuinfo.write_text(f"flags : {words} sse\n")
+        assert has_bf16_instructions(cpuinfo) is expected
+    assert has_bf16_instructions(tmp_path / "none")
+    tiny = (*FLAGS, "--epochs", 1, "--channels", 1)
+    for has, words, warnings in ((True, ["--half"], 0), (False, [], 0), (False, ["--half"], 1)):
+        monkeypatch.setattr("decoupled.training.precision.has_bf16_instructions", lambda has=has: has)
+        run_script(PARALLEL, *tiny, *words)
+        assert capsys.readouterr().err.count("\n") == warnings
+
+
+# Logs and names
+
+
+def test_the_log_says_how_it_was_made(whole):
+    text = whole[PARALLEL].log.read_text()
+    assert re.match(r"Namespace\(epochs=3, .*dataset='digits'.*\)\n# command: python ", text)
+    torch_version = re.escape(metadata.version("torch"))
+    for expected in (
+        rf"# versions: python {sys.version.split()[0]} torch {torch_version} torchvision \S+ numpy \S+",
+        r"# commit: ([0-9a-f]{12}\+?|unknown)",
+        r"# device: cpu \(\w+\), \d+ threads, fp32",
+        r"# train: 100 images of digits \(scikit-learn\)",
+        r"# test: 359 images of digits \(scikit-learn\)",
+        r"DecoupledNetwork\(",
+    ):
+        assert re.search(f"^{expected}", text, re.MULTILINE), expected
+    frame = read_log(whole[PARALLEL].log)
+    assert len(frame) == 12 and frame.attrs["arguments"]["train_samples"] == 100
+    assert len(frame.attrs["seconds"]) == 3 and all(seconds > 0 for seconds in frame.attrs["seconds"])
+    assert frame.epoch.unique().tolist() == [1, 2, 3] and frame.n.tolist() == [1, 2, 3, 4] * 3
+    assert len(read_log(whole[SEQUENTIAL].log).attrs["seconds"]) == 12
+
+
+def test_resume_takes_the_newest_of_that_name_or_the_one_given(run_script):
+    tiny = (*FLAGS, "--channels", 1, "--train-samples", 50)
+    first = run_script(PARALLEL, *tiny, "--epochs", 1, "--name", "a").log
+    second = run_script(PARALLEL, *tiny, "--epochs", 1, "--name", "b").log
+    run_script(PARALLEL, *tiny, "--epochs", 2, "--name", "a", "--resume", "auto")
+    assert len(read_log(first)) == 8 and len(read_log(second)) == 4
+    run_script(PARALLEL, *tiny, "--epochs", 2, "--name", "b", "--resume", second.with_suffix(".pt"))
+    assert len(read_log(second)) == 8
+    begun = run_script(PARALLEL, *tiny, "--epochs", 1, "--name", "c", "--resume", "auto").log
+    assert begun not in (first, second) and len(read_log(begun)) == 4
+
+
+@pytest.mark.parametrize("change", ["edited", "shortened", "gone"])
+def test_a_changed_log_is_kept_and_written_anew(run_script, whole, change):
+    first = run_script(PARALLEL, *FLAGS, "--epochs", 1)
+    text = first.log.read_text()
+    changed = {"edited": text.replace("epoch 1", "epoch 9"), "shortened": text[:-20], "gone": None}[change]
+    if changed is None:
+        first.log.unlink()
+    else:
+        first.log.write_text(changed)
+    left = run_script(PARALLEL, *FLAGS, "--epochs", 2, "--resume")
+    assert left.log == first.log and left.lines == whole[PARALLEL].lines[:8]
+    assert left.log.read_text().startswith(text)
+    kept = first.log.with_name(f"{first.log.stem}.edited.log")
+    assert (kept.read_text() if kept.exists() else None) == changed
+    assert (kept.name in left.log.read_text()) == (changed is not None)
+
+
+def test_a_script_runs_from_its_own_folder(tmp_path):
+    words = [*FLAGS, "--epochs", "1", "--channels", "1", "--log-dir", str(tmp_path)]
+    command = [sys.executable, "cifar_sequential_greedy.py", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT / "learning_curves", env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"n: ") == 4 and not done.stderr
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--dataset", "mnist"), ("--dataset", "mnist")),
+        (("--data-dir", "/nonexistent/data", "--dataset", "folder"), ("/nonexistent/data",)),
+        (("--epochs", "0"), ("--epochs", "'0'")),
+        (("--batch-size", "12.5"), ("--batch-size", "12.5")),
+        (("--dataset", "digits", "--train-samples", "2000"), ("--train-samples 2000", "1438", "digits")),
+        (("--dataset", "digits", "--train-samples", "100"), ("100", "128")),
+        (("--device", "tpu"), ("--device tpu",)),
+        (("--device", "cuda:99"), ("--device cuda:99",)),
+        (("--epoch-s", "3"), ("--epoch-s",)),
+        (("--dataset", "digits", "--resume"), ("--resume",)),
+        (("--dataset", "digits", "--resume", "/nonexistent.pt"), ("/nonexistent.pt",)),
+    ],
+)
+def test_bad_flags(fails, words, named):
+    message = fails(PARALLEL, *words)
+    assert all(text in message for text in named)
+
+
+def test_truncated_image_ends_the_script(fails, tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "train/cat/0.jpg" in fails(PARALLEL, "--dataset", "folder", "--data-dir", tmp_path / "data")
+
+
+def test_log_folder_that_cannot_be_written_to(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "logs"):
+        assert str(folder) in fails(PARALLEL, *FLAGS, folder=folder)
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of a finished run: its checkpoint."""
+    shutil.copytree(whole[PARALLEL].folder, tmp_path / "logs")
+    return next((tmp_path / "logs").glob("*.pt"))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
+def test_truncated_checkpoint(fails, finished, keep):
+    data = finished.read_bytes()
+    finished.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
+    assert str(finished) in fails(PARALLEL, *FLAGS, "--resume")
+
+
+def rewritten(path, **fields):
+    """Writes the checkpoint at ``path`` with other fields."""
+    torch.save({**torch.load(path, weights_only=True), **fields}, path)
+
+
+def test_checkpoint_that_is_something_else_or_older(fails, finished):
+    rewritten(finished, format=3)
+    message = fails(PARALLEL, *FLAGS, "--resume")
+    assert str(finished) in message and "2391bbc" in message
+    torch.save({"weights": torch.zeros(3)}, finished)
+    assert str(finished) in fails(PARALLEL, *FLAGS, "--resume")
+
+
+def test_checkpoint_of_another_script_or_other_arguments(fails, finished):
+    message = fails(SEQUENTIAL, *FLAGS, "--resume", finished)
+    assert PARALLEL in message and SEQUENTIAL in message
+    message = fails(PARALLEL, *FLAGS, "--seed", 9, "--half", "--resume")
+    assert "--seed 1 (now 9)" in message and "--half False (now True)" in message
+    assert "--epochs 3 (now 2)" in fails(PARALLEL, *FLAGS, "--epochs", 2, "--resume")
+
+
+def test_checkpoint_of_another_network(fails, finished):
+    saved = torch.load(finished, weights_only=True)
+    rewritten(finished, arguments=saved["arguments"] | {"channels": 8})
+    assert str(finished) in fails(PARALLEL, *FLAGS, "--channels", 8, "--resume")
+    rewritten(finished, arguments=saved["arguments"], state=saved["state"] | {"optimizers": []})
+    assert str(finished) in fails(PARALLEL, *FLAGS, "--resume")
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file can become larger: as on a full disk, the write that does not fit is done in part and fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_on_a_full_disk_the_last_checkpoint_stays_and_resumes(run_script, whole, capsys, tmp_path):
+    size = whole[PARALLEL].checkpoint.stat().st_size
+    with largest_file(size // 2), pytest.raises(SystemExit) as stop:
+        run_script(PARALLEL, *FLAGS)
+    assert stop.value.code == 2 and not list((tmp_path / "logs").iterdir())  # nothing of a run that was never saved
+    before = run_script(PARALLEL, *FLAGS, "--epochs", 1).checkpoint.read_bytes()
+    capsys.readouterr()
+    with largest_file(size // 2), pytest.raises(SystemExit) as stop:
+        run_script(PARALLEL, *FLAGS, "--resume")
+    left = Finished(tmp_path / "logs")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert str(left.checkpoint) in message and os.strerror(errno.EFBIG) in message
+    assert left.checkpoint.read_bytes() == before
+    assert {path.suffix for path in left.folder.iterdir()} == {".log", ".pt"}
+    assert_same_run(run_script(PARALLEL, *FLAGS, "--resume"), whole[PARALLEL])
+
+
+def test_a_line_that_does_not_fit_is_not_in_the_log(tmp_path):
+    files = Checkpoint(tmp_path, "script")
+    files.create("x" * 600 + "\n")
+    with largest_file(1000), pytest.raises(InputError, match=re.escape(str(files.path(".log")))):
+        files.append("y" * 600 + "\n")
+    assert files.path(".log").read_text() == files.log_text == "x" * 600 + "\n"
+    files.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_script, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run_script(PARALLEL, *FLAGS, "--lr", 1e30)
+    message = capsys.readouterr().err
+    left = Finished(tmp_path / "logs")
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert "module 1" in message and "epoch 1, batch 2" in message and str(left.checkpoint) in message
+    assert torch.load(left.checkpoint, weights_only=True)["epoch"] == 0
+    assert not left.lines and all(weight.isfinite().all() for weight in left.weights.values())
+
+
 def test_device_names():
-    assert flags.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="unknown"):
-        flags.pick_device("gpu")
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="gpu"):
+        pick_device("gpu")

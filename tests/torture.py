@@ -3,10 +3,10 @@ stopped. Not a test of the suite: it takes as long as it is given.
 
     python tests/torture.py [--minutes 10] [--seed 0] [--keep]
 
-A round is one script in a new folder: SIGKILL, SIGTERM or SIGINT after a random part of its time, --resume auto, and so
-on until it is finished. Then its lines of results and every tensor of its checkpoint must be those of the whole run, to
-the bit. It prints a line a round, and at the end how many kills and signals were survived; exit code 1 when a round was
-not.
+A round is one script in a new folder: SIGKILL, SIGTERM or SIGINT after a random part of its time, then --resume auto,
+and so on until it is finished. Then its result lines and every tensor of its checkpoint must be those of the whole run,
+to the bit. Prints one line per round, and at the end how many kills and signals were survived; the exit code is 1 if a
+round was not.
 """
 
 import argparse
@@ -21,18 +21,19 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from PIL import Image
-from running import ROOT
+from running import ROOT, tensors
 
 DIGITS = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 120 --device cpu --save-every 0.01"
 IMAGES = "--image-size 32 -b 8 --device cpu --epochdecay 1 --lr 0.01 --save-every 0.01"
 RUNS = [  # script and flags: some seconds each
-    ("learning_curves/cifar_dgl.py", f"{DIGITS} --epochs 2"),
-    ("learning_curves/cifar_sequential_greedy.py", f"{DIGITS} --epochs 1 --half"),
+    ("learning_curves/cifar_dgl.py", f"{DIGITS} --epochs 2 --channels 16"),
+    ("learning_curves/cifar_sequential_greedy.py", f"{DIGITS} --epochs 1 --half --channels 16"),
     ("aux_nets/cifar_dgl.py", f"{DIGITS} --epochs 4 --channels 8 --lr-step 1"),
     ("dni/cifar_cnn_dni.py", f"{DIGITS} --epochs 4 --channels 8 --dni --context"),
     ("dni/cifar_dgl.py", f"{DIGITS} --epochs 4 --channels 8"),
@@ -44,6 +45,7 @@ RUNS = [  # script and flags: some seconds each
     ("imagenet/imagenet.py", f"IMAGES {IMAGES} --epochs 2 --arch resnet18 -j 0"),
 ]
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+RESULT = re.compile(r"(# )?(n|lr): |# (head|layer) ")
 LIMIT = 600  # seconds: no run here takes so long, however busy the machine
 
 
@@ -73,54 +75,110 @@ def end(process, number):
     return process.wait(LIMIT)
 
 
-def tensors(tree):
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [leaf for branch in branches for leaf in tensors(branch)]
+class Left(NamedTuple):
+    """What a finished run has left: its result lines, and the tensors of its checkpoint."""
+
+    lines: list
+    tensors: list
 
 
 def left(folder):
-    """(lines of results, tensors of the checkpoint) of the one run in ``folder``."""
+    """What the one run in ``folder`` has left."""
     (log,) = folder.glob("*.log")
-    lines = [line for line in log.read_text().splitlines() if re.match(r"(# )?(n|lr): |# (head|layer) ", line)]
-    return lines, tensors(torch.load(log.with_suffix(".pt"), weights_only=True)["state"])
+    lines = [line for line in log.read_text().splitlines() if RESULT.match(line)]
+    return Left(lines, tensors(torch.load(log.with_suffix(".pt"), weights_only=True)["state"]))
 
 
 def complaint(folder, whole):
-    """What of a finished run is not as it must be; None when all is."""
-    strangers = [path.name for path in folder.iterdir() if path.suffix not in (".log", ".pt") and path.name != "output"]
-    if strangers or len([*folder.iterdir()]) != 3:
-        return f"files left behind: {sorted(path.name for path in folder.iterdir())}"
+    """What is wrong with a finished run in ``folder``, compared with the ``whole`` one; None if nothing is."""
+    names = [path.name for path in folder.iterdir()]
+    if sorted(Path(name).suffix for name in names) != ["", ".log", ".pt"]:  # the first one is "output"
+        return f"files left behind: {sorted(names)}"
     if "Traceback" in (folder / "output").read_text(errors="replace"):
         return "a traceback"
-    (lines, mine), (expected, its) = left(folder), whole
-    if lines != expected:
-        return "other lines of results"
-    if len(mine) != len(its) or not all(torch.equal(a, b) for a, b in zip(mine, its, strict=True)):
+    found = left(folder)
+    if found.lines != whole.lines:
+        return "other result lines"
+    if len(found.tensors) != len(whole.tensors):
+        return "another number of tensors in the checkpoint"
+    if not all(torch.equal(a, b) for a, b in zip(found.tensors, whole.tensors, strict=True)):
         return "other tensors in the checkpoint"
     return None
 
 
+def is_expected(code, number):
+    """Whether a process that was sent signal ``number`` may end with that exit code."""
+    if number == signal.SIGKILL:
+        return code in (0, -number)
+    return code in (0, -number, 128 + number)  # -number: before Python could hear of it
+
+
 def torture(script, words, folder, whole, seconds, generator):
-    """(kills and signals by name, complaint) of one round."""
-    done = Counter()
+    """Runs the script in ``folder``, which takes so many ``seconds``, with interruptions: (how often which signal was
+    sent, what is wrong).
+    """
+    sent = Counter()
     for _ in range(generator.randint(1, 6)):
-        process, number = start(script, words, folder, "--resume", "auto"), generator.choice(SIGNALS)
+        process = start(script, words, folder, "--resume", "auto")
+        number = generator.choice(SIGNALS)
         try:
             code = process.wait(generator.uniform(0, 1.2) * seconds)
         except subprocess.TimeoutExpired:
             code = end(process, number)
-            done[signal.Signals(number).name] += 1
-            early = number != signal.SIGKILL and code == -number  # before Python could hear of it
-            if code not in (0, -number, 128 + number) or (code == -number and not early and number != signal.SIGKILL):
-                return done, f"exit code {code} after {signal.Signals(number).name}"
+            name = signal.Signals(number).name
+            sent[name] += 1
+            if not is_expected(code, number):
+                return sent, f"exit code {code} after {name}"
         else:
             if code == 0:
                 break
-            return done, f"exit code {code} without a signal"
-    code = start(script, words, folder, "--resume", "auto").wait(LIMIT)  # to the end, or of what is finished already
-    return done, f"exit code {code} at last" if code else complaint(folder, whole)
+            return sent, f"exit code {code} without a signal"
+    code = start(script, words, folder, "--resume", "auto").wait(LIMIT)  # to its end, or it is finished already
+    if code:
+        return sent, f"exit code {code} at last"
+    return sent, complaint(folder, whole)
+
+
+class Torture:
+    """The rounds, in the temporary folder ``root``."""
+
+    def __init__(self, root, seed, keep):
+        self.root = root
+        self.keep = keep
+        self.generator = random.Random(seed)
+        self.whole = {}  # script → (what it leaves if nothing stops it, its seconds)
+        self.sent = Counter()
+        self.rounds = 0
+        self.failed = 0
+
+    def run_whole(self, script, words):
+        folder = self.root / f"whole{len(self.whole)}"
+        folder.mkdir()
+        begun = time.monotonic()
+        code = start(script, words, folder).wait(LIMIT)
+        if code:
+            sys.exit(f"{script} ended with exit code {code}: {(folder / 'output').read_text()}")
+        self.whole[script] = left(folder), time.monotonic() - begun
+
+    def round(self, script, flags):
+        words = [str(self.root / "images") if word == "IMAGES" else word for word in flags.split()]
+        if script not in self.whole:
+            self.run_whole(script, words)
+        whole, seconds = self.whole[script]
+        folder = self.root / f"round{self.rounds}"
+        folder.mkdir()
+        sent, wrong = torture(script, words, folder, whole, seconds, self.generator)
+        self.rounds += 1
+        self.sent += sent
+        if wrong:
+            self.failed += 1
+        print(f"round {self.rounds}, {script}: {summary(sent)}: {wrong or 'to the bit'}", flush=True)
+        if not (wrong and self.keep):
+            shutil.rmtree(folder)
+
+
+def summary(sent):
+    return ", ".join(f"{count} {name}" for name, count in sorted(sent.items())) or "no signal"
 
 
 def main():
@@ -129,36 +187,21 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the folders of rounds that were not survived")
     args = parser.parse_args()
-    finish, generator = time.monotonic() + 60 * args.minutes, random.Random(args.seed)
+    finish = time.monotonic() + 60 * args.minutes
     root = Path(tempfile.mkdtemp(prefix="torture-"))
     write_images(root / "images")
-    whole, total, failed, rounds = {}, Counter(), 0, 0
+    rounds = Torture(root, args.seed, args.keep)
     try:
         while time.monotonic() < finish:
-            if rounds % len(RUNS) == 0:
-                order = generator.sample(RUNS, len(RUNS))
-            script, flags = order[rounds % len(RUNS)]
-            words = [str(root / "images") if word == "IMAGES" else word for word in flags.split()]
-            if script not in whole:
-                (folder := root / f"whole{len(whole)}").mkdir()
-                before = time.monotonic()
-                if code := start(script, words, folder).wait(LIMIT):
-                    sys.exit(f"{script} ended with exit code {code}: {(folder / 'output').read_text()}")
-                whole[script] = left(folder), time.monotonic() - before
-            expected, seconds = whole[script]
-            (folder := root / f"round{rounds}").mkdir()
-            done, wrong = torture(script, words, folder, expected, seconds, generator)
-            rounds, failed, total = rounds + 1, failed + (wrong is not None), total + done
-            told = ", ".join(f"{count} {name}" for name, count in done.items()) or "no signal"
-            print(f"round {rounds}, {script}: {told}: {wrong or 'to the bit'}", flush=True)
-            if wrong is None or not args.keep:
-                shutil.rmtree(folder)
+            for script, flags in rounds.generator.sample(RUNS, len(RUNS)):
+                if time.monotonic() < finish:
+                    rounds.round(script, flags)
     finally:
-        if not (args.keep and failed):
+        if not (args.keep and rounds.failed):
             shutil.rmtree(root, ignore_errors=True)
-    told = ", ".join(f"{count} {name}" for name, count in sorted(total.items())) or "no signals"
-    print(f"{rounds - failed} of {rounds} rounds with {told} survived to the bit (seed {args.seed})")
-    sys.exit(failed > 0)
+    survived = rounds.rounds - rounds.failed
+    print(f"{survived} of {rounds.rounds} rounds with {summary(rounds.sent)} survived to the bit (seed {args.seed})")
+    sys.exit(1 if rounds.failed else 0)
 
 
 if __name__ == "__main__":

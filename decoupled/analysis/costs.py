@@ -1,6 +1,6 @@
 """What a module and its auxiliary network cost: parameters, FLOPs, peak memory and time of a training step.
 
-One multiply-add is 2 FLOPs; matrix products and convolutions count, nothing else does (torch.utils.flop_counter).
+FLOPs: see decoupled.networks.flops.
 """
 
 import copy
@@ -20,38 +20,40 @@ from decoupled.networks.modules import eval_mode
 
 
 class LiveStorages(TorchDispatchMode):
-    """Inside the block: ``live``, the bytes of tensor storages made there and still alive, and ``peak``, the most there
-    were at once.
+    """Counts the memory of the tensors that are made inside the block, in bytes: ``live``, of those still alive, and
+    ``peak``, the maximum of that.
 
     A storage counts once, whatever views and in-place results share it, from the operation that makes it until the last
-    of them is gone, autograd's graph included. One that appears as an operand first was alive before and does not
-    count. A storage resized later keeps its first size.
+    of them is gone, autograd's graph included. A storage that appears as an operand first existed before and does not
+    count. A storage that is resized later keeps its first size.
     """
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peak = 0
         self.known = {}  # id of a storage → weak reference to it, whose callback forgets it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # no operation: a FakeTensor is asked where it would be
+        if func is torch.ops.prim.device.default:  # no operation: asks a FakeTensor for the device it stands for
             return func(*args)
-        if torch.is_inference_mode_enabled():  # composite operations come whole: what they make inside counts too
+        if torch.is_inference_mode_enabled():  # composite operations arrive whole: count what they make inside
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func is not torch.ops.aten.lift_fresh.default:  # which is handed what torch.tensor has just made
+        if func is not torch.ops.aten.lift_fresh.default:  # its operand is what torch.tensor has just made
             for storage in storages((args, kwargs)):
-                self.know(storage, 0)
+                self.remember(storage, 0)
         result = func(*args, **kwargs)
         for storage in storages(result):
-            self.know(storage, storage.nbytes())
+            self.remember(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return result
 
-    def know(self, storage, size):
+    def remember(self, storage, size):
+        """Counts ``storage`` with ``size`` bytes until it is freed, unless it is known already."""
         if id(storage) not in self.known:
             self.live += size
             self.known[id(storage)] = weakref.ref(storage, partial(self.forget, id(storage), size))
@@ -67,11 +69,11 @@ def storages(tree):
 
 
 def peak_memory(step, device="cpu"):
-    """The most bytes that tensors made while ``step()`` runs take at once, on top of what was alive before.
+    """The maximum of the bytes that tensors made while ``step()`` runs take, on top of what was alive before.
 
-    On CUDA the allocator's own count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
-    included, the exact sizes of tensor storages (LiveStorages), without kernels' workspaces: the same on every machine,
-    and on the meta device without computing anything.
+    On CUDA it is the allocator's count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
+    included, it is the exact size of tensor storages (LiveStorages), without kernels' workspaces: the same on every
+    machine, and on the meta device without computing anything.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -87,7 +89,7 @@ def peak_memory(step, device="cpu"):
 
 
 def step_seconds(step, calls=1, device="cpu"):
-    """Wall time of a call of ``step()`` in seconds, on average of ``calls``, the device's queued work included."""
+    """Average wall time of a call of ``step()`` over ``calls``, in seconds, the device's queued work included."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -103,8 +105,8 @@ def synchronize(device):
 
 
 def costs(net, images):
-    """A pandas frame with a row for each (n, part): module n from 1; part "body", "auxiliary" or "module", which is
-    both.
+    """Measures each module of ``net`` and its parts: a pandas frame with a row per (n, part), module n from 1, part
+    "body", "auxiliary" or "module", which is both.
 
     ``images`` (B, …), at least two. Columns:
       parameters       trained or not
@@ -113,20 +115,22 @@ def costs(net, images):
                          its auxiliary's does
       memory           bytes: the peak of a training step of that part alone, in the precision of ``images``
                          (see peak_memory)
-    A training step is the scripts': forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Two are taken,
-    so that the gradients and the momentum that the first leaves count in the second; the network and the part's input
-    do not. A body alone is handed a gradient of its output. ``net`` stays as it is, gradients, modes and batch norm
-    statistics included, and so does the random number generator.
+    A training step is the scripts': forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Memory is that
+    of two steps, so that the gradients and the momentum left by the first count in the second; the network and the
+    part's input do not count. A body alone is given a gradient of its output. ``net`` stays as it is, gradients, modes
+    and batch norm statistics included, and so does the random number generator.
     """
     rows = {}
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    with torch.random.fork_rng([images.device] if images.is_cuda else []), eval_mode(net):
-        representation = images
+    cuda_devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(cuda_devices), eval_mode(net):
+        inputs = images
         for n, module in enumerate(net, start=1):
-            below = representation
             with torch.no_grad():
-                representation = module.body(below)
-            rows |= {(n, part): row for part, row in module_costs(module, below, representation, labels).items()}
+                representation = module.body(inputs)
+            for part, row in module_costs(module, inputs, representation, labels).items():
+                rows[n, part] = row
+            inputs = representation
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(rows, names=("n", "part"))
     return frame
@@ -146,66 +150,74 @@ class Ones(torch.autograd.Function):
         return torch.ones_like(representation)
 
 
-def module_costs(module, below, representation, labels):
-    """The three rows of costs for one module in eval mode: {part: {column: value}}. Its input is ``below``, its body's
-    output ``representation``.
+def module_costs(module, inputs, representation, labels):
+    """The three rows of costs for one module in eval mode: {part: {column: value}}. ``representation`` is what its body
+    makes of ``inputs``.
     """
     learner = copy.deepcopy(module).train()
-    learns = any(parameter.requires_grad for parameter in module.body.parameters())
+    body_learns = any(parameter.requires_grad for parameter in module.body.parameters())
 
     def body():
-        representation = learner.body(below)
+        representation = learner.body(inputs)
         return representation, Ones.apply(representation)
 
     def auxiliary():
-        logits = learner.auxiliary(representation.detach().requires_grad_(learns))
+        logits = learner.auxiliary(representation.detach().requires_grad_(body_learns))
         return logits, F.cross_entropy(logits.float(), labels)
 
     def both():
-        representation, logits = learner(below)
+        representation, logits = learner(inputs)
         return representation, logits, F.cross_entropy(logits.float(), labels)
 
     with torch.no_grad():
-        forward = {
-            "body": count_flops(lambda: module.body(below)),
-            "auxiliary": count_flops(lambda: module.auxiliary(representation)),
-        }
-    forward["module"] = sum(forward.values())
-    rows = {}
-    for part, outputs, network in (
-        ("body", body, learner.body),
-        ("auxiliary", auxiliary, learner.auxiliary),
-        ("module", both, learner),
-    ):
-        # This also lets CUDA's libraries take their lasting workspaces
-        training = count_flops(training_step(outputs, network))
-        network.zero_grad()
-        step = training_step(outputs, network)
-        rows[part] = {
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "flops": forward[part] / len(labels),
-            "training_flops": training / len(labels),
-            "memory": peak_memory(lambda step=step: (step(), step()), below.device),
-        }
-        network.zero_grad()
-    return rows
+        body_flops = count_flops(lambda: module.body(inputs))
+        auxiliary_flops = count_flops(lambda: module.auxiliary(representation))
+    return {
+        "body": part_costs(learner.body, body, body_flops, inputs),
+        "auxiliary": part_costs(learner.auxiliary, auxiliary, auxiliary_flops, inputs),
+        "module": part_costs(learner, both, body_flops + auxiliary_flops, inputs),
+    }
+
+
+def part_costs(network, outputs, flops, inputs):
+    """One row of costs, {column: value}: of ``network``, in train mode, whose forward pass is ``outputs`` (see
+    training_step) and costs ``flops`` for all images of ``inputs``.
+    """
+    # This step also makes CUDA's libraries allocate their lasting workspaces.
+    training_flops = count_flops(training_step(outputs, network))
+    network.zero_grad()
+    step = training_step(outputs, network)
+
+    def two_steps():
+        step()
+        step()
+
+    memory = peak_memory(two_steps, inputs.device)
+    network.zero_grad()
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "flops": flops / len(inputs),
+        "training_flops": training_flops / len(inputs),
+        "memory": memory,
+    }
 
 
 def training_step(outputs, network):
-    """A callable that takes a training step: the last of ``outputs()`` is the loss, the others stay alive as in the
-    scripts.
+    """A callable that takes a training step of ``network``: the last of ``outputs()`` is the loss, the others stay
+    alive meanwhile, as in the scripts.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # As in the scripts; meta has no such kernel. Neither makes temporary tensors
-    fused = bool(parameters) and not parameters[0].is_meta
-    optimizer = SGD(parameters, lr=0.0, momentum=0.9, fused=fused) if parameters else None
+    optimizer = None
+    if parameters:
+        # Fused as in the scripts; meta has no such kernel. Neither makes temporary tensors.
+        optimizer = SGD(parameters, lr=0.0, momentum=0.9, fused=not parameters[0].is_meta)
 
     def step():
         *_kept, loss = outputs()
         network.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        if optimizer:
+        if optimizer is not None:
             optimizer.step()
 
     return step

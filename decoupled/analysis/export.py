@@ -1,26 +1,31 @@
 """Exports logs, as one table or for TensorBoard:
 
-python -m decoupled export LOG… --csv FILE            rows: log, n, epoch, results
-python -m decoupled export LOG… --tensorboard DIR     a run for each log
+python -m decoupled export LOG… --csv FILE            one row per head and epoch
+python -m decoupled export LOG… --tensorboard DIR     one TensorBoard run per log
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from decoupled.errors import InputError
+from decoupled.errors import InputError, writing
 from decoupled.logs import read_log
+from decoupled.training import flags
 
 
 def to_csv(frames, path):
-    """Writes ``frames``, {path: frame from read_log}, as one table: read_log's columns after "log", the file's name."""
-    names = [Path(log).name for log in frames]
-    pd.concat(frames.values(), keys=names, names=["log"]).reset_index("log").to_csv(path, index=False)
+    """Writes ``frames``, {path: frame from read_log}, as one table: "log", the file's name, then read_log's columns."""
+    named = []
+    for log, frame in frames.items():
+        frame = frame.copy()
+        frame.insert(0, "log", Path(log).name)
+        named.append(frame)
+    pd.concat(named).to_csv(path, index=False)
 
 
 def to_tensorboard(frames, folder):
-    """Writes ``frames``, {path: frame from read_log}, as scalars "column/head n" by epoch, each log a run in a folder
-    of its own under ``folder``. Raises InputError where tensorboard is not installed or such a folder is there already.
+    """Writes ``frames``, {path: frame from read_log}, as scalars "column/head n" by epoch, each log as a run in a
+    folder of its own under ``folder``. Raises InputError where tensorboard is not installed or such a folder exists.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -29,36 +34,46 @@ def to_tensorboard(frames, folder):
     runs = {Path(folder) / Path(log).stem: frame for log, frame in frames.items()}
     for run in runs:
         if run.exists():
-            raise InputError(f"--tensorboard: {run} is there already: remove it, or name another folder")
+            raise InputError(f"--tensorboard: {run} exists already: remove it, or name another folder")
     for run, frame in runs.items():
         with SummaryWriter(str(run)) as writer:
             for row in frame.to_dict("records"):
-                for column in row.keys() - {"n", "epoch"}:
-                    writer.add_scalar(f"{column}/head {row['n']}", row[column], row["epoch"])
+                n = row.pop("n")
+                epoch = row.pop("epoch")
+                for column, value in row.items():
+                    writer.add_scalar(f"{column}/head {n}", value, epoch)
+
+
+def parse_args():
+    parser = flags.Parser(__doc__)
+    parser.prog = "python -m decoupled export"
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--csv", metavar="FILE", type=flags.path, help="write a table: the log, n, epoch and the log's results"
+    )
+    group.add_argument(
+        "--tensorboard",
+        metavar="DIR",
+        type=flags.path,
+        help="write scalars by epoch, each log as a run in a folder under DIR; needs the package tensorboard",
+    )
+    return parser.parse_args()
 
 
 def main():
-    from decoupled.errors import writing
-    from decoupled.training import flags
-
-    parser = flags.Parser("Exports logs, as one table or for TensorBoard.")
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--csv", metavar="FILE", type=flags.path, help="a table: log, n, epoch and the log's results")
-    tensorboard = "scalars by epoch, each log a run in a folder under DIR; needs the package tensorboard"
-    way.add_argument("--tensorboard", metavar="DIR", type=flags.path, help=tensorboard)
-    args = parser.parse_args()
-    frames = {log: read_log(log) for log in args.logs}
-    names = [Path(log).name for log in frames]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"two of the logs are called {min(repeated)}: export them one by one, or rename one")
-    target = args.csv or args.tensorboard
-    with writing(target, "name another place, or make room or access there"):
-        (to_csv if args.csv else to_tensorboard)(frames, target)
-    print(f"exported: {target}")
-
-
-if __name__ == "__main__":
-    from decoupled.training import flags
-
-    flags.start(main)
+    args = parse_args()
+    frames = {}
+    names = set()
+    for log in args.logs:
+        name = Path(log).name
+        if name in names:
+            raise InputError(f"two of the logs are called {name}: export them one by one, or rename one")
+        names.add(name)
+        frames[log] = read_log(log)
+    with writing(args.csv or args.tensorboard, "name another place, or make room or access there"):
+        if args.csv:
+            to_csv(frames, args.csv)
+        else:
+            to_tensorboard(frames, args.tensorboard)
+    print(f"exported: {args.csv or args.tensorboard}")

@@ -2,8 +2,9 @@
 
 python -m decoupled plot LOG… [--heads all|last|1,4] [--output curves.png]
 
-Logs that differ in the seed only are drawn as one: the mean, and a band from
-the lowest to the highest. --output's suffix says the format: .png, .pdf, .svg.
+Logs that differ only in the seed are drawn as one curve: their mean, and a band
+from the lowest to the highest. The suffix of --output gives the format: .png,
+.pdf, .svg.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import re
 from pathlib import Path
 
 import matplotlib
+import matplotlib.style
 import pandas as pd
 from cycler import cycler
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import EDITED, STAMP, final, read_log
+from decoupled.logs import final, is_edited, newest, parse_run_name, read_log
 from decoupled.training import flags
 from decoupled.training.run import FLAGS_FREE_ON_RESUME
 
@@ -27,16 +30,10 @@ LABELS = {
     "ensemble_top1": "ensemble test top-1 (%)",
 }
 
-
-# Okabe and Ito's colors, which the color-blind can tell apart, without the yellow, and a marker for each: in print too.
+# Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow; and markers, for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
 MARKERS = "osD^vPX"
-
-
-LINES = ("-", "--", ":", "-.")  # of curves beneath others
-
+REFERENCE_LINES = ("-", "--", ":", "-.")
 
 STYLE = {  # pyplot.style.use(STYLE)
     "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS),
@@ -69,27 +66,32 @@ METHODS = styles(("DGL", "back-propagation", "DDG", "DNI", "cDNI", "checkpointin
 
 
 def curves(axes, frames, column, heads=None, label="head {n}", **style):
-    """Draws ``column`` of a frame from read_log by epoch on ``axes``, a line for each head, and labels the axes.
+    """Draws ``column`` of a frame from read_log by epoch on ``axes``, one line per head, and labels the axes.
 
-    ``frames`` may be several that differ in the seed only: the line is their mean, the band about it goes from the
+    ``frames`` may be several that differ only in the seed: the line is their mean, the band around it goes from the
     lowest to the highest; epochs that one of them has not reached are left out. ``heads``: numbers, or "last"; all by
     default. ``label`` is formatted with n. Returns the lines.
     """
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     rows = pd.concat([frame[["n", "epoch", column]] for frame in frames], ignore_index=True)
-    heads = [rows["n"].max()] if isinstance(heads, str) else heads
+    if isinstance(heads, str):
+        heads = [rows["n"].max()]
     lines = []
-    for n, of_head in rows.groupby("n"):
+    for n, rows_of_head in rows.groupby("n"):
         if heads is not None and n not in heads:
             continue
-        over = of_head.groupby("epoch")[column].agg(["mean", "min", "max", "size"])
-        over = over[over["size"] == over["size"].max()]
-        look = {"color": COLORS[(n - 1) % len(COLORS)], "marker": MARKERS[(n - 1) % len(MARKERS)]}
-        every = -(-len(over) // 12)  # markers of lines that coincide alternate
-        look |= {"markevery": (len(axes.lines) % every, every)}
-        lines += axes.plot(over.index, over["mean"], label=label.format(n=n), **look | style)
+        seeds = rows_of_head.groupby("epoch")[column].agg(["mean", "min", "max", "size"])
+        seeds = seeds[seeds["size"] == seeds["size"].max()]
+        every = -(-len(seeds) // 12)
+        look = {
+            "color": COLORS[(n - 1) % len(COLORS)],
+            "marker": MARKERS[(n - 1) % len(MARKERS)],
+            "markevery": (len(axes.lines) % every, every),  # the markers of lines that coincide alternate
+        }
+        (line,) = axes.plot(seeds.index, seeds["mean"], label=label.format(n=n), **(look | style))
+        lines.append(line)
         if len(frames) > 1:
-            axes.fill_between(over.index, over["min"], over["max"], color=lines[-1].get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(seeds.index, seeds["min"], seeds["max"], color=line.get_color(), alpha=0.2, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("epoch")
     axes.set_ylabel(LABELS.get(column, column))
@@ -97,81 +99,110 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
 
 
 def reference_curves(axes, frame, column, heads=None, label="authors' log", **style):
-    """As curves, wide and grey beneath the others: the curves that ours are compared with."""
+    """Like curves, but wide and grey beneath the others: what ours are compared with."""
     beneath = {"color": "0.75", "linewidth": 3, "marker": "", "zorder": 1}
-    return curves(axes, frame, column, heads, label, **beneath | style)
+    return curves(axes, frame, column, heads, label, **(beneath | style))
 
 
 def authors_curves(names):
-    """{label: frame} of the authors' published logs, of results/authors_curves.csv; ``names`` without .log."""
+    """{label: frame} of the authors' published logs in results/authors_curves.csv; ``names`` without .log."""
     table = pd.read_csv(results_folder() / "authors_curves.csv")
-    if missing := [name for name in names if f"{name}.log" not in set(table["log"])]:
-        known = ", ".join(name.removesuffix(".log") for name in table["log"].unique())
-        raise InputError(f"the authors have no log {missing[0]!r}: choose from {known}")
-    return {f"{name}, authors": table[table["log"] == f"{name}.log"] for name in names}
+    known = [log.removesuffix(".log") for log in table["log"].unique()]
+    frames = {}
+    for name in names:
+        if name not in known:
+            raise InputError(f"the authors have no log {name!r}: choose from {', '.join(known)}")
+        frames[f"{name}, authors"] = table[table["log"] == f"{name}.log"]
+    return frames
 
 
 def points(axes, values, **style):
-    """Draws the mean, and as a bar the range, of the ``values`` at each place: a Series whose index says the place on
-    the x axis, with a row for each seed. Returns matplotlib's container.
+    """Draws the mean of the ``values`` at each place, and their range as a bar. ``values`` is a Series with one row per
+    seed, whose index is the place on the x axis. Returns matplotlib's container.
     """
-    over = values.groupby(level=0, sort=False).agg(["mean", "min", "max"])
-    around = [over["mean"] - over["min"], over["max"] - over["mean"]]
-    return axes.errorbar(over.index, over["mean"], yerr=around, **{"capsize": 3, "elinewidth": 1} | style)
+    seeds = values.groupby(level=0, sort=False).agg(["mean", "min", "max"])
+    ranges = [seeds["mean"] - seeds["min"], seeds["max"] - seeds["mean"]]
+    look = {"capsize": 3, "elinewidth": 1}
+    return axes.errorbar(seeds.index, seeds["mean"], yerr=ranges, **(look | style))
 
 
 def legend_below(figure, **style):
-    """One legend of all panels of ``figure`` beneath them, each label once."""
-    shown = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
-    columns = max(1, int(11 * figure.get_figwidth()) // (8 + max(map(len, entries), default=0)))
-    return figure.legend(entries.values(), entries, **{"loc": "outside lower center", "ncols": columns} | style)
+    """One legend for all panels of ``figure``, beneath them, with each label once."""
+    entries = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= zip(labels, handles, strict=True)
+    widest = max(map(len, entries), default=0)
+    columns = max(1, int(11 * figure.get_figwidth()) // (8 + widest))
+    place = {"loc": "outside lower center", "ncols": columns}
+    return figure.legend(entries.values(), entries, **(place | style))
+
+
+# A figure of whole runs
 
 
 def learning_curves(runs, heads=None, title="", beneath=None):
-    """A figure of ``runs``, {label: frames of its seeds}, of whichever experiment: training loss, where all have one,
-    else train top-1, and test top-1 by epoch.
+    """A figure of ``runs``, {label: frames of its seeds}, of any experiment: the training loss, or train top-1 where
+    one of them has no loss, and test top-1, by epoch.
 
-    Of a single run every head is drawn, of several runs the last; ``heads`` (numbers, "all" or "last") says otherwise.
-    Several runs' heads have panels of their own. ``beneath``, {label: frame}, are drawn grey.
+    ``heads``: numbers, "all" or "last"; by default all of a single run, and the last of several runs. With several
+    runs, each head has its own panels. ``beneath``, {label: frame}, are drawn grey.
     """
-    from matplotlib import pyplot
-
-    frames = [frame for of_run in runs.values() for frame in of_run]
-    columns = ("loss" if all("loss" in frame for frame in frames) else "train_top1", "test_top1")
-    heads = heads or ("all" if len(runs) == 1 else "last")
-    numbers = sorted({n for frame in frames for n in frame["n"]}) if heads == "all" else heads
-    rows = [numbers] if len(runs) == 1 or heads == "last" else [[n] for n in numbers]
-    with pyplot.style.context(STYLE):
-        size = (10, 3.6 * len(rows) + (0.2 * len(runs) if len(runs) > 1 else 0.4))
-        figure, panels = pyplot.subplots(len(rows), 2, figsize=size, squeeze=False, sharex=True)
-        for of_row, shown in zip(panels, rows, strict=True):
-            for axes, column in zip(of_row, columns, strict=True):
-                for (name, frame), line in zip((beneath or {}).items(), LINES, strict=False):
-                    reference_curves(axes, frame, column, shown, name, linestyle=line)
-                for (name, of_run), style in zip(runs.items(), styles(runs).values(), strict=True):
-                    look = {"label": name.replace("{", "{{").replace("}", "}}"), **style} if len(runs) > 1 else {}
-                    curves(axes, of_run, column, heads=shown, **look)
-                axes.set_title(f"head {shown[0]}" if len(rows) > 1 else "")
+    frames = [frame for seeds in runs.values() for frame in seeds]
+    if heads is None:
+        heads = "all" if len(runs) == 1 else "last"
+    if heads == "all":
+        heads = sorted({n for frame in frames for n in frame["n"]})
+    has_loss = all("loss" in frame for frame in frames)
+    columns = ("loss" if has_loss else "train_top1", "test_top1")
+    heads_of_row = [heads] if len(runs) == 1 or heads == "last" else [[n] for n in heads]
+    legend_height = 0.2 * len(runs) if len(runs) > 1 else 0.4
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(10, 3.6 * len(heads_of_row) + legend_height))
+        panels = figure.subplots(len(heads_of_row), 2, squeeze=False, sharex=True)
+        for row, shown in zip(panels, heads_of_row, strict=True):
+            for axes, column in zip(row, columns, strict=True):
+                draw_panel(axes, runs, column, shown, beneath or {})
+                if len(heads_of_row) > 1:
+                    axes.set_title(f"head {shown[0]}")
         for axes in panels[:-1].flat:
             axes.set_xlabel("")
-        legend_below(figure, title="mean and range over seeds" if len(frames) > len(runs) else None)
+        legend_title = "mean and range over seeds" if len(frames) > len(runs) else None
+        legend_below(figure, title=legend_title)
         figure.suptitle(title.replace("$", r"\$"))
     return figure
 
 
-def about(frame):
-    """What a run is, as text by name, of a frame from read_log: script, images, flags; not where it was made, nor its
-    seed.
-    """
-    arguments = {
-        key: value for key, value in frame.attrs["arguments"].items() if key not in (*FLAGS_FREE_ON_RESUME, "device")
-    }
-    arguments["name"] = without_seed(str(arguments.get("name", "")))
-    lines = dict(line.split(": ", 1) for line in frame.attrs["comments"] if ": " in line)
-    script = re.search(r"([\w-]+)/(\w+)\.py", lines.get("command", "")) or ("", "", "")
-    what = {"experiment": script[1], "script": script[2], "images": lines.get("train", ""), **arguments}
-    return {key: str(value) for key, value in what.items() if key != "seed"}
+def draw_panel(axes, runs, column, heads, beneath):
+    """Draws ``column`` of the ``runs`` on ``axes``, over the reference curves ``beneath``: see learning_curves."""
+    for (name, frame), linestyle in zip(beneath.items(), REFERENCE_LINES, strict=False):
+        reference_curves(axes, frame, column, heads, name, linestyle=linestyle)
+    if len(runs) == 1:
+        (seeds,) = runs.values()
+        curves(axes, seeds, column, heads)
+        return
+    looks = styles(runs)
+    for name, seeds in runs.items():
+        label = name.replace("{", "{{").replace("}", "}}")
+        curves(axes, seeds, column, heads, label, **looks[name])
+
+
+# Which logs are seeds of one run
+
+DESCRIPTION = ("experiment", "script", "images")  # what a run is, besides its flags
+
+
+def describe_run(frame):
+    """What a run is, {name: text}, of a frame from read_log: script, images, flags, seed; not where it was made."""
+    comments = dict(line.split(": ", 1) for line in frame.attrs["comments"] if ": " in line)
+    run = {"experiment": "", "script": "", "images": comments.get("train", ""), "name": ""}
+    if match := re.search(r"([\w-]+)/(\w+)\.py", comments.get("command", "")):
+        run["experiment"], run["script"] = match.groups()
+    for flag, value in frame.attrs["arguments"].items():
+        if flag not in (*FLAGS_FREE_ON_RESUME, "device"):
+            run[flag] = str(value)
+    run["name"] = without_seed(run["name"])
+    return run
 
 
 def without_seed(name):
@@ -179,51 +210,65 @@ def without_seed(name):
 
 
 def group_seeds(frames):
-    """Groups ``frames``, {path: frame from read_log}, that differ in the seed only: {label: frames of its seeds}.
+    """Groups ``frames``, {path: frame from read_log}, that differ only in the seed: {label: frames of its seeds}.
 
-    Labels name the script, images and flags in which the groups differ; the log, where those are none or many.
+    Labels name the script, images and flags in which the groups differ; where there are no such or many, the log.
     """
-    groups = {}  # {what the runs have in common, as pairs: {seed: path}}
-    for path, frame in frames.items():
-        key, seed = tuple(about(frame).items()), frame.attrs["arguments"].get("seed")
-        while seed in groups.setdefault(key, {}):
-            key += (("again", ""),)  # the same run twice is not two seeds
-        groups[key][seed] = path
-    whats = [dict(key) for key in groups]
-    flags_of_all = [key for key in whats[0] if all(key in what for what in whats) and key != "name"]
-    differ = [key for key in flags_of_all if len({what[key] for what in whats}) > 1]
-    labels = [
-        ", ".join(f"{key} {what[key]}" if key in frame.attrs["arguments"] else what[key] for key in differ)
-        for what in whats
-    ]
-    named = {}
-    for label, seeds in zip(labels, groups.values(), strict=True):
-        if len(differ) > 3 or not label or labels.count(label) > 1:
-            label = Path(next(iter(seeds.values()))).stem
-            label = re.sub(f"-{STAMP.pattern}$", "", without_seed(label) if len(seeds) > 1 else label)
-        label += f" ({len(seeds)} seeds)" * (len(seeds) > 1)
-        named[label if label not in named else f"{label} [{len(named) + 1}]"] = [
-            frames[path] for path in seeds.values()
-        ]
-    return named
+    runs = pd.DataFrame([{"seed": ""} | describe_run(frame) for frame in frames.values()], index=list(frames))
+    compared = [column for column in runs if column != "seed"]
+    repetition = runs.groupby([*compared, "seed"], dropna=False).cumcount()  # the same run twice is not two seeds
+    groups = [group for _, group in runs.groupby([*compared, repetition], dropna=False, sort=False)]
+
+    in_all_runs = [column for column in compared if column != "name" and runs[column].notna().all()]
+    differing = [column for column in in_all_runs if runs[column].nunique() > 1]
+    labels = [label_by_difference(group, differing) for group in groups]
+    grouped = {}
+    for group, label in zip(groups, labels, strict=True):
+        if not label or labels.count(label) > 1:
+            label = label_by_name(group)
+        if len(group) > 1:
+            label = f"{label} ({len(group)} seeds)"
+        if label in grouped:
+            label = f"{label} [{len(grouped) + 1}]"
+        grouped[label] = [frames[path] for path in group.index]
+    return grouped
+
+
+def label_by_difference(group, differing):
+    """The label of the runs in ``group`` by the columns ``differing``; empty where those are many."""
+    if len(differing) > 3:
+        return ""
+    words = []
+    for column in differing:
+        value = group[column].iloc[0]
+        words.append(value if column in DESCRIPTION else f"{column} {value}")
+    return ", ".join(words)
+
+
+def label_by_name(group):
+    """The label of the runs in ``group`` by the first one's log, without its time and, for several seeds, its seed."""
+    path = Path(group.index[0])
+    name = parse_run_name(path)
+    label = path.stem if name is None else name.prefix
+    if len(group) > 1:
+        label = without_seed(label)
+    return label
+
+
+# The command
 
 
 def newest_log(path):
-    """``path`` itself, or in a folder the log of the run that began last, by the time in its name; logs without one
-    come first. Raises InputError when there is none.
+    """``path`` itself or, in a folder, the log of the run that started last: see decoupled.logs.newest. Raises
+    InputError when there is none.
     """
     path = Path(path)
     if not path.is_dir():
         return path
-    logs = [log for log in path.glob("*.log") if not EDITED.search(log.name)]
-    if not logs:
+    log = newest(log for log in path.glob("*.log") if not is_edited(log))
+    if log is None:
         raise InputError(f"there is no log in {path}")
-
-    def began(log):
-        match = re.search(f"-{STAMP.pattern}$", log.stem)
-        return (match[1], int(match[2] or 0)) if match else ("", 0)
-
-    return max(logs, key=lambda log: (*began(log), log.stat().st_mtime_ns))
+    return log
 
 
 def results_folder():
@@ -231,8 +276,8 @@ def results_folder():
 
     Raises InputError when there is none.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (Path.cwd(), *Path.cwd().parents, package.parent):
+    repository = Path(__file__).resolve().parents[2]
+    for folder in (Path.cwd(), *Path.cwd().parents, repository):
         if (folder / "results" / "rows.csv").is_file():
             return folder / "results"
     raise InputError(
@@ -249,40 +294,79 @@ def some_heads(text):
     return [int(n) for n in text.split(",")]
 
 
+def figure_path(text):
+    """An argparse type: a path that matplotlib writes a figure to."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(text).suffix.lstrip(".").lower() not in kinds:
+        suffixes = ", ".join(f".{kind}" for kind in kinds)
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {suffixes}")
+    return flags.path(text)
+
+
+def parse_args():
+    parser = flags.Parser(__doc__)
+    parser.prog = "python -m decoupled plot"
+    parser.add_argument(
+        "logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: the newest log in it"
+    )
+    parser.add_argument(
+        "--heads",
+        metavar="HEADS",
+        type=some_heads,
+        help="all, last, or numbers such as 1,4 (default: all of a single run, the last of several runs)",
+    )
+    parser.add_argument(
+        "--authors",
+        nargs="+",
+        metavar="NAME",
+        help="authors' curves to draw beneath, in grey: parallel, sequential, backprop, dgl, cdni, dni",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", default="curves.png", type=figure_path, help="where the figure is written"
+    )
+    return parser, parser.parse_args()
+
+
 def main():
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: its newest log")
-    which = "all, last, or numbers such as 1,4; by default all of a single run, of several runs the last"
-    parser.add_argument("--heads", metavar="HEADS", type=some_heads, help=which)
-    beneath = "authors' curves to draw beneath, grey: parallel, sequential, backprop, dgl, cdni, dni"
-    parser.add_argument("--authors", nargs="+", default=[], metavar="NAME", help=beneath)
-    output = {"metavar": "FILE", "default": "curves.png", "type": flags.path, "help": "where the figure goes"}
-    parser.add_argument("--output", **output)
-    args = parser.parse_args()
-    matplotlib.use("Agg")
-    frames = {log: read_log(log) for log in map(newest_log, args.logs)}
+    parser, args = parse_args()
+    frames = {}
+    for path in args.logs:
+        log = newest_log(path)
+        frames[log] = read_log(log)
+    if isinstance(args.heads, list):
+        known = {n for frame in frames.values() for n in frame["n"]}
+        for n in args.heads:
+            if n not in known:
+                parser.error(f"--heads: no log has head {n}")
     runs = group_seeds(frames)
-    for n in args.heads if isinstance(args.heads, list) else []:
-        if not any((frame["n"] == n).any() for frame in frames.values()):
-            parser.error(f"--heads: no log has head {n}")
-    datasets = {frame.attrs["arguments"].get("dataset", "") for frame in frames.values()} - {""}
-    title = ", ".join([*(runs if len(runs) == 1 else []), *(datasets if len(datasets) == 1 else [])])
-    figure = learning_curves(runs, args.heads, title, authors_curves(args.authors))
-    kinds = figure.canvas.get_supported_filetypes()
-    if Path(args.output).suffix.lstrip(".").lower() not in kinds:
-        parser.error(f"--output {args.output} must end in one of {', '.join(f'.{kind}' for kind in kinds)}")
+    figure = learning_curves(runs, args.heads, figure_title(runs, frames), authors_curves(args.authors or ()))
     with matplotlib.rc_context(STYLE), writing(args.output, "name another --output, or make room or access there"):
         figure.savefig(args.output)
     for log, frame in frames.items():
-        if damaged := frame.attrs["damaged"]:
-            numbers = ", ".join(map(str, damaged[:10]))
-            print(f"left out, because they are damaged: {len(damaged)} lines of {log}, from line {numbers}")
-    for name, of_run in runs.items():
-        last = pd.concat([final(frame)["test_top1"] for frame in of_run]).groupby("n").mean()
-        scores = ", ".join(f"head {n} {top1:.2f} %" for n, top1 in last.items())
+        print_damaged(log, frame)
+    for name, seeds in runs.items():
+        mean = pd.concat([final(frame)["test_top1"] for frame in seeds]).groupby("n").mean()
+        scores = ", ".join(f"head {n} {top1:.2f} %" for n, top1 in mean.items())
         print(f"{name}, test top-1 at the end: {scores}")
     print(f"learning curves: {args.output}")
 
 
-if __name__ == "__main__":
-    flags.start(main)
+def figure_title(runs, frames):
+    """The run's label and its data set; of several runs, the data set that they have in common."""
+    datasets = {frame.attrs["arguments"].get("dataset", "") for frame in frames.values()}
+    datasets.discard("")
+    words = []
+    if len(runs) == 1:
+        words += runs
+    if len(datasets) == 1:
+        words += datasets
+    return ", ".join(words)
+
+
+def print_damaged(log, frame):
+    """Says which lines of ``log`` are left out, if any."""
+    damaged = frame.attrs["damaged"]
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:10]))
+        more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        print(f"left out of {log}, damaged or cut off: line {numbers}{more}")

@@ -1,54 +1,74 @@
-"""What a trained network says of images, and what leaving it early saves.
+"""What a trained network says about images, and what early exits save:
 
-    python -m decoupled predict CHECKPOINT cat.png dog.png --early-exit 0.9
-    python -m decoupled predict CHECKPOINT DIR
-    python -m decoupled predict CHECKPOINT
+python -m decoupled predict CHECKPOINT cat.png dog.png --early-exit 0.9
+python -m decoupled predict CHECKPOINT DIR
+python -m decoupled predict CHECKPOINT
 
-CHECKPOINT is a run's .pt file, or a folder, whose newest is taken. For each
-image: class, confidence (the softmax of the head's logits), head, and FLOPs
-saved, in % of those of all bodies and the last head. With --early-exit an image
-leaves at the first head whose confidence is high enough; it has passed the
-heads below as well, so leaving at the last one saves less than nothing.
+CHECKPOINT is a run's .pt file, or a folder: the newest run in it, by the time
+in its name. For each image: class, confidence (the softmax of the head's
+logits), head, and FLOPs saved, in % of those of all bodies and the last head.
+With --early-exit an image leaves at the first head whose confidence is high
+enough; it has passed the heads below as well, so leaving at the last one saves
+less than nothing.
 
-On labeled images, DIR/<class>/<image> or without either the run's own test set:
-top-1 and average FLOPs of leaving at each head, and at each confidence.
---output draws them, and writes the numbers beside the figure.
+With labeled images, DIR/<class>/<image>, or without any, which means the run's
+own test set: top-1 and average FLOPs of leaving at each head, and at each
+confidence. --output draws them, and writes the numbers beside the figure.
 """
 
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib.style
 import pandas as pd
 import torch
-from torch import nn
+from matplotlib.figure import Figure
 
-from decoupled.analysis.plots import STYLE, styles
+from decoupled.analysis.plots import STYLE, figure_path, styles
 from decoupled.data.batches import Batches
 from decoupled.data.datasets import load as load_images
-from decoupled.errors import InputError
+from decoupled.data.folders import list_images
+from decoupled.errors import InputError, writing
+from decoupled.logs import newest
 from decoupled.networks.flops import count_flops
-from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
-from decoupled.training import checkpoint as checkpoints
-from decoupled.training import checkpoint as loading
-from decoupled.training import flags
+from decoupled.networks.modules import DecoupledNetwork, eval_mode
+from decoupled.training import flags, loading
+from decoupled.training.precision import pick_device
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+BATCH_SIZE = 100
 
 
-BATCH = 100  # images at once
-
-
-def parse_args(argv=None):
+def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's .pt file, or a folder: its newest")
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or one folder DIR/<class>/<image>")
-    parser.add_argument("--heads", metavar="all|N", help="which heads say what they see, from 1 (default: the last)")
-    confidence = "leave at the first head that is so sure, from 0 to 1"
-    parser.add_argument("--early-exit", type=flags.number(least=0), metavar="CONFIDENCE", help=confidence)
-    parser.add_argument("--data-dir", metavar="DIR", help="where the run's own test set is now")
-    parser.add_argument("--output", metavar="PNG", help="figure of accuracy against FLOPs; the numbers go to .csv")
-    parser.add_argument("--script", metavar="PY", help="the script of the run, when it is not in this repository")
-    parser.add_argument("--device", default="auto", help=flags.DEVICE)
-    args = parser.parse_args(argv)
+    parser.prog = "python -m decoupled predict"
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=flags.path, help="a run's .pt file, or a folder: the newest run in it"
+    )
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="*", type=flags.path, help="image files, or one folder DIR/<class>/<image>"
+    )
+    parser.add_argument("--heads", metavar="all|N", help="the head that classifies, from 1 (default: the last)")
+    parser.add_argument(
+        "--early-exit",
+        type=flags.number(least=0),
+        metavar="CONFIDENCE",
+        help="leave at the first head that is so confident, from 0 to 1",
+    )
+    parser.add_argument("--data-dir", type=flags.path, metavar="DIR", help="where the run's data set is now")
+    parser.add_argument(
+        "--output",
+        type=figure_path,
+        metavar="PNG",
+        help="draw accuracy against FLOPs; the numbers are written beside it, as .csv",
+    )
+    parser.add_argument(
+        "--script", type=flags.path, metavar="PY", help="the run's script, when it is not in this repository"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    args = parser.parse_args()
     if args.early_exit is not None and args.heads:
         parser.error("--early-exit chooses each image's head: leave out --heads")
     if args.early_exit is not None and args.early_exit > 1:
@@ -56,81 +76,138 @@ def parse_args(argv=None):
     folders = [name for name in args.images if Path(name).is_dir()]
     if folders and len(args.images) > 1:
         parser.error(f"{folders[0]} is a folder: name it alone, or image files")
-    args.labeled = not args.images or bool(folders)
+    args.labeled = bool(folders) or not args.images
     if args.output and not args.labeled:
         parser.error("--output is for labeled images: name a folder DIR/<class>/<image>, or none")
     if args.heads and args.labeled:
-        parser.error("--heads is for image files: of labeled images every head's accuracy is printed")
+        parser.error("--heads is for image files: with labeled images every head's accuracy is printed")
     return args
 
 
-# Leaving early
+# Early exits
 
 
 @torch.inference_mode()
 def early_exit(net, images, confidence):
-    """(logits (B, classes), heads (B,) from 0): each image leaves the DecoupledNetwork ``net`` at the first head whose
-    softmax has a probability of at least ``confidence``, the rest at the last. Modules above run on what is left.
+    """Lets each image leave the DecoupledNetwork ``net`` at the first head whose softmax has a probability of at least
+    ``confidence``, the rest at the last. Modules above run on what is left.
+
+    images (B, C, h, w) → logits (B, classes), heads (B,) from 0.
     """
-    staying, representation = torch.arange(len(images), device=images.device), images
-    heads = torch.full((len(images),), len(net) - 1, device=images.device)
+    last = len(net) - 1
+    staying = torch.arange(len(images), device=images.device)
+    heads = torch.full((len(images),), last, device=images.device)
     logits = None
+    representation = images
     with eval_mode(net):
         for index, module in enumerate(net):
-            representation, said = module(representation)
-            logits = said.new_empty(len(images), said.shape[1]) if logits is None else logits
-            logits[staying] = said
-            leaving = said.float().softmax(1).amax(1) >= confidence
+            representation, logits_here = module(representation)
+            if logits is None:
+                logits = logits_here.new_empty(len(images), logits_here.shape[1])
+            logits[staying] = logits_here
+            leaving = is_confident(logits_here, confidence)
             heads[staying[leaving]] = index
-            staying, representation = staying[~leaving], representation[~leaving]
-            if not len(staying):
+            staying = staying[~leaving]
+            representation = representation[~leaving]
+            if len(staying) == 0:
                 break
-    return logits, heads.clamp(max=len(net) - 1)
+    return logits, heads
+
+
+def is_confident(logits, confidence):
+    """Whether the softmax of ``logits`` (B, classes) has a probability of at least ``confidence``: (B,) bool."""
+    return logits.float().softmax(1).amax(1) >= confidence
 
 
 def exits(every_logits, confidence):
-    """The heads (B,), from 0, at which images leave, from every head's logits [(B, classes), …]."""
-    sure = torch.stack([logits.float().softmax(1).amax(1) >= confidence for logits in every_logits[:-1]])
-    everyone = torch.ones_like(sure[:1]) if len(sure) else torch.ones(1, len(every_logits[-1]), dtype=torch.bool)
-    return torch.cat([sure, everyone]).int().argmax(0)  # the first
+    """The heads (B,), from 0, at which images leave, from the logits (B, classes) of every head, a list."""
+    heads = torch.full((len(every_logits[-1]),), len(every_logits) - 1)
+    for index in reversed(range(len(every_logits) - 1)):
+        heads[is_confident(every_logits[index], confidence)] = index
+    return heads
+
+
+class ExitFlops(NamedTuple):
+    """FLOPs of one image that leaves at each head.
+
+    alone  through the bodies up to it and that head alone
+    early  through all heads up to it, as an image that may leave early
+    """
+
+    alone: list
+    early: list
 
 
 @torch.no_grad()
 def exit_flops(net, image):
-    """(alone, early): FLOPs of ``image`` (1, 3, h, w) to each head, through the bodies up to it and that head alone, or
-    all heads up to it, as an image has that may leave early.
-    """
-    with eval_mode(net):
-        alone = [count_flops(lambda n=n: net(image, [n])) for n in range(heads_of(net))]
-        early = [count_flops(lambda n=n: net(image, range(n + 1))) for n in range(heads_of(net))]
-    return alone, early
+    """The ExitFlops of ``image`` (1, C, h, w)."""
+    with eval_mode(net), without_attention_fast_path():
+        if not isinstance(net, DecoupledNetwork):
+            flops = [count_flops(lambda: net(image))]
+            return ExitFlops(flops, flops)
+        alone = [count_flops(lambda n=n: net(image, heads=[n])) for n in range(len(net))]
+        early = [count_flops(lambda n=n: net(image, heads=range(n + 1))) for n in range(len(net))]
+    return ExitFlops(alone, early)
 
 
-def heads_of(net):
-    """How many heads ``net`` has: as many as modules in a DecoupledNetwork, else one."""
+@contextmanager
+def without_attention_fast_path():
+    """nn.MultiheadAttention without its fused operation for evaluation, whose FLOPs PyTorch does not count."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def count_heads(net):
+    """How many heads ``net`` has: one per module of a DecoupledNetwork, else one."""
     return len(net) if isinstance(net, DecoupledNetwork) else 1
 
 
-# On images, and on a data set
+def every_head(net, images):
+    """The logits (B, classes) of every head of ``net``, a list, whether ``net`` returns a list or one tensor."""
+    logits = net(images)
+    return [logits] if isinstance(logits, torch.Tensor) else logits
 
 
-def predict(net, form, paths, args):
-    """Prints a line for each image and head asked for."""
-    heads = chosen(args.heads, heads_of(net))
-    images = [as_batch(form.read(path)[None], form, args.device) for path in paths]
-    alone, early = exit_flops(net, images[0])
-    for path, batch in zip(paths, images, strict=True):
-        if args.early_exit is None:
-            with torch.inference_mode():
-                answers = dict(zip(heads, net(batch, heads), strict=True))
-            flops = alone
-        else:
-            logits, head = early_exit(net, batch, args.early_exit)
-            answers, flops = {head.item(): logits}, early
-        for head, logits in answers.items():
-            confidence, label = logits.float().softmax(1)[0].max(0)
-            saved = 100 * (1 - flops[head] / alone[-1])
-            print(f"{path}: {form.classes[label]}, {confidence:.3f}, head {head + 1}, {saved:.1f} % of FLOPs saved")
+# Image files
+
+
+def predict_images(net, form, args):
+    """Prints a line for each image and each head asked for."""
+    heads = chosen_heads(args.heads, count_heads(net))
+    images = [as_batch(form.read(path)[None], form, args.device) for path in args.images]
+    flops = exit_flops(net, images[0])
+    for path, image in zip(args.images, images, strict=True):
+        if args.early_exit is not None:
+            logits, exit_heads = early_exit(net, image, args.early_exit)
+            head = exit_heads.item()
+            print_prediction(path, form, logits, head, flops.early[head] / flops.alone[-1])
+            continue
+        with torch.inference_mode():
+            every_logits = every_head(net, image)
+        for head in heads:
+            print_prediction(path, form, every_logits[head], head, flops.alone[head] / flops.alone[-1])
+
+
+def print_prediction(path, form, logits, head, cost):
+    """Prints what ``head`` says about the image at ``path``; ``cost`` is its FLOPs as a fraction of the last head's."""
+    confidence, label = logits.float().softmax(1)[0].max(0)
+    saved = 100 * (1 - cost)
+    print(f"{path}: {form.classes[label]}, {confidence:.3f}, head {head + 1}, {saved:.1f} % of FLOPs saved")
+
+
+def chosen_heads(heads, count):
+    """The heads, from 0, that --heads names; None is the last."""
+    if heads is None:
+        return [count - 1]
+    if heads == "all":
+        return list(range(count))
+    if not heads.isdecimal() or not 1 <= int(heads) <= count:
+        raise InputError(f"--heads {heads}: choose all, or one from 1 to {count}")
+    return [int(heads) - 1]
 
 
 def as_batch(images, form, device):
@@ -140,125 +217,193 @@ def as_batch(images, form, device):
     return batch
 
 
+# Labeled images
+
+
+def evaluate_labeled(net, form, saved, args):
+    """Prints top-1 and FLOPs at each head and confidence, and draws them with --output."""
+    if args.images:
+        folder = Path(args.images[0])
+        listing = list_images(folder, f"labeled images are {folder}/<class>/<image>")
+        batches = labeled_batches(match_classes(listing, folder, form), form, args.device)
+        description = f"{folder}{listing.describe_left_out(folder)}"
+    else:
+        batches = own_test_set(saved, form, args.data_dir, args.device)
+        description = batches.description
+    confidences = CONFIDENCES if args.early_exit is None else [args.early_exit]
+    frame = evaluate_exits(net, batches, confidences)
+    title = f"{saved['script']}, {frame.attrs['images']} images of {description}"
+    print(title)
+    print(frame.to_string(index=False, float_format="{:.4g}".format))
+    if args.output:
+        figure = Path(args.output)
+        table = figure.with_suffix(".csv")
+        with writing(figure, "name another --output, or make room or access there"):
+            exits_figure(frame, title).savefig(figure, dpi=110)
+            frame.to_csv(table, index=False, float_format="%.6g")
+        print(f"figure: {figure}, numbers: {table}")
+
+
+def match_classes(listing, folder, form):
+    """The images of ``listing``, a decoupled.data.folders.Listing of ``folder``, as [(path, label)] with the network's
+    labels, which are matched by the classes' names. Raises InputError for a class that is not the network's.
+    """
+    for name in listing.classes:
+        if name not in form.classes:
+            some = ", ".join(form.classes[:10])
+            raise InputError(f"{folder / name} is no class of the network's: {some}, …")
+    return [(path, form.classes.index(listing.classes[label])) for path, label in listing.samples]
+
+
+def labeled_batches(samples, form, device):
+    """Iterates over ``samples``, [(path, label)], read as ``form`` says: images (B, 3, s, s), labels (B,)."""
+    for start in range(0, len(samples), BATCH_SIZE):
+        batch = samples[start : start + BATCH_SIZE]
+        images = torch.stack([form.read(path) for path, _ in batch])
+        labels = torch.tensor([label for _, label in batch])
+        yield as_batch(images, form, device), labels
+
+
+def own_test_set(saved, form, data_dir, device):
+    """The test set of the run that left the checkpoint ``saved``, as Batches.
+
+    Raises InputError where its classes are not the network's, and says so where its images are not those that the run
+    was tested on.
+    """
+    arguments = saved["arguments"]
+    if "dataset" not in arguments:
+        raise InputError("this run's test images are a folder of its own: name images, or DIR/<class>/<image>")
+    data_dir = data_dir or arguments["data_dir"]
+    _, test, _ = load_images(arguments["dataset"], data_dir, batch_size=2, drop_last=True)
+    if test.form.classes != form.classes:
+        changed = sorted(set(test.form.classes) ^ set(form.classes))
+        difference = f"{changed[0]!r} is only in one of them" if changed else "their order differs"
+        raise InputError(
+            f"the classes of {arguments['dataset']} in {data_dir} are not those that the network was trained on "
+            f"({difference}): name a folder DIR/<class>/<image>, whose classes are matched by name"
+        )
+    if arguments.get("validation"):
+        print("note: the run was evaluated on training images that it held out; this is the test set", file=sys.stderr)
+    elif tested_fingerprint(saved) not in (None, test.fingerprint):
+        print(f"note: the test images in {data_dir} are not those that the run was tested on", file=sys.stderr)
+    about = {"mean": form.mean, "std": form.std, "description": f"{test.description}, the test set"}
+    return Batches(test.images, test.labels, BATCH_SIZE, **about, device=device)
+
+
+def tested_fingerprint(saved):
+    """The fingerprint of the images that the run evaluated (see Batches); None where its checkpoint has none."""
+    states = saved["state"].get("test")
+    return states[0].get("fingerprint") if states else None
+
+
 @torch.inference_mode()
 def evaluate_exits(net, batches, confidences=CONFIDENCES):
-    """A pandas frame of leaving at each head alone and early, at each of ``confidences``: columns exit ("head" or
-    "early"), at (the head, from 1, or the confidence), top1 (%), gflops (average per image), saved (% of the FLOPs to
-    the last head alone), and left1, left2, … (% of the images at each head). ``frame.attrs["images"]`` counts them.
+    """Measures leaving at each head alone, and early at each of ``confidences``: a pandas frame with the columns
+
+    exit            "head" or "early"
+    at              the head, from 1, or the confidence
+    top1            %
+    gflops          average per image
+    saved           % of the FLOPs to the last head alone
+    left1, left2, … % of the images at each head
+
+    ``frame.attrs["images"]`` counts the images.
     """
-    every_logits, labels = [], []
+    batches_of_logits = []
+    batches_of_labels = []
     with eval_mode(net):
-        for images, its in batches:
-            every_logits.append([logits.float().cpu() for logits in net(images)])
-            labels.append(its.cpu())
-    every_logits, labels = [torch.cat(logits) for logits in zip(*every_logits, strict=True)], torch.cat(labels)
-    alone, early = exit_flops(net, images[:1])
-    right = torch.stack([logits.argmax(1) == labels for logits in every_logits])
-    ways = [("head", n + 1, torch.full_like(labels, n), alone) for n in range(len(right))]
-    if len(right) > 1:
-        ways += [("early", confidence, exits(every_logits, confidence), early) for confidence in confidences]
+        for images, labels in batches:
+            batches_of_logits.append([logits.float().cpu() for logits in every_head(net, images)])
+            batches_of_labels.append(labels.cpu())
+    every_logits = [torch.cat(logits) for logits in zip(*batches_of_logits, strict=True)]
+    labels = torch.cat(batches_of_labels)
+    flops = exit_flops(net, images[:1])
+    correct = torch.stack([logits.argmax(1) == labels for logits in every_logits])
     rows = []
-    for way, at, heads, flops in ways:
-        shares = torch.bincount(heads, minlength=len(right)).double() / len(labels)
-        average = (shares * torch.tensor(flops, dtype=torch.float64)).sum().item()
-        top1 = 100 * right.gather(0, heads[None]).double().mean().item()
-        row = {"exit": way, "at": at, "top1": top1, "gflops": average / 1e9, "saved": 100 * (1 - average / alone[-1])}
-        rows.append(row | {f"left{n}": 100 * share for n, share in enumerate(shares.tolist(), start=1)})
+    for index in range(len(every_logits)):
+        scores = exit_scores(torch.full_like(labels, index), correct, flops.alone, flops.alone[-1])
+        rows.append({"exit": "head", "at": index + 1, **scores})
+    if len(every_logits) > 1:
+        for confidence in confidences:
+            scores = exit_scores(exits(every_logits, confidence), correct, flops.early, flops.alone[-1])
+            rows.append({"exit": "early", "at": confidence, **scores})
     frame = pd.DataFrame(rows)
     frame.attrs["images"] = len(labels)
     return frame
 
 
-def figure(frame, title):
-    """A figure of accuracy against average FLOPs, from a frame of evaluate_exits."""
-    from matplotlib import pyplot
+def exit_scores(heads, correct, flops, whole):
+    """What it gives and costs that image i leaves at ``heads``[i], as {column: value} of evaluate_exits.
 
-    with pyplot.style.context(STYLE):
-        drawn, axes = pyplot.subplots(figsize=(6, 4))
-    looks = styles(("early exit at confidence c", "all at head n"))
-    for way, (label, look) in zip(("early", "head"), looks.items(), strict=True):
-        rows = frame[frame["exit"] == way]
-        axes.plot(rows["gflops"], rows["top1"], label=label, linestyle="-" if way == "early" else "", **look)
-        named = None
-        for row in rows.itertuples():
-            if named is not None and named.top1 == row.top1 and row.gflops < 1.2 * named.gflops:
-                continue  # on top of the last one
-            named = row
-            where = {"xytext": (4, -11 if way == "head" else 4), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(f"{row.at:g}", (row.gflops, row.top1), **where)
-    axes.set(xscale="log", xlabel="average GFLOP an image", ylabel="top-1 (%)", title=title)
+    ``correct`` (heads, N) says which head classifies which image correctly, ``flops`` what leaving at each head costs,
+    and ``whole`` what the last head alone does.
+    """
+    shares = torch.bincount(heads, minlength=len(correct)).double() / len(heads)
+    average = (shares * torch.tensor(flops, dtype=torch.float64)).sum().item()
+    scores = {
+        "top1": 100 * correct.gather(0, heads[None]).double().mean().item(),
+        "gflops": average / 1e9,
+        "saved": 100 * (1 - average / whole),
+    }
+    for n, share in enumerate(shares.tolist(), start=1):
+        scores[f"left{n}"] = 100 * share
+    return scores
+
+
+def exits_figure(frame, title):
+    """A figure of accuracy against average FLOPs, from a frame of evaluate_exits."""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(6, 4))
+        axes = figure.subplots()
+    early_label = "early exit at confidence c"
+    head_label = "all at head n"
+    looks = styles((early_label, head_label))
+    early = frame[frame["exit"] == "early"]
+    heads = frame[frame["exit"] == "head"]
+    axes.plot(early["gflops"], early["top1"], label=early_label, linestyle="-", **looks[early_label])
+    axes.plot(heads["gflops"], heads["top1"], label=head_label, linestyle="", **looks[head_label])
+    annotate(axes, early, above=4)
+    annotate(axes, heads, above=-11)
+    axes.set(xscale="log", xlabel="average GFLOP per image", ylabel="top-1 (%)", title=title)
     axes.title.set_fontsize(9)
     axes.legend(loc="lower right")
-    return drawn
+    return figure
 
 
-def labeled(folder, form, device):
-    """Iterates over folder/<class>/<image>, classes called as the network's: images (B, 3, s, s), labels (B,). Raises
-    InputError for others.
-    """
-    odd = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in form.classes]
-    if odd:
-        raise InputError(f"{odd[0]} is no class of the network's: {', '.join(form.classes[:10])}, …")
-    found = [(path, form.classes.index(path.parent.name)) for path in sorted(folder.glob("*/*")) if path.is_file()]
-    if not found:
-        raise InputError(f"{folder} holds no images: labeled images are {folder}/<class>/<image>")
-    for start in range(0, len(found), BATCH):
-        paths, labels = zip(*found[start : start + BATCH], strict=True)
-        yield as_batch(torch.stack([form.read(path) for path in paths]), form, device), torch.tensor(labels)
+def annotate(axes, rows, above):
+    """Writes each row's "at" beside its point, so many points ``above``; not where it would lie on the last one."""
+    last = None
+    for row in rows.itertuples():
+        if last is not None and last.top1 == row.top1 and row.gflops < 1.2 * last.gflops:
+            continue
+        last = row
+        axes.annotate(f"{row.at:g}", (row.gflops, row.top1), xytext=(4, above), textcoords="offset points", fontsize=7)
 
 
-def own_test_set(saved, form, data_dir, device):
-    """The test set of the run that left ``saved``, as Batches."""
-    arguments = saved["arguments"]
-    if "dataset" not in arguments:
-        raise InputError("this run's test images are a folder of its own: name images, or DIR/<class>/<image>")
-    _, test, _ = load_images(arguments["dataset"], data_dir or arguments["data_dir"], batch_size=2, drop_last=True)
-    about = {"mean": form.mean, "std": form.std, "description": f"{test.description}, the test set"}
-    return Batches(test.images, test.labels, BATCH, **about, device=device)
+# The command
 
 
 def main():
     args = parse_args()
-    args.device = flags.pick_device(args.device)
-    path = Path(args.checkpoint)
-    if path.is_dir():
-        newest = sorted(path.glob("*.pt"), key=lambda file: file.stat().st_mtime)
-        if not newest:
-            raise InputError(f"there is no checkpoint in {path}")
-        path = newest[-1]
+    args.device = pick_device(args.device)
+    path = find_checkpoint(Path(args.checkpoint))
     saved = loading.read(path)
-    net, form = loading.rebuild(saved, path, script=args.script, device=args.device), loading.input_form(saved, path)
-    if not isinstance(net, DecoupledNetwork):  # one that returns its only head's logits
-        net = DecoupledNetwork([DecoupledModule(net, nn.Identity())])
-    if args.early_exit is not None and heads_of(net) == 1:
+    net = loading.rebuild(saved, path, script=args.script, device=args.device)
+    form = loading.input_form(saved, path)
+    if args.early_exit is not None and count_heads(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
-    if not args.labeled:
-        return predict(net, form, args.images, args)
-    if args.images:
-        batches, description = labeled(Path(args.images[0]), form, args.device), args.images[0]
+    if args.labeled:
+        evaluate_labeled(net, form, saved, args)
     else:
-        batches = own_test_set(saved, form, args.data_dir, args.device)
-        description = batches.description
-    frame = evaluate_exits(net, batches, CONFIDENCES if args.early_exit is None else [args.early_exit])
-    title = f"{saved['script']}, {frame.attrs['images']} images of {description}"
-    print(title)
-    print(frame.to_string(index=False, float_format="{:.4g}".format))
-    if args.output:
-        output = Path(args.output)
-        with checkpoints.writing(output):
-            figure(frame, title).savefig(output, dpi=110)
-            frame.to_csv(output.with_suffix(".csv"), index=False, float_format="%.6g")
-        print(f"figure: {output}, numbers: {output.with_suffix('.csv')}")
+        predict_images(net, form, args)
 
 
-def chosen(heads, count):
-    """The heads, from 0, that --heads names; None is the last."""
-    if heads in ("all", None):
-        return list(range(0 if heads else count - 1, count))
-    if not heads.isdecimal() or not 1 <= int(heads) <= count:
-        raise InputError(f"--heads {heads}: choose all, or one from 1 to {count}")
-    return [int(heads) - 1]
-
-
-if __name__ == "__main__":
-    flags.start(main)
+def find_checkpoint(path):
+    """``path`` itself or, in a folder, the checkpoint of the newest run: see decoupled.logs.newest."""
+    if not path.is_dir():
+        return path
+    checkpoint = newest(path.glob("*.pt"))
+    if checkpoint is None:
+        raise InputError(f"there is no checkpoint in {path}")
+    print(f"checkpoint: {checkpoint}", file=sys.stderr)
+    return checkpoint

@@ -1,7 +1,7 @@
-"""Images held as uint8 on the training device; crop, flip and normalization happen there, a mini-batch at a time.
+"""Mini-batches of images held as uint8 on the training device, where they are cropped, flipped and normalized.
 
-An epoch's order and augmentation come from the images' own generator, drawn on the CPU whatever the device: they are
-the seed's alone. What has begun can stop after any mini-batch, and goes on there from a checkpoint.
+The order and the augmentation of an epoch come from a generator of the images' own, on the CPU whatever the device: the
+seed determines them. An epoch can stop after any mini-batch, and continue there from a checkpoint.
 """
 
 import copy
@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from decoupled.data.images import SIDE
 from decoupled.errors import InputError
 
 PADDING = 4  # of the random crop
 
 
 class Batches:
-    """Mini-batches (images (B, 3, 32, 32) float32 channels-last and normalized, labels (B,) int64) of one split.
+    """Mini-batches of one split: images (B, 3, h, w) float32, channels-last and normalized; labels (B,) int64.
 
-    With ``augment``, an epoch is a new random order, each image cropped at random after zero padding by 4 and, with
-    ``flip``, mirrored with probability one half (the paper's Sec. 5: the usual CIFAR augmentation). Without it, the
-    images come in order. ``images`` is uint8 (N, 32, 32, 3), ``labels`` int64 (N,); both are kept on ``device``.
+    ``images`` is uint8 (N, h, w, 3) and ``labels`` int64 (N,); both are kept on ``device``. With ``augment``, every
+    epoch has a new random order, and each image is zero-padded by 4, cropped at random to its size and, with ``flip``,
+    mirrored with probability one half (Sec. 5: the usual CIFAR augmentation). Without it, the images come in order.
 
-    ``form`` is the InputForm of other images for the same network. Iterating begins an epoch. So does ``begin``, and
-    ``rest`` is then what is left of it.
+    ``mean`` and ``std`` are of each channel, in [0, 1]. ``description`` names the images in the log, ``form`` is the
+    InputForm that other images need for the same network. Iterating begins an epoch. So does ``begin``; ``rest`` then
+    iterates over what is left of it. Raises InputError for images of another type or shape.
     """
 
     def __init__(
@@ -44,22 +44,31 @@ class Batches:
         seed=0,
         device=None,
     ):
-        # Guards a resumed run against other images under the same name.
+        check_images(images, labels)
+        # Guards a resumed run against other images under the same name
         self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
-        images, self.labels = images.to(device), labels.to(device)
-        self.images = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING)) if augment else images
+        self.height, self.width = images.shape[1:3]
+        self.images = images.to(device)
+        if augment:
+            self.images = F.pad(self.images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+        self.labels = labels.to(device)
         self.batch_size = batch_size
-        self.description, self.form = description, form
-        self.augment, self.flip, self.drop_last = augment, flip, drop_last
-        self.scale = 1 / (255 * torch.tensor(std, device=images.device))
-        self.shift = torch.tensor(mean, device=images.device) * 255
+        self.description = description
+        self.form = form
+        self.augment = augment
+        self.flip = flip
+        self.drop_last = drop_last
+        self.scale = 1 / (255 * torch.tensor(std, device=self.images.device))
+        self.shift = torch.tensor(mean, device=self.images.device) * 255
         self.generator = torch.Generator().manual_seed(seed)
-        self.place = len(self)  # mini-batches of the epoch that are gone: all, before the first begins
-        self.start = None  # the generator's state before the epoch; None: none has begun
+        self.place = len(self)  # mini-batches of the epoch that are done: all, before the first begins
+        self.start = None  # the generator's state before the epoch; None before the first
 
     def __len__(self):
         full, rest = divmod(len(self.labels), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        if rest > 0 and not self.drop_last:
+            return full + 1
+        return full
 
     def __iter__(self):
         self.begin()
@@ -67,8 +76,10 @@ class Batches:
 
     def begin(self):
         """Begins a new epoch."""
-        self.start, self.place = self.generator.get_state(), 0
-        self.drawn = self.draw() if self.augment else None
+        self.start = self.generator.get_state()
+        self.place = 0
+        if self.augment:
+            self.drawn = self.draw()
 
     def rest(self):
         """Iterates over what is left of the epoch that has begun."""
@@ -82,46 +93,50 @@ class Batches:
                 yield self.normalize(self.images[rows]), self.labels[rows]
 
     def draw(self):
-        """One epoch's randomness: order, top and left offsets in 0..8, flips, each (N,) on the data's device."""
-        count, device = len(self.labels), self.images.device
+        """Draws an epoch: order, top and left offsets in 0..8, flips, each (N,) on the images' device."""
+        count = len(self.labels)
+        device = self.images.device
         order = torch.randperm(count, generator=self.generator)
         tops, lefts = torch.randint(2 * PADDING + 1, (2, count), generator=self.generator)
-        flips = torch.randint(2, (count,), generator=self.generator).bool()
-        return tuple(values.to(device) for values in (order, tops, lefts, flips & self.flip))
+        flips = torch.randint(2, (count,), generator=self.generator).bool() & self.flip
+        return order.to(device), tops.to(device), lefts.to(device), flips.to(device)
 
     def crop(self, order, tops, lefts, flips):
-        """The images ``order`` (B,), cropped at ``tops``, ``lefts`` of the padded image and mirrored where ``flips``:
-        uint8 (B, 32, 32, 3).
+        """The images ``order`` (B,), cropped at ``tops`` and ``lefts`` of the padded images and mirrored where
+        ``flips``: uint8 (B, h, w, 3).
         """
-        span = torch.arange(SIDE, device=self.images.device)
-        rows = tops[:, None] + span
-        columns = lefts[:, None] + torch.where(flips[:, None], SIDE - 1 - span, span)
+        down = torch.arange(self.height, device=self.images.device)
+        across = torch.arange(self.width, device=self.images.device)
+        rows = tops[:, None] + down
+        columns = lefts[:, None] + torch.where(flips[:, None], self.width - 1 - across, across)
         return self.images[order[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def normalize(self, images):
-        """uint8 (B, 32, 32, 3) → float32 (B, 3, 32, 32) in channels-last memory, zero mean and unit variance."""
+        """uint8 (B, h, w, 3) → float32 (B, 3, h, w) in channels-last memory, zero mean and unit variance."""
         return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
     def without_augmentation(self):
-        """The same images, in order and not augmented: Batches of the same memory."""
+        """Returns Batches of the same images in the same memory, in order and not augmented."""
         plain = copy.copy(self)
         if self.augment:
             plain.images = self.images[:, PADDING:-PADDING, PADDING:-PADDING]
-        plain.augment = plain.drop_last = False
+        plain.augment = False
+        plain.drop_last = False
         plain.place = len(plain)
         return plain
 
     @property
     def outline(self):
-        """What an Outline is made from."""
+        """The first arguments of an Outline of these mini-batches."""
         return len(self.labels), self.batch_size, len(self)
 
     def __str__(self):
         return f"{len(self.labels)} images of {self.description}"
 
     def state_dict(self):
-        start = self.generator.get_state() if self.start is None else self.start
-        return {"start": start, "begun": self.start is not None, "place": self.place, "fingerprint": self.fingerprint}
+        begun = self.start is not None
+        start = self.start if begun else self.generator.get_state()
+        return {"start": start, "begun": begun, "place": self.place, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
@@ -134,18 +149,33 @@ class Batches:
         self.place = state["place"]
 
 
+def check_images(images, labels):
+    """Raises InputError for what would be normalized or cropped wrongly."""
+    if images.dtype != torch.uint8:
+        raise InputError(f"images are {images.dtype}: Batches takes uint8, 0 to 255, and normalizes them itself")
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"images have the shape {tuple(images.shape)}: Batches takes (N, h, w, 3)")
+    if len(images) != len(labels):
+        raise InputError(f"there are {len(images)} images and {len(labels)} labels: each image needs one")
+
+
 class Outline:
-    """What a process above the lowest stage knows of Batches: ``count`` samples in ``length`` mini-batches of
-    ``batch_size``, of each of which it learns from share ``replica`` of ``replicas``. It has a place in them, as they
-    have, and ``weight`` is that of the latest share's mean loss in the mean over replicas.
+    """What a process without images knows of Batches: how large each mini-batch is, and its place among them.
+
+    ``count`` samples come in ``length`` mini-batches of ``batch_size``; this process learns from share ``replica`` of
+    ``replicas`` of each. ``weight`` is the weight of the latest share's mean loss in the mean over replicas.
     """
 
     def __init__(self, count, batch_size, length, replica=0, replicas=1):
-        whole = [min(batch_size, count - first) for first in range(0, count, batch_size)][:length]
-        self.whole, self.replicas = whole, replicas
-        self.shares = [size // replicas + (replica < size % replicas) for size in whole]
-        self.common = sum(size >= replicas for size in whole)  # mini-batches that every replica has a share of
-        self.place, self.weight = length, 1.0
+        self.replicas = replicas
+        self.whole = [min(batch_size, count - first) for first in range(0, count, batch_size)][:length]
+        self.shares = []
+        for size in self.whole:
+            share, rest = divmod(size, replicas)
+            self.shares.append(share + 1 if replica < rest else share)
+        self.common = sum(size >= replicas for size in self.whole)  # mini-batches that every replica has a share of
+        self.place = length
+        self.weight = 1.0
 
     def __len__(self):
         return len(self.whole)
@@ -155,16 +185,16 @@ class Outline:
         self.place = 0
 
     def without_augmentation(self):
-        """See Batches."""
+        """Returns a copy, as Batches does."""
         return copy.copy(self)
 
     @property
     def left(self):
-        """The sizes of the shares that are still to come in this epoch."""
+        """The sizes of the shares that are left in this epoch, empty ones excepted."""
         return [size for size in self.shares[self.place :] if size]
 
     def advance(self):
-        """Counts a mini-batch that has come."""
+        """Counts a mini-batch."""
         self.weight = self.shares[self.place] * self.replicas / self.whole[self.place]
         self.place += 1
 

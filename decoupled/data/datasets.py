@@ -3,47 +3,40 @@
 import contextlib
 import gzip
 import hashlib
-import os
 import shutil
-import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
 from decoupled.data.batches import Batches
-from decoupled.data.folders import read_folders
+from decoupled.data.folders import DataSet, Split, read_folders
 from decoupled.data.images import SIDE, InputForm
 from decoupled.errors import InputError, one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
 
-
-CLASSES = {"cifar10": 10, "cifar100": 100}
-
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 # Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
 # from their training images.
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 
-
-# What the readers make of an image, where it is not a color image of 32×32.
+# How other images are brought to a set's form, where it is not a color image of 32×32
 FORMS = {"fashion-mnist": {"resize": 28, "crop": 28, "grey": True}, "digits": {"grey": True}}
-
-
-FASHION_MNIST = {"train": 60_000, "t10k": 10_000}  # images
-
 
 IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
 
-
-IDX_FILES = "its four idx files (Debian's package dataset-fashion-mnist has them)"
-
-
-AGAIN = "remove it and fetch it again"
+# The published files, unpacked, and their MD5 (torchvision has those of the .gz files, which depend on who packed them)
+FASHION_MNIST_FILES = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
 
 
 def load(
@@ -58,268 +51,318 @@ def load(
     seed=0,
     device="cpu",
 ):
-    """(train, test, number of classes): the training split augmented, the test split as it is; both are Batches on
-    ``device``.
+    """Returns (train, test, number of classes): Batches on ``device``, the training split augmented.
 
-    ``validation`` holds out that many training images, drawn once for all seeds, which then stand in place of the test
-    split. ``train_samples`` keeps that many first of the others. Image folders are read one image of each class in
-    turn, so that the first are of every class. Raises InputError for an unknown data set, missing or damaged files,
-    data that is not the set's, or an impossible number of samples.
+    ``validation`` holds out that many training images, the same for all seeds, which then take the place of the test
+    split. ``train_samples`` keeps that many of the remaining images, the first; those of image folders come one from
+    each class in turn, so that the first are of every class. Raises InputError for an unknown data set, missing or
+    damaged files, files that are not the set's, or an impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
-    (images, labels), test, classes, source = READERS[dataset](dataset, Path(data_dir).expanduser())
-    if validation >= len(labels):
-        raise InputError(f"--validation {validation} leaves none of the {len(labels)} training images of {dataset}")
+    data = read(dataset, Path(data_dir).expanduser())
+    check_validation(dataset, data, validation)
     if validation:
-        images, labels, *test = hold_out(images, labels, validation)
-    samples = len(labels) if train_samples is None else train_samples
-    if samples > len(labels):
+        data = hold_out(data, validation)
+    samples = len(data.train.labels)
+    if train_samples is not None:
+        check_train_samples(dataset, data, train_samples, validation)
+        samples = train_samples
+    check_batch_size(samples, batch_size, drop_last)
+    images = data.train.images[:samples]
+    labels = data.train.labels[:samples]
+    mean, std = channel_statistics(dataset, images)
+    form = InputForm(classes=list(data.classes), mean=mean, std=std, **FORMS.get(dataset, {}))
+    held_out = ", held out of the training images" if validation else ""
+    train = Batches(
+        images,
+        labels,
+        batch_size,
+        mean=mean,
+        std=std,
+        description=f"{dataset} ({data.source}){data.train.note}",
+        form=form,
+        augment=True,
+        flip=dataset != "digits",  # a mirrored digit is no digit
+        drop_last=drop_last,
+        seed=seed,
+        device=device,
+    )
+    test = Batches(
+        data.test.images,
+        data.test.labels,
+        test_batch_size,
+        mean=mean,
+        std=std,
+        description=f"{dataset} ({data.source}){held_out}{data.test.note}",
+        form=form,
+        device=device,
+    )
+    return train, test, len(data.classes)
+
+
+def check_validation(dataset, data, validation):
+    count = len(data.train.labels)
+    if validation >= count:
+        raise InputError(f"--validation {validation} leaves none of the {count} training images of {dataset}")
+
+
+def check_train_samples(dataset, data, train_samples, validation):
+    count = len(data.train.labels)
+    if train_samples > count:
         rest = " that --validation leaves" if validation else ""
-        raise InputError(f"--train-samples {samples} is more than the {len(labels)} training images of {dataset}{rest}")
+        raise InputError(f"--train-samples {train_samples} is more than the {count} training images of {dataset}{rest}")
+
+
+def check_batch_size(samples, batch_size, drop_last):
+    """Raises InputError where there is no full batch, or a batch of one image."""
     if samples < batch_size:
         raise InputError(
-            f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller "
-            "--batch-size or more samples"
+            f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller --batch-size or "
+            "more samples"
         )
-    if batch_size == 1 or (samples % batch_size == 1 and not drop_last):
+    last = samples % batch_size
+    if batch_size == 1 or (last == 1 and not drop_last):
         raise InputError(
-            f"{samples} images in batches of {batch_size} leave a batch of one image, which batch "
-            "norm cannot learn from"
+            f"{samples} images in batches of {batch_size} leave a batch of one image, from which batch norm cannot "
+            "learn: choose another --batch-size"
         )
-    images, labels = images[:samples], labels[:samples]
+
+
+def channel_statistics(dataset, images):
+    """The mean and the standard deviation of each channel in [0, 1]."""
     if dataset == "cifar10":
-        statistics = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
-    else:
-        pixels = images.reshape(-1, 3).double() / 255
-        statistics = {"mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
-        if min(statistics["std"]) == 0:
-            raise InputError(f"the {samples} training images of {dataset} have the same value everywhere in a channel")
-    form = InputForm(classes=list(classes), **statistics, **FORMS.get(dataset, {}))
-    common = {**statistics, "form": form, "device": device}
-    description, held_out = f"{dataset} ({source})", ", held out of the training images" if validation else ""
-    augmented = {"augment": True, "flip": dataset != "digits", "drop_last": drop_last, "seed": seed}
-    return (
-        Batches(images, labels, batch_size, **augmented, **common, description=description),
-        Batches(*test, test_batch_size, **common, description=description + held_out),
-        len(classes),
+        return CIFAR10_MEAN, CIFAR10_STD
+    pixels = images.reshape(-1, 3).double() / 255
+    mean = pixels.mean(0).tolist()
+    std = pixels.std(0).tolist()
+    if min(std) == 0:
+        raise InputError(f"the {len(images)} training images of {dataset} have the same value everywhere in a channel")
+    return mean, std
+
+
+def hold_out(data, count):
+    """Moves ``count`` training images, drawn at random, to the test split. Both keep their order."""
+    train = data.train
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
+    held[chosen] = True
+    return DataSet(
+        train=Split(train.images[~held], train.labels[~held], train.note),
+        test=Split(train.images[held], train.labels[held], train.note),
+        classes=data.classes,
+        source=data.source,
     )
 
 
-def hold_out(images, labels, count):
-    """(images, labels) that are left, then (images, labels) of ``count`` others, each in the order they had."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]] = True
-    return images[~held], labels[~held], images[held], labels[held]
+# Reading: each function returns a DataSet
 
 
-# The readers: (images, labels) of the two splits, [class names], source
-
-
-# CIFAR and image folders
-
-
-def read_cifar(dataset, data_dir):
-    """CIFAR-10 or -100 from image folders in ``data_dir`` or ``data_dir/dataset``, else torchvision's files in
-    ``data_dir`` or, of that name itself, ``data_dir``; downloaded if absent.
-    """
+def read(dataset, data_dir):
+    """Reads a DataSet; ``data_dir`` is ignored where nothing is read from it."""
+    if dataset == "digits":
+        return read_digits()
+    if dataset == "folder":
+        return read_own(data_dir)
+    if dataset == "fashion-mnist":
+        return read_fashion_mnist(data_dir)
     for folder in (data_dir / dataset, data_dir):
         if (folder / "train").is_dir() or (folder / "test").is_dir():
-            splits, classes, kind = read_folders(folder)
-            if len(classes) != CLASSES[dataset]:
-                raise InputError(
-                    f"{folder} has {len(classes)} classes, and {dataset} has {CLASSES[dataset]}: --dataset folder "
-                    "takes images of one's own"
-                )
-            return *splits, classes, kind
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
-
-    def found():
-        names = [name for name, _ in (*kind.train_list, *kind.test_list)]
-        folders = (data_dir / kind.base_folder, data_dir)
-        return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
-
-    def fetch(folder):
-        if (archive := data_dir / kind.filename).is_file():  # fetched before, and never unpacked
-            check_md5(archive, kind.tgz_md5)
-            (folder / kind.filename).symlink_to(archive.resolve())
-        kind(folder, download=True)
-        if (folder / kind.filename).is_symlink():
-            (folder / kind.filename).unlink()
-
-    if found() is None:
-        otherwise = f"{kind.filename} (from {kind.url}) or {IMAGE_FOLDERS}"
-        download(dataset, data_dir, fetch, lambda: found() is not None, otherwise)
-    return *read_pickles(kind, found()), "original"
+            return read_cifar_folders(dataset, folder)
+    return read_cifar_files(dataset, data_dir)
 
 
-def read_pickles(kind, folder):
-    """(images, labels) of both splits and the class names from the files of torchvision's ``kind`` in ``folder``."""
-    meta = (kind.meta["filename"], kind.meta["md5"])
-    for name, md5 in (*kind.train_list, *kind.test_list, meta):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing: unpack {kind.filename} again")
-        check_md5(folder / name, md5)
-    here = type(kind.__name__, (kind,), {"base_folder": ""})
-    splits = [here(folder, train=train) for train in (True, False)]
-    return *((torch.from_numpy(split.data), torch.tensor(split.targets)) for split in splits), splits[0].classes
-
-
-def check_md5(path, expected):
-    """Raises InputError for a file that is not what it was when published."""
-    if hashlib.md5(read_bytes(path), usedforsecurity=False).hexdigest() != expected:
-        raise InputError(f"{path} is damaged, its MD5 is not {expected}: {AGAIN}")
-
-
-def read_bytes(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-
-
-def read_own(dataset, data_dir):
+def read_own(data_dir):
     """Anyone's images, from ``data_dir``/{train, test or val}/<class>/*, resized to 32×32."""
     if not data_dir.is_dir():
         raise InputError(f"--data-dir {data_dir} is no folder: --dataset folder reads {IMAGE_FOLDERS} there")
-    test = "val" if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir() else "test"
-    splits, classes, kind = read_folders(data_dir, ("train", test), resize=True)
-    return *splits, classes, f"{kind}, {one_line(str(data_dir.resolve()))}"
+    test = "test"
+    if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir():
+        test = "val"
+    data = read_folders(data_dir, ("train", test), resize=True)
+    return data._replace(source=f"{data.source}, {one_line(str(data_dir.resolve()))}")
 
 
-# Fashion-MNIST
+def read_cifar_folders(dataset, folder):
+    """CIFAR-10 or -100 as image folders."""
+    data = read_folders(folder)
+    expected = CIFAR_CLASSES[dataset]
+    if len(data.classes) != expected:
+        raise InputError(
+            f"{folder} has {len(data.classes)} classes, and {dataset} has {expected}: --dataset folder takes images of "
+            "one's own"
+        )
+    return data
 
 
-def read_fashion_mnist(dataset, data_dir):
-    """Fashion-MNIST from its idx files (plain or .gz) in ``data_dir`` or a folder of torchvision's or Debian's name in
-    it, else by download.
+def read_cifar_files(dataset, data_dir):
+    """CIFAR-10 or -100 from the published files in ``data_dir``, or of it where it is their folder. Where they are
+    missing they are unpacked from their archive in ``data_dir``, or downloaded.
     """
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    root = data_dir
+    if data_dir.name == kind.base_folder and data_dir.is_dir():
+        root = data_dir.parent
+    names = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    files = {root / kind.base_folder / name: md5 for name, md5 in names}
+    download_missing(
+        dataset,
+        root,
+        fetch=lambda: kind(root, download=True),
+        files=files,
+        archives={root / kind.filename: kind.tgz_md5},
+        otherwise=f"{kind.filename} (from {kind.url}) or {IMAGE_FOLDERS}",
+    )
+    for path, md5 in files.items():
+        check_md5(path, read_bytes(path), md5)
+    train = kind(root, train=True)
+    test = kind(root, train=False)
+    return DataSet(
+        train=Split(torch.from_numpy(train.data), torch.tensor(train.targets)),
+        test=Split(torch.from_numpy(test.data), torch.tensor(test.targets)),
+        classes=train.classes,
+        source="original",
+    )
+
+
+def read_fashion_mnist(data_dir):
+    """Fashion-MNIST from its idx files, plain or .gz, in ``data_dir`` or its folder fashion-mnist, else by download."""
     from torchvision.datasets import FashionMNIST
 
-    def found():
-        folders = (data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw")
-        return next((folder for folder in folders if any(folder.glob("*-idx?-ubyte*"))), None)
-
-    def fetch(folder):
-        FashionMNIST(folder, download=True)
-
     source = "idx files"
-    if found() is None:
-        download(dataset, data_dir, fetch, lambda: found() is not None, IDX_FILES)
+    for folder in (data_dir, data_dir / "fashion-mnist"):
+        if any(folder.glob("*-idx?-ubyte*")):
+            break
+    else:
         source = "original"
-    return *(read_idx_pair(found(), split) for split in FASHION_MNIST), FashionMNIST.classes, source
+        folder = data_dir / "FashionMNIST" / "raw"
+        download_missing(
+            "fashion-mnist",
+            data_dir,
+            fetch=lambda: FashionMNIST(data_dir, download=True),
+            files={folder / name: md5 for name, md5 in FASHION_MNIST_FILES.items()},
+            archives={folder / name: md5 for name, md5 in FashionMNIST.resources},
+            otherwise="its four idx files (Debian's package dataset-fashion-mnist has them)",
+        )
+    return DataSet(
+        train=read_idx_pair(folder, "train"),
+        test=read_idx_pair(folder, "t10k"),
+        classes=FashionMNIST.classes,
+        source=source,
+    )
 
 
 def read_idx_pair(folder, split):
-    """(images (N, 32, 32, 3), labels (N,)) of Fashion-MNIST's ``split``, train or t10k."""
-    names = f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
-    images, labels = (read_idx(folder, name) for name in names)
-    count = FASHION_MNIST[split]
-    for name, values, shape in zip(names, (images, labels), ((count, 28, 28), (count,)), strict=True):
-        if values.shape != shape:
-            sizes = " and ".join("x".join(map(str, size)) for size in (values.shape, shape))
-            raise InputError(f"{folder / name} is not Fashion-MNIST's, their sizes are {sizes}: fetch it again")
-    if labels.max() > 9:
-        raise InputError(f"{folder / names[1]} has a label of {labels.max()}, where 9 is the last: fetch it again")
-    return grey_to_rgb(images), labels.long()
+    """The images and labels of Fashion-MNIST's ``split``, train or t10k."""
+    images = read_idx(folder, f"{split}-images-idx3-ubyte")[16:]  # after number, height and width
+    labels = read_idx(folder, f"{split}-labels-idx1-ubyte")[8:]
+    return Split(grey_to_rgb(images.view(-1, 28, 28)), labels.long())
 
 
 def read_idx(folder, name):
-    """The tensor in an idx file of unsigned bytes, ``folder/name`` or its .gz."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-    if path is None:
-        raise InputError(f"{folder / name} is missing, and so is its .gz: a folder of idx files holds four")
-    raw = read_bytes(path)
-    try:
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
-        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-        if (zero, kind) != (0, 8):
-            raise ValueError("no idx file of unsigned bytes")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(f"{path} is damaged or truncated: fetch it again") from error
-    return torch.from_numpy(values.copy())
+    """The bytes of Fashion-MNIST's file ``name``, or of its .gz, unpacked. They are those that were published."""
+    path = folder / name
+    if not path.is_file():
+        path = folder / f"{name}.gz"
+    if not path.is_file():
+        raise InputError(f"{folder / name} is missing, and so is its .gz: copy it there")
+    data = read_bytes(path)
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is damaged ({error}): {AGAIN}") from error
+    check_md5(path, data, FASHION_MNIST_FILES[name])
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def grey_to_rgb(images):
-    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the grey channel three times."""
-    top, left = (SIDE - images.shape[1]) // 2, (SIDE - images.shape[2]) // 2
-    images = F.pad(images, (left, SIDE - images.shape[2] - left, top, SIDE - images.shape[1] - top))
-    return images[..., None].expand(-1, -1, -1, 3).contiguous()
-
-
-def read_digits(dataset, data_dir):
+def read_digits():
     """scikit-learn's 1,797 handwritten 8×8 digits, enlarged to 32×32; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = (
-        F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=False).round().clamp(0, 255).byte()[:, 0]
-    )
-    images, labels = grey_to_rgb(images), torch.from_numpy(digits.target).long()
+    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    large = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear", antialias=False)
+    images = grey_to_rgb(large.round().clamp(0, 255).byte()[:, 0])
+    labels = torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 4
-    return (images[~test], labels[~test]), (images[test], labels[test]), "0123456789", "scikit-learn"
+    return DataSet(
+        train=Split(images[~test], labels[~test]),
+        test=Split(images[test], labels[test]),
+        classes=list("0123456789"),
+        source="scikit-learn",
+    )
 
 
-READERS = {
-    "cifar10": read_cifar,
-    "cifar100": read_cifar,
-    "fashion-mnist": read_fashion_mnist,
-    "digits": read_digits,
-    "folder": read_own,
-}
+def grey_to_rgb(images):
+    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the grey channel three times."""
+    height, width = images.shape[1:]
+    top = (SIDE - height) // 2
+    left = (SIDE - width) // 2
+    images = F.pad(images, (left, SIDE - width - left, top, SIDE - height - top))
+    return images[..., None].expand(-1, -1, -1, 3).contiguous()
 
 
-WITHOUT_DOWNLOAD = "--dataset digits needs no download"
+# Published files
 
 
-def download(dataset, data_dir, fetch, there, otherwise):
-    """Has ``fetch(folder)`` put the files of ``dataset`` into an empty folder in ``data_dir``, and moves them up.
+AGAIN = "remove it and fetch it again"
 
-    One process fetches at a time; those that wait use what it got, which ``there()`` sees. Nothing else in ``data_dir``
-    is touched. Raises InputError, naming what would do as well (``otherwise``), where the set cannot be had.
+
+def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
+    """Calls ``fetch()``, which downloads, where one of ``files`` is missing. Of several processes one does.
+
+    ``files`` and ``archives`` are {path: MD5}. Raises InputError where the data set cannot be had: it names a damaged
+    file, or says what to put into ``data_dir`` instead (``otherwise``).
     """
+    if all(is_intact(path, md5) for path, md5 in files.items()):
+        return
     if not data_dir.is_dir() and str(data_dir) != "data":
         raise InputError(
             f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it"
         )
     created = not data_dir.exists()
-    own, lock = data_dir / f".download-{dataset}", data_dir / f".download-{dataset}.lock"
+    lock = data_dir / ".download.lock"
     try:
         data_dir.mkdir(exist_ok=True)
         with FileLock(lock):
-            try:
-                if not there():
-                    shutil.rmtree(own, ignore_errors=True)  # of a download that was killed
-                    own.mkdir()
-                    fetch(own)
-                    move_up(own, data_dir)
-            finally:
-                shutil.rmtree(own, ignore_errors=True)
-                lock.unlink(missing_ok=True)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # whatever a server, a proxy or an archive leads to
-        reason = (str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__])[0].rstrip(":")
+            if not all(path.is_file() for path in files):
+                fetch()
+    except Exception as error:  # a server, a proxy or an archive may lead to anything
+        if created:
+            shutil.rmtree(data_dir, ignore_errors=True)
+        for path, md5 in (files | archives).items():
+            if path.is_file():
+                check_md5(path, read_bytes(path), md5)
+        lines = str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put it there as {otherwise}; "
-            f"{WITHOUT_DOWNLOAD}"
+            f"{dataset} is not in {data_dir} and cannot be downloaded ({lines[0].rstrip(':')}): put {otherwise} there; "
+            "--dataset digits needs no download"
         ) from error
     finally:
-        if created:
-            with contextlib.suppress(OSError):
-                data_dir.rmdir()
+        with contextlib.suppress(OSError):
+            lock.unlink()
 
 
-def move_up(own, data_dir):
-    """Moves every file in the folder ``own`` to its place in ``data_dir``."""
-    for path in sorted(own.rglob("*")):
-        target = data_dir / path.relative_to(own)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.replace(path, target)
+def is_intact(path, md5):
+    """Whether ``path`` is a file with this MD5."""
+    from torchvision.datasets.utils import check_integrity
+
+    return check_integrity(path, md5)
+
+
+def check_md5(path, data, expected):
+    """Raises InputError where ``data``, the contents of ``path``, are not those that were published."""
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise InputError(f"{path} is damaged (MD5 {found}, published {expected}): {AGAIN}")
+
+
+def read_bytes(path):
+    """The contents of ``path``."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error

@@ -1,137 +1,229 @@
-"""Image folders: their listing, and folders of small images, decoded once and cached."""
+"""Image folders, <class>/<image>: listing them, and decoding folders of small images.
 
-import hashlib
+Training, testing, predict and ImageNet all list labeled images with ``list_images``.
+"""
+
 import os
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from decoupled.data.images import SIDE, read_image
-from decoupled.errors import InputError
+from decoupled.data.images import SIDE, read_image, suffixes
+from decoupled.errors import InputError, one_line
 
-CACHE = f".decoded-{SIDE}.npz"
+SYSTEM_NAMES = {
+    "__MACOSX",
+    "Thumbs.db",
+    "desktop.ini",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
+
+NAMED = 3  # of the files left out, so many are named in the log
+
+
+@dataclass
+class Listing:
+    """The images in a folder of class folders.
+
+    classes   their names, sorted, in Unicode's composed form (NFC): systems store one name in different forms
+    samples   [(path, class index)], in the order of class folders, subfolders and file names
+    left_out  paths of the files that are not read: those outside the class folders or with a suffix of no image
+              format, then hidden files and files of the operating system
+    """
+
+    classes: list
+    samples: list
+    left_out: list
+
+    def describe_left_out(self, folder):
+        """What to add to a description of the images: how many files were left out, and the first of them."""
+        if not self.left_out:
+            return ""
+        names = [one_line(os.path.relpath(path, folder)) for path in self.left_out[:NAMED]]
+        if len(self.left_out) > NAMED:
+            names.append("…")
+        files = "1 file" if len(self.left_out) == 1 else f"{len(self.left_out)} files"
+        return f"; {files} left out: {', '.join(names)}"
 
 
 def list_images(path, layout):
-    """torchvision's ImageFolder of ``path``, whose class folders hold images. ``layout`` says how they should lie.
+    """Lists the images ``path``/<class>/<image>; images in subfolders of a class folder belong to that class.
 
-    Raises InputError where there is no such folder, none can be read, a class has no image, or there is one class only.
+    ``layout`` says in error messages how the folders should lie. Raises InputError where ``path`` is missing or cannot
+    be read, has no class folders, a class has no image, or a link leads to a folder that is listed already.
     """
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import make_dataset
 
-    if not path.is_dir():
-        raise InputError(f"{path} is missing: {layout}")
-    try:
-        listing = ImageFolder(path)
-    except FileNotFoundError as error:
-        reason = str(error).split(". Supported")[0].rstrip(".")
-        raise InputError(f"{path} cannot be read as image folders ({reason}): {layout}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    if len(listing.classes) == 1:
-        raise InputError(
-            f"{path} has one class only, {listing.classes[0]!r}, and nothing can be learned from that (unpacked one "
-            f"folder too deep?): {layout}"
-        )
+    path = Path(path)
+    left_out = []
+    names = class_folders(path, layout, left_out)
+    classes = sorted(set(names.values()))
+    indices = {name: index for index, name in enumerate(classes)}
+    choice = Choice(path, left_out)
+    samples = make_dataset(
+        path,
+        {folder: indices[name] for folder, name in names.items()},
+        is_valid_file=choice.is_image,
+        allow_empty=True,
+    )
+    left_out.sort(key=lambda file: (is_any_of_system(file, path), file))
+    listing = Listing(classes, samples, left_out)
+    with_images = {index for _, index in samples}
+    for index, name in enumerate(classes):
+        if index not in with_images:
+            note = listing.describe_left_out(path)
+            raise InputError(f"{path} has no image of class {name!r}{note}: add some, or remove the folder")
     return listing
 
 
-def same_classes(folder, splits, listings):
-    """Raises InputError, naming one, for a class folder that is in only one of the two ``splits``."""
-    names = [set(listing.classes) for listing in listings]
-    if odd := sorted(names[0] ^ names[1]):
+def class_folders(path, layout, left_out):
+    """Returns {folder: class name} of the class folders in ``path``; adds everything else there to ``left_out``."""
+    if not path.is_dir():
+        raise InputError(f"{path} is missing: {layout}")
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    names = {}
+    for entry in entries:
+        if entry.is_dir() and not is_of_system(entry.name):
+            names[entry.name] = unicodedata.normalize("NFC", entry.name)
+        else:
+            left_out.append(entry.path)
+    if not names:
+        raise InputError(f"{path} has no class folders: {layout}")
+    return names
+
+
+def is_of_system(name):
+    """Whether a file or folder is hidden or the operating system's: .DS_Store, ._0.png, __MACOSX."""
+    return name.startswith(".") or name in SYSTEM_NAMES
+
+
+def is_any_of_system(path, root):
+    """Whether ``path``, or a folder between it and ``root``, is."""
+    return any(is_of_system(part) for part in Path(path).relative_to(root).parts)
+
+
+class Choice:
+    """Chooses the images among the files under ``root``, and adds the others to ``left_out``."""
+
+    def __init__(self, root, left_out):
+        self.root = root
+        self.left_out = left_out
+        self.read = {}  # whether a folder's files are read
+        self.real = {}  # the folders' paths, by their real paths
+
+    def is_image(self, path):
+        folder, name = os.path.split(path)
+        if folder not in self.read:
+            self.read[folder] = self.is_read(folder)
+        image = self.read[folder] and not is_of_system(name) and Path(name).suffix.lower() in suffixes()
+        if not image:
+            self.left_out.append(path)
+        return image
+
+    def is_read(self, folder):
+        """Whether images in ``folder`` are. Raises InputError where a link leads to a folder that is listed already."""
+        first = self.real.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise InputError(f"{first} and {folder} are the same folder: remove the link")
+        return not is_any_of_system(folder, self.root)
+
+
+def check_classes(folder, splits, listings):
+    """Raises InputError where the two ``splits`` of ``folder`` have not the same classes, or one class only."""
+    train, test = listings
+    odd = sorted(set(train.classes) ^ set(test.classes))
+    if odd:
         raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of {' and '.join(splits)}")
+    if len(train.classes) == 1:
+        raise InputError(
+            f"{folder} has one class only, {train.classes[0]!r}, and nothing can be learned from that: unpacked one "
+            "folder too deep?"
+        )
+
+
+class Split(NamedTuple):
+    """One split of a data set.
+
+    images  uint8 (N, h, w, 3)
+    labels  int64 (N,)
+    note    for its description in the log: which files were left out
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    note: str = ""
+
+
+class DataSet(NamedTuple):
+    """A data set as it was read: its splits, the class names, and where the images are from."""
+
+    train: Split
+    test: Split
+    classes: list
+    source: str
 
 
 def read_folders(folder, splits=("train", "test"), resize=False):
-    """((images, labels) of each of ``splits``, [class names], kind of the files): images uint8 (N, 32, 32, 3), labels
-    int64 (N,), of ``folder``/SPLIT/<class>/*, class names sorted, one image of each class in turn.
+    """Decodes ``folder``/{train,test}/<class>/* to a DataSet of 32×32 images, one image of each class in turn.
 
-    Images of another size than 32×32 are an error; with ``resize`` they are cropped to a square in the centre, and
-    resized. What was decoded is kept in ``folder``/.decoded-32.npz, and used while names, sizes and times of all files
-    are what they were.
+    Images of another size are an error; with ``resize`` they are cropped to a square in the center, and resized.
     """
     layout = f"image folders are {{{','.join(splits)}}}/<class>/<image>"
     listings = [list_images(folder / split, layout) for split in splits]
-    same_classes(folder, splits, listings)
-    kinds = sorted({Path(path).suffix.lstrip(".").lower() for path, _ in listings[0].samples})
-    kind = ", ".join({"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}.get(kind, kind) for kind in kinds)
-    samples = [in_turn(listing.samples) for listing in listings]
-    key = digest(folder, samples, resize)
-    images = cached(folder / CACHE, key, [len(split) for split in samples])
-    if images is None:
-        images = [decode(split, resize) for split in samples]
-        keep(folder / CACHE, key, images)
-    labels = [torch.tensor([label for _, label in split]) for split in samples]
-    return [*zip(map(torch.from_numpy, images), labels, strict=True)], listings[0].classes, kind
+    check_classes(folder, splits, listings)
+    train, test = (read_split(folder / split, listing, resize) for split, listing in zip(splits, listings, strict=True))
+    return DataSet(train, test, listings[0].classes, source=describe_kinds(listings[0].samples))
+
+
+def read_split(folder, listing, resize):
+    """Decodes the images of a Listing of ``folder``, one of each class in turn."""
+    samples = in_turn(listing.samples)
+    images = torch.from_numpy(decode(samples, resize))
+    labels = torch.tensor([label for _, label in samples])
+    return Split(images, labels, listing.describe_left_out(folder))
+
+
+def describe_kinds(samples):
+    """The kinds of image files, by their suffixes: "JPEG, PNG"."""
+    names = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
+    kinds = sorted({Path(path).suffix.lstrip(".").lower() for path, _ in samples})
+    return ", ".join(names.get(kind, kind) for kind in kinds)
 
 
 def in_turn(samples):
     """[(path, label), …] ordered by place in the class, then class."""
-    place, turns = {}, []
+    places = {}
+    turns = []
     for path, label in samples:
-        place[label] = place.get(label, -1) + 1
-        turns.append((place[label], label, path))
+        place = places.get(label, 0)
+        places[label] = place + 1
+        turns.append((place, label, path))
     return [(path, label) for _, label, path in sorted(turns)]
 
 
 def decode(samples, resize):
     """The images of [(path, label), …]: uint8 (N, 32, 32, 3)."""
-    images = np.empty((len(samples), SIDE, SIDE, 3), np.uint8)
+    square = (SIDE, SIDE)
+    images = np.empty((len(samples), *square, 3), np.uint8)
     for row, (path, _) in enumerate(samples):
         image = read_image(path)
-        if resize and image.size != (SIDE, SIDE):
-            image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
-        if image.size != (SIDE, SIDE):
+        if resize and image.size != square:
+            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
+        if image.size != square:
             width, height = image.size
             raise InputError(
                 f"{path} is {width}x{height}: this data set's images are {SIDE}x{SIDE}; --dataset folder resizes others"
             )
         images[row] = np.asarray(image)
     return images
-
-
-# The cache
-
-
-def digest(folder, samples, resize):
-    """What the decoded images depend on: names, sizes and times of the files."""
-    text = hashlib.sha256(f"{SIDE} {resize} {Image.__version__}".encode())
-    for path, label in (sample for split in samples for sample in split):
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from error
-        text.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{label} {status.st_size} {status.st_mtime_ns}\n"))
-    return text.hexdigest()
-
-
-def cached(path, key, counts):
-    """The images kept at ``path`` under ``key``, one array a split of so many ``counts``; None where there are none, or
-    the file is damaged (its checksums are compared).
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if file["key"].item() != key:
-                return None
-            images = [file[f"images{split}"] for split in range(len(counts))]
-    except Exception:  # whatever a damaged file leads to, the images themselves are there
-        return None
-    right = [(array.dtype, array.shape) for array in images] == [(np.uint8, (n, SIDE, SIDE, 3)) for n in counts]
-    return images if right else None
-
-
-def keep(path, key, images):
-    """Writes the cache, where that is possible: under a temporary name, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, key=key, **{f"images{split}": array for split, array in enumerate(images)})
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-    except OSError:  # the folder is not to be written to
-        pass

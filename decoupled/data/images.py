@@ -1,26 +1,53 @@
 """Reading one image, and the form in which a network reads it."""
 
+import functools
+import re
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
 from decoupled.errors import InputError
 
 SIDE = 32  # every data set here is brought to 32×32
 
+# Pillow's formats that are no images: scientific containers, vector graphics, video
+NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# Pillow's modes that can be converted to RGB without loss
+EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+
+# Pillow's raw modes of 16 bits per channel ("BGR;16" is 16 bits for three channels)
+SIXTEEN_BITS = re.compile(r"L;16|.*;16[BLN]")
+
+# Formats whose first frame is the image; the others are previews and depth maps, or layers
+FIRST_FRAME_ONLY = {"MPO", "PSD"}
+
+BITS_PER_SAMPLE = 258  # a TIFF tag
+
+BACKGROUND = "white"  # shows through transparent pixels
+
+TRANSPOSE = {  # by EXIF orientation, what brings an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 class InputForm(NamedTuple):
-    """What a network reads and what it tells: saved with it, so that it can be used on other images.
+    """The images that a network reads and the classes it predicts. Saved with it, to use it on other images.
 
     classes    their names, in the order of the logits
-    mean, std  of each channel in [0, 1], by which images are normalized
-    resize     the shorter side of an image is brought to this,
-    crop       the centre of this side kept,
-    size       and zeros put around it up to this
-    grey       color is taken away; the three channels are the same
+    mean, std  of each channel in [0, 1], for normalization
+    resize     the shorter side is resized to this,
+    crop       then a square of this side is cropped from the center
+    size       and zero-padded to this side
+    grey       whether color is removed; the three channels are then equal
     """
 
     classes: list
@@ -32,42 +59,134 @@ class InputForm(NamedTuple):
     grey: bool = False
 
     def read(self, path):
-        """The image at ``path``: uint8 (size, size, 3). Raises InputError for a file that is missing or no image."""
-        from PIL import Image
+        """The image at ``path``: uint8 (size, size, 3). Raises InputError as ``read_image`` does."""
         from torchvision.transforms.v2 import functional as transforms
 
-        if not Path(path).is_file():
-            raise InputError(f"{path} is missing: name an image file")
-        image = read_image(path).convert("L" if self.grey else "RGB")
-        square = self.crop, self.crop
+        image = read_image(path)
+        if self.grey:
+            image = image.convert("L")
+        square = (self.crop, self.crop)
         if self.resize == self.crop and image.size != square:  # as image folders of small images are read
             image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
         pixels = transforms.pil_to_tensor(image)
         pixels = transforms.center_crop(transforms.resize(pixels, self.resize, antialias=True), self.crop)
-        return F.pad(pixels, ((self.size - self.crop) // 2,) * 4).expand(3, -1, -1).permute(1, 2, 0)
-
-
-EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}  # modes
+        border = (self.size - self.crop) // 2
+        return F.pad(pixels, (border, border, border, border)).expand(3, -1, -1).permute(1, 2, 0)
 
 
 def read_image(path):
-    """The image at ``path`` as Pillow's RGB. Raises InputError, naming it, for one that is damaged, cannot be read, is
-    too large for Pillow, or has more than the 8 bits a channel that would be kept of it.
+    """Reads the image at ``path`` as it looks: Pillow's RGB, 8 bits per channel.
+
+    The image is turned upright by its EXIF orientation; a white background shows through transparency. Color profiles
+    and gamma are ignored. Raises InputError, naming the file, where it is missing, damaged or no image, or has more
+    than 8 bits per channel, a color mode that cannot be converted, several frames, or too many pixels for Pillow.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # of large images, odd transparency, damaged metadata
-            with Image.open(file) as image:
-                if image.mode in EIGHT_BITS:
-                    return image.convert("RGB")
-                mode = image.mode
+            warnings.simplefilter("ignore")  # about large images, odd transparency, damaged metadata
+            with Image.open(file, formats=formats()) as image:
+                check_kind(image, path)
+                return as_it_looks(image)
+    except (InputError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more pixels than Pillow reads ({error}): make it smaller") from error
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a decoder stumbles over in a damaged file
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is damaged or no image: replace it") from error
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{path} cannot be read ({error.strerror}): name a readable image file") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is damaged or no image ({reason}): replace it") from error
-    raise InputError(f"{path} has values of more than 8 bits (mode {mode}), most of which would be lost: convert it")
+        raise InputError(f"{path} is damaged ({reason}): replace it") from error
+
+
+@functools.cache
+def formats():
+    """The image formats that are read, by Pillow's names."""
+    Image.init()
+    return [name for name in Image.ID if name not in NO_IMAGES]
+
+
+@functools.cache
+def suffixes():
+    """The file suffixes of these formats, in lowercase and with the dot."""
+    readable = {*formats(), "MPO"}  # which Pillow opens as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
+
+
+def check_kind(image, path):
+    """Raises InputError for an opened image that would not be read as it looks."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or has_more_than_8_bits(image):
+        raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
+    if image.mode not in EIGHT_BIT_MODES:
+        raise InputError(f"{path} has the color mode {image.mode}: convert it to RGB")
+    if image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4") and "transparency" in image.info:
+        # Pillow scales the gray values to 8 bits, but not the transparent one
+        raise InputError(f"{path} is of transparent gray of fewer than 8 bits: convert it to 8 bits")
+    if getattr(image, "is_animated", False) and image.format not in FIRST_FRAME_ONLY:
+        raise InputError(f"{path} has {image.n_frames} frames: save the one to learn from as an image of its own")
+
+
+def has_more_than_8_bits(image):
+    """Whether the file of an opened image has more bits per channel. Pillow silently cuts color to 8 bits."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
+    if image.format == "JPEG2000":
+        return jpeg_2000_bits(contents(image)) > 8
+    if image.format == "AVIF":
+        return avif_bits(contents(image)) > 8
+    for codec, _, _, arguments in image.tile:
+        if not isinstance(arguments, tuple):
+            arguments = (arguments,)
+        if image.format == "PPM" and isinstance(arguments[-1], int):
+            return arguments[-1] > 255  # the greatest value
+        if codec == "SGI16" or SIXTEEN_BITS.fullmatch(str(arguments[0])):
+            return True
+        if image.format == "DDS" and str(arguments[-1]).startswith("BC6"):  # floating point
+            return True
+    return False
+
+
+def contents(image):
+    """The bytes of an opened image's file."""
+    position = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(position)
+    return data
+
+
+def jpeg_2000_bits(data):
+    """Bits per channel, from the SIZ marker (ISO/IEC 15444-1, A.5.1): the greatest of the components' depths."""
+    start = data.index(b"\xff\x4f\xff\x51") + 4
+    components = int.from_bytes(data[start + 36 : start + 38], "big")
+    depths = data[start + 38 : start + 38 + 3 * components : 3]
+    return max((depth & 0x7F) + 1 for depth in depths)  # the upper bit: signed
+
+
+def avif_bits(data):
+    """Bits per channel, from the av1C boxes (AV1 in ISOBMFF, 2.3.3), of color and of alpha: 8, or 10 for any more."""
+    high_bit_depth = [flags[0] & 0x40 for flags in re.findall(rb"av1C..(.)", data, re.DOTALL)]
+    return 10 if any(high_bit_depth) else 8
+
+
+def as_it_looks(image):
+    """An opened image upright, on the background, in RGB."""
+    image.load()
+    method = TRANSPOSE.get(orientation(image))
+    if method is not None:
+        image = image.transpose(method)
+    if image.has_transparency_data:
+        if image.mode == "La":  # has no direct way to RGBA
+            image = image.convert("LA")
+        background = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(background, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def orientation(image):
+    """The EXIF orientation of an image; 1 (upright) where the metadata cannot be read, as viewers show it."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata may raise anything
+        return 1

@@ -1,6 +1,7 @@
-"""Which modules each stage has, by their cost, and what the representations between them look like."""
+"""Which modules each stage gets, balanced by FLOPs, and the form of the tensors that stages send to each other."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -9,41 +10,53 @@ from decoupled.networks.flops import flop_counter
 from decoupled.networks.modules import eval_mode
 
 
-class Layout:
-    """What ``representation`` (B, …) looks like but for B: shape, type and order in memory, which the process above
-    keeps, so that it computes what one process would.
+class TensorFormat:
+    """The form of a tensor (B, …), whatever B is: shape, dtype and order of the dimensions in memory.
+
+    The process above restores the order in memory, so that it computes what a single process would, to the bit.
     """
 
-    def __init__(self, representation):
-        strides = representation.stride()
-        self.order = sorted(range(representation.dim()), key=lambda dimension: -strides[dimension])
-        self.back = sorted(range(representation.dim()), key=self.order.__getitem__)
-        self.shape = [representation.shape[dimension] for dimension in self.order[1:]]
-        self.dtype = representation.dtype
+    def __init__(self, tensor):
+        strides = tensor.stride()
+        # Dimensions from the slowest to the fastest in memory: contiguous in this order.
+        self.order = sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension])
+        self.inverse_order = sorted(range(tensor.dim()), key=lambda position: self.order[position])
+        self.packed_shape = [tensor.shape[dimension] for dimension in self.order[1:]]  # without B
+        self.shape = list(tensor.shape[1:])
+        self.dtype = tensor.dtype
 
-    def pack(self, representation):
-        """``representation`` as a contiguous tensor, without a copy."""
-        packed = representation.permute(self.order).contiguous()
-        if [*packed.shape[1:]] != self.shape or packed.dtype != self.dtype:
+    def pack(self, tensor):
+        """``tensor`` as a contiguous tensor, without a copy. Raises RuntimeError for a tensor of another form."""
+        packed = tensor.permute(self.order).contiguous()
+        if list(packed.shape[1:]) != self.packed_shape or packed.dtype != self.dtype:
             raise RuntimeError(f"a representation is {packed.dtype} {tuple(packed.shape)}, not as in evaluation")
         return packed
 
-    def room(self, samples, device):
-        """An uninitialized tensor for as many packed samples."""
-        return torch.empty(samples, *self.shape, dtype=self.dtype, device=device)
-
     def unpack(self, packed):
-        return packed.permute(self.back)
+        """The tensor that ``pack`` was given, without a copy."""
+        return packed.permute(self.inverse_order)
+
+    def empty(self, samples, device):
+        """An uninitialized packed tensor for B = ``samples``."""
+        return torch.empty(samples, *self.packed_shape, dtype=self.dtype, device=device)
+
+
+class Survey(NamedTuple):
+    """What ``survey`` finds out about a network."""
+
+    flops: list  # of a training step, per module
+    inputs: list  # TensorFormat of each module's input
+    logits: TensorFormat  # of a head, as float32
 
 
 def survey(net, images, autocast):
-    """Training FLOPs of each module of ``net`` on ``images``, the Layout below each, and that of what a head tells.
-    ``net`` stays as it is.
-    """
-    flops, layouts, representation = [], [], images
+    """The Survey of ``net`` by one training step of each module on ``images``. ``net`` is left unchanged."""
+    flops = []
+    inputs = []
+    representation = images
     with eval_mode(net):
         for module in net:
-            layouts.append(Layout(representation))
+            inputs.append(TensorFormat(representation))
             with flop_counter() as counter:
                 with autocast():
                     representation, logits = module(representation)
@@ -51,30 +64,36 @@ def survey(net, images, autocast):
             flops.append(counter.get_total_flops())
             representation = representation.detach()
     net.zero_grad()
-    return flops, layouts, Layout(logits.float())
+    return Survey(flops, inputs, TensorFormat(logits.float()))
 
 
-def cut(costs, parts):
-    """The lengths of ``parts`` consecutive runs of ``costs``, the greatest of whose sums is least."""
+def balance(costs, parts):
+    """Splits ``costs`` into consecutive parts so that the most expensive part costs least: the length of each part."""
 
     @cache
     def best(start, parts):
+        """(cost of the most expensive part, lengths) of the best split of what follows ``start``."""
+        remaining = len(costs) - start
         if parts == 1:
-            return sum(costs[start:]), (len(costs) - start,)
-        options = []
-        for end in range(start + 1, len(costs) - parts + 2):
-            greatest, lengths = best(end, parts - 1)
-            options.append((max(sum(costs[start:end]), greatest), (end - start, *lengths)))
-        return min(options)
+            return sum(costs[start:]), (remaining,)
+        splits = []
+        for length in range(1, remaining - parts + 2):
+            highest_above, lengths_above = best(start + length, parts - 1)
+            highest = max(sum(costs[start : start + length]), highest_above)
+            splits.append((highest, (length, *lengths_above)))
+        return min(splits)
 
-    return best(0, parts)[1]
+    _, lengths = best(0, parts)
+    return lengths
 
 
 def check_lengths(lengths, modules, stages):
-    """Raises InputError unless so many ``modules`` can be in ``stages``, ``lengths`` (or None) in each."""
+    """Raises InputError unless a network of so many ``modules`` can be split into so many ``stages``, with ``lengths``
+    modules each where these are given.
+    """
     if stages > modules:
         raise InputError(f"{stages} stages are more than the {modules} modules: start {modules} processes or fewer")
-    if lengths and (len(lengths), sum(lengths)) != (stages, modules):
+    if lengths and (len(lengths) != stages or sum(lengths) != modules):
         flag = f"--modules-per-stage {','.join(map(str, lengths))}"
         raise InputError(
             f"{flag} is {len(lengths)} numbers for {sum(lengths)} modules, and there are {stages} stages and "

@@ -1,5 +1,5 @@
-"""The processes of a run as a mesh: stages, each with some of the modules, times replicas of each stage, which share
-every mini-batch. Data parallelism is a mesh of one stage.
+"""The processes of a run as a mesh of stages × replicas. Each stage has some of the modules; the replicas of a stage
+share every mini-batch. Data parallelism is a mesh with one stage.
 """
 
 import torch
@@ -12,10 +12,10 @@ from decoupled.networks.evaluation import Meter
 
 
 class Mesh:
-    """Where this process is: in ``stage`` of ``stages``, of which it is ``replica`` of ``replicas``.
+    """The place of this process in the mesh: ``replica`` of ``replicas`` of ``stage`` of ``stages``, all from 0.
 
-    The replicas of a stage have consecutive numbers, since gradients are more than representations: of several
-    machines, each should have whole stages. Raises InputError where the processes do not divide into stages.
+    The replicas of a stage have consecutive ranks, because gradients need more bandwidth than representations: torchrun
+    then puts whole stages on each machine. Raises InputError when the processes do not divide into ``stages``.
     """
 
     def __init__(self, processes, stages):
@@ -24,35 +24,49 @@ class Mesh:
                 f"--stages {stages} needs {stages} processes or a multiple of that, not {processes.size}: "
                 "start as many with torchrun --nproc-per-node"
             )
-        self.processes, self.stages, self.replicas = processes, stages, processes.size // stages
+        self.processes = processes
+        self.stages = stages
+        self.replicas = processes.size // stages
         self.stage, self.replica = divmod(processes.rank, self.replicas)
-        self.group, self.control = None, processes.control  # of this stage's replicas: on their devices, on the CPU
-        for first in range(0, processes.size, self.replicas) if stages > 1 and self.replicas > 1 else ():
+        # Groups of the replicas of this stage: on their devices and on the CPU.
+        self.group = None
+        self.control = processes.control
+        if stages > 1 and self.replicas > 1:
+            self.make_groups()
+
+    def make_groups(self):
+        """Makes the groups of all stages, as all processes must, and keeps those of this process's stage."""
+        for first in range(0, self.processes.size, self.replicas):
             members = range(first, first + self.replicas)
-            group, control = processes.group(members), processes.group(members, "gloo")
-            if processes.rank in members:
-                self.group, self.control = group, control
+            group = self.processes.group(members)
+            control = self.processes.group(members, "gloo")
+            if self.processes.rank in members:
+                self.group = group
+                self.control = control
 
     @property
     def below(self):
-        """The process that sends representations to this one."""
+        """The rank of the process that sends representations to this one."""
         return self.processes.rank - self.replicas
 
     @property
     def above(self):
-        """The process that this one sends representations to."""
+        """The rank of the process that this one sends representations to."""
         return self.processes.rank + self.replicas
 
     def links(self):
-        """(group with the process below, group with that above), None where there is none. All processes call this."""
-        lower = range(self.processes.size - self.replicas)
-        groups = {low: self.processes.group([low, low + self.replicas]) for low in lower}
+        """(group with the process below, group with the process above), None where there is no such process. All
+        processes must call this.
+        """
+        groups = {}
+        for lower in range(self.processes.size - self.replicas):
+            groups[lower] = self.processes.group([lower, lower + self.replicas])
         return groups.get(self.below), groups.get(self.processes.rank)
 
-    # Among the replicas of this stage
+    # Among the replicas of a stage
 
     def sum(self, tensor):
-        """The sum of a tensor over the replicas, on the CPU; alone, the tensor itself."""
+        """The sum of a tensor over the replicas, on the CPU; with one replica, the tensor itself."""
         if self.replicas == 1:
             return tensor
         total = tensor.cpu().clone()
@@ -61,57 +75,74 @@ class Mesh:
         return total
 
     def agree(self, value):
-        """The greatest ``value``, an integer, of the replicas."""
+        """The largest ``value``, an integer, of the replicas."""
         if self.replicas == 1:
             return value
-        greatest = torch.tensor([value])
+        largest = torch.tensor([value])
         with self.processes.waiting():
-            distributed.all_reduce(greatest, distributed.ReduceOp.MAX, group=self.control)
-        return int(greatest)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def parallel(self, modules, local_batch_norm=False):
-        """What a step calls instead of the ``modules``: each in its own DistributedDataParallel; alone, themselves.
+        """What a training step calls instead of ``modules``: a list with each module in a DistributedDataParallel of
+        its own; with one replica, the modules themselves.
 
-        Parameters and batch norm start the same in all replicas and stay the same, so none are broadcast; with
-        ``local_batch_norm`` running statistics differ, and those of replica 0 count.
+        Buffers are not broadcast: they start equal in all replicas and stay equal. With ``local_batch_norm`` running
+        statistics differ between replicas, and those of replica 0 are used.
         """
         if self.replicas == 1:
             return list(modules)
         device = self.processes.device
-        options = {"device_ids": [device.index]} if device.type == "cuda" else {}
-        options |= {"broadcast_buffers": local_batch_norm, "gradient_as_bucket_view": True}
-        return [DistributedDataParallel(module, process_group=self.group, **options) for module in modules]
+        options = {
+            "process_group": self.group,
+            "device_ids": [device.index] if device.type == "cuda" else None,
+            "broadcast_buffers": local_batch_norm,
+            "gradient_as_bucket_view": True,
+        }
+        return [DistributedDataParallel(module, **options) for module in modules]
 
     def same_buffers(self, net):
-        """Gives all replicas the buffers that ``net`` has in replica 0."""
+        """Copies the buffers of ``net`` from replica 0 to all replicas."""
+        if self.replicas == 1:
+            return
         first = self.processes.rank - self.replica
-        for buffer in net.buffers() if self.replicas > 1 else ():
-            distributed.broadcast(buffer, first, group=self.group)
+        with self.processes.waiting(first):
+            for buffer in net.buffers():
+                distributed.broadcast(buffer, first, group=self.group)
 
     # Among the stages
 
     def images(self, load):
-        """What ``load()`` gives, (train, test, number of classes), in the lowest stage, and above it Outlines of that.
-        Raises InputError where ``load`` does.
+        """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
+        instead of images. Process 0 loads first. Raises InputError when ``load`` does.
         """
-        if self.stage == 0:
+        if self.processes.size == 1:
+            return load()
+        loaded = []
+
+        def load_and_outline():
             train, test, classes = load()
-        outline = self.processes.from_first(lambda: (train.outline, test.outline, classes))
+            loaded.extend([train, test, classes])
+            return train.outline, test.outline, classes
+
+        train_outline, test_outline, classes = self.processes.from_first(load_and_outline)
         if self.stage > 0:
-            train, test = (Outline(*sizes, self.replica, self.replicas) for sizes in outline[:2])
-        return train, test, outline[2]
+            train = Outline(*train_outline, self.replica, self.replicas)
+            test = Outline(*test_outline, self.replica, self.replicas)
+            return train, test, classes
+        return loaded or load()
 
     def to_first(self, value):
-        """The ``value`` of replica 0 of every stage, from the lowest up, in process 0; an empty list in the others."""
+        """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
         return self.processes.to_first(value, range(0, self.processes.size, self.replicas))
 
 
 def all_reduce_meters(meters, mesh):
-    """The Meters of what all replicas of ``mesh`` (decoupled.parallel.mesh.Mesh) have measured, by one reduction."""
+    """Meters of what all replicas of ``mesh``, a Mesh, have measured."""
     if mesh.replicas == 1 or not meters:
         return meters
     totals = mesh.sum(torch.stack([meter.sums() for meter in meters]))
-    everywhere = [Meter(meter.topk) for meter in meters]
-    for meter, sums in zip(everywhere, totals, strict=True):
+    reduced = [Meter(meter.topk) for meter in meters]
+    for meter, sums in zip(reduced, totals, strict=True):
         meter.load_state_dict({"sums": sums})
-    return everywhere
+    return reduced

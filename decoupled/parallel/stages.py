@@ -1,8 +1,11 @@
-"""Modules that learn at the same time, each in its process: the stages of a decoupled.parallel.mesh.Mesh, lowest first, hold
-consecutive modules. Representations and labels flow forward only, and nothing flows back, as in Algorithm 1 nothing has
-to: no module waits for one above, except where more mini-batches than the queue holds wait there.
+"""Modules that learn at the same time, in a pipeline of processes. Each stage of a decoupled.parallel.mesh.Mesh has
+some consecutive modules, the lowest stage the lowest modules. Representations and labels travel up, and nothing travels
+back: no module of Algorithm 1 waits for one above it, unless the queue between two stages is full.
 
-One stage is the case of one: it holds all modules, and receives the images.
+A mini-batch travels with its tag: an integer that says what the run is to do after this mini-batch. The lowest stage
+chooses it, so all stages do the same after the same mini-batch.
+
+A run in one process has a single stage with all modules, which reads the images itself.
 """
 
 import time
@@ -13,186 +16,239 @@ import torch
 from torch import distributed, nn
 
 from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
-from decoupled.parallel.balance import check_lengths, cut, survey
+from decoupled.parallel.balance import balance, check_lengths, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
 
 class Stage:
-    """This process's ``modules_here`` of ``net``, which all processes have built alike: ``first`` is the number of the
-    lowest, from 0. The others' parameters are given up. ``heads`` are what evaluates: they send on, as training does.
+    """The modules of this process, ``modules_here``, of the network ``net``, which all processes have built alike. The
+    first of them is module ``first`` of the network, from 0. The parameters of all other modules are freed.
 
-    shape     of an image, (3, h, w)
-    lengths   modules of each stage, or None: as their FLOPs say
-    queue     mini-batches that are on their way to the next process, or wait there, before ``send`` waits
-    pending_request      called before each mini-batch: what the run is to do after it, an integer, 0 for nothing. What it gives
-              in the lowest stage, the greatest of its replicas', becomes the ``tag`` of that mini-batch in every stage
+    ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
+
+    shape            of an image, (3, h, w)
+    lengths          modules in each stage; None: balanced by FLOPs
+    queue            mini-batches that may be on their way to the stage above before ``send`` waits
+    autocast         the context of a forward pass
+    pending_request  called before each mini-batch, returns what the run is to do after it: an integer, 0 for nothing.
+                     The largest of the lowest stage's replicas becomes the mini-batch's tag.
     """
 
     def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=int):
         check_lengths(lengths, len(net), mesh.stages)
-        self.net, self.mesh, self.processes, self.queue, self.pending_request = (
-            net,
-            mesh,
-            mesh.processes,
-            queue,
-            pending_request,
-        )
-        self.first, self.modules_here, self.heads, self.lengths = 0, net, net, lengths or [len(net)]
-        self.lowest, self.last = mesh.stage == 0, mesh.stage == mesh.stages - 1
-        self.tag, self.total, self.waited, self.sending = 0, 0, 0.0, deque()
+        self.net = net
+        self.mesh = mesh
+        self.processes = mesh.processes
+        self.queue = queue
+        self.pending_request = pending_request
+        self.lowest = mesh.stage == 0
+        self.last = mesh.stage == mesh.stages - 1
+        self.first = 0
+        self.modules_here = net
+        self.heads = net
+        self.lengths = lengths or [len(net)]
+        # Of the mini-batch that this stage is working on:
+        self.tag = 0
+        self.labels = None
+        self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
+        self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
+        self.waited = 0.0  # seconds spent waiting for other stages
         if mesh.stages > 1:
-            self.part(shape, lengths, autocast)
+            self.keep_own_modules(shape, lengths, autocast)
+            self.connect_neighbors()
 
-    def part(self, shape, lengths, autocast):
-        """Keeps this process's modules, and meets those of the processes below and above."""
-        like = next(self.net.parameters())
-        images = torch.zeros(2, *shape, dtype=like.dtype, device=like.device).to(memory_format=torch.channels_last)
-        flops, layouts, self.told = survey(self.net, images, autocast)
-        self.lengths = lengths or cut(flops, self.mesh.stages)
+    def keep_own_modules(self, shape, lengths, autocast):
+        """Frees the parameters of the other stages' modules."""
+        parameter = next(self.net.parameters())
+        self.device = parameter.device
+        images = torch.zeros(2, *shape, dtype=parameter.dtype, device=self.device)
+        found = survey(self.net, images.to(memory_format=torch.channels_last), autocast)
+        self.lengths = lengths or balance(found.flops, self.mesh.stages)
         self.first = sum(self.lengths[: self.mesh.stage])
-        above = self.first + self.lengths[self.mesh.stage]
-        self.modules_here = self.net[self.first : above]
-        self.heads = Heads(self)
-        for number, module in enumerate(self.net):
-            if not self.first <= number < above:
+        end = self.first + self.lengths[self.mesh.stage]
+        self.modules_here = self.net[self.first : end]
+        for index, module in enumerate(self.net):
+            if not self.first <= index < end:
                 module.to("meta")
-        self.below, self.above = layouts[self.first], None if self.last else layouts[above]
-        self.down, self.up = self.mesh.links()
-        self.device = like.device
-        gloo = distributed.get_backend() == "gloo"
-        self.wire = torch.device("cpu") if gloo else self.device  # where tensors are sent from and arrive
+        self.heads = Heads(self)
+        self.input_format = found.inputs[self.first]
+        self.output_format = None if self.last else found.inputs[end]
+        self.logits_format = found.logits
+
+    def connect_neighbors(self):
+        """Makes the groups with the processes below and above."""
+        self.group_below, self.group_above = self.mesh.links()
+        # Gloo sends from and receives into main memory.
+        self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
 
     def __str__(self):
-        replicas = f", {self.mesh.replicas} replicas of each" if self.mesh.replicas > 1 else ""
-        return ",".join(map(str, self.lengths)) + replicas
+        modules = ",".join(map(str, self.lengths))
+        if self.mesh.replicas > 1:
+            return f"{modules}, {self.mesh.replicas} replicas of each"
+        return modules
 
     def __repr__(self):
         return repr(self.net)
 
     def train(self):
+        """Sets all modules to training mode."""
         self.net.train()
 
     def take_tag(self):
-        """The mark of the mini-batch that was received last, once."""
-        mark, self.tag = self.tag, 0
-        return mark
+        """The tag of the latest mini-batch; 0 when called again before the next mini-batch."""
+        tag = self.tag
+        self.tag = 0
+        return tag
 
-    # Mini-batches
+    # Receiving
 
     def inputs(self, batches, totals=False):
-        """What ``batches`` (decoupled.data.batches.Batches) become on their way to this process's lowest module, in the form
-        of Batches: (representation (B, …), labels (B,)) for each. ``totals``: for ``ensembles``.
-        """
-        return batches if self.mesh.stages == 1 else Arrivals(self, batches, totals)
+        """The inputs of this process's lowest module for the images of ``batches`` (decoupled.data.batches.Batches, or
+        its Outline): iterates as Batches do, over (representation (B, …), labels (B,)).
 
-    def images(self, arrivals):
-        """Iterates over what is left of the epoch, in the lowest stage."""
-        for number, (images, labels) in enumerate(arrivals.batches.rest(), start=arrivals.batches.place):
-            common = number < arrivals.common  # where replicas have no share, they have no say
-            self.tag, self.labels = self.mesh.agree(self.pending_request()) if common else 0, labels
+        ``totals``: whether mini-batches travel with the sum of the outputs of all heads so far, for ``ensembles``.
+        """
+        if self.mesh.stages == 1:
+            return batches
+        return Inputs(self, batches, totals)
+
+    def read_images(self, inputs):
+        """Iterates over the rest of the epoch, in the lowest stage."""
+        batches = inputs.batches
+        for number, (images, labels) in enumerate(batches.rest(), start=batches.place):
+            self.tag = 0
+            if number < inputs.common:  # otherwise some replicas have no part in this mini-batch
+                self.tag = self.mesh.agree(self.pending_request())
+            self.labels = labels
             yield images, labels
 
-    def representations(self, arrivals):
-        """Iterates over what is left of the epoch, above the lowest stage."""
-        sizes = arrivals.batches.left
-        posted = deque(self.post(size, arrivals.totals) for size in sizes[: self.queue])
+    def receive_representations(self, inputs):
+        """Iterates over the rest of the epoch, in the stages above the lowest."""
+        sizes = inputs.batches.left
+        receiving = deque(self.begin_receive(size, inputs.totals) for size in sizes[: self.queue])
         for number in range(len(sizes)):
-            works, (mark, labels, representation, *totals) = posted.popleft()
-            self.wait(works, self.mesh.below)
+            works, tag, labels, packed, *ensemble_sum = receiving.popleft()
+            self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
-                posted.append(self.post(sizes[number + self.queue], arrivals.totals))
-            arrivals.batches.advance()
-            self.tag, self.labels = int(mark), labels.to(self.device)
-            self.total = totals[0].to(self.device) if totals else 0
+                receiving.append(self.begin_receive(sizes[number + self.queue], inputs.totals))
+            inputs.batches.advance()
+            self.tag = int(tag)
+            self.labels = labels.to(self.device)
+            self.ensemble_sum = ensemble_sum[0].to(self.device) if ensemble_sum else 0
             self.pending_request()
-            yield self.below.unpack(representation.to(self.device)), self.labels
+            yield self.input_format.unpack(packed.to(self.device)), self.labels
 
-    def post(self, samples, totals):
-        """Begins to receive a mini-batch of so many samples, each into memory of its own."""
-        labels = torch.empty(samples, dtype=torch.int64, device=self.wire)
-        tensors = [torch.empty((), dtype=torch.int64), labels, self.below.room(samples, self.wire)]
-        if totals:
-            tensors.append(self.told.room(samples, self.wire))
-        return self.each(distributed.irecv, tensors, self.mesh.below, self.down), tensors
-
-    def each(self, begin, tensors, other, link):
-        """Begins to send ``tensors`` to process ``other``, or to receive them. The mark goes from CPU to CPU: no GPU is
-        waited for.
+    def begin_receive(self, samples, with_ensemble_sum):
+        """Begins to receive a mini-batch of so many ``samples``, in memory of its own: (works, tag, labels, packed
+        representation[, sum for the ensembles]).
         """
-        with self.processes.waiting(other):
-            return [
-                begin(tensor, other, group=link if tag > 1 else self.processes.control, tag=tag)
-                for tag, tensor in enumerate(tensors, start=1)
-            ]
+        tag = torch.empty((), dtype=torch.int64)
+        labels = torch.empty(samples, dtype=torch.int64, device=self.transfer_device)
+        tensors = [tag, labels, self.input_format.empty(samples, self.transfer_device)]
+        if with_ensemble_sum:
+            tensors.append(self.logits_format.empty(samples, self.transfer_device))
+        works = self.transfer(distributed.irecv, tensors, self.mesh.below, self.group_below)
+        return works, *tensors
 
-    def wait(self, works, other):
+    # Sending
+
+    def send(self, representation, labels, *ensemble_sum):
+        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels`` (B,), as received.
+        Waits only while the queue is full. Does nothing in the last stage.
+        """
+        if self.last:
+            return
+        while len(self.sending) >= self.queue:
+            self.finish_oldest_send()
+        tag = torch.tensor(self.tag)
+        packed = self.output_format.pack(representation)
+        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (labels, packed, *ensemble_sum))]
+        works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
+        self.sending.append((works, tensors))  # the tensors must live until they are sent
+
+    def finish_oldest_send(self):
+        """Waits until the oldest mini-batch in the queue is sent, and frees it."""
+        works, _ = self.sending.popleft()
+        self.wait_for(works, self.mesh.above)
+
+    def transfer(self, begin, tensors, other, group):
+        """Begins to send ``tensors``, a mini-batch's, to process ``other``, or to receive them: a list of works.
+
+        The first of them, the tag, travels from CPU to CPU, so that nobody waits for a GPU to read it.
+        """
+        works = []
+        with self.processes.waiting(other):
+            for number, tensor in enumerate(tensors, start=1):
+                group_of_tensor = self.processes.control if number == 1 else group
+                works.append(begin(tensor, other, group=group_of_tensor, tag=number))
+        return works
+
+    def wait_for(self, works, other):
+        """Waits until the ``works`` with process ``other`` are done."""
         since = time.perf_counter()
         with self.processes.waiting(other):
             for work in works:
                 work.wait()
         self.waited += time.perf_counter() - since
 
-    def send(self, representation, labels, *totals):
-        """Hands a mini-batch on, detached and as it was received, to the process above; on top, or alone, a no-op.
-        Waits only where the queue is full.
-        """
-        if self.last:
-            return
-        while len(self.sending) >= self.queue:
-            self.wait(self.sending.popleft()[0], self.mesh.above)
-        tensors = torch.tensor(self.tag), labels, self.above.pack(representation), *totals
-        tensors = [tensors[0], *(tensor.to(self.wire) for tensor in tensors[1:])]
-        self.sending.append((self.each(distributed.isend, tensors, self.mesh.above, self.up), tensors))
+    # Evaluation
 
     def recompute_statistics(self, images, autocast=nullcontext):
-        """Batch norm's running means and variances anew, of ``images`` (Batches.without_augmentation) by the weights of now: the means
-        of the mini-batches' own. Training does not read them, evaluation does.
+        """Recomputes batch norm's running means and variances with the current weights, as the means over the
+        mini-batches of ``images`` (Batches.without_augmentation). Training does not read them, evaluation does.
 
-        The usual ones average the latest mini-batches, whose weights were others: where an epoch has few, test top-1
-        jumps from epoch to epoch. "Precise" statistics: Wu and Johnson (2021, arXiv 2105.07576), Sec. 3.
+        The usual running statistics average over the latest mini-batches, which had other weights: with few
+        mini-batches per epoch, test top-1 then jumps between epochs. "Precise" statistics: Wu and Johnson (2021, arXiv
+        2105.07576), Sec. 3.
         """
-        norms = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in batch_norms(self.modules_here)]
+        norms = batch_norms(self.modules_here)
+        momenta = [norm.momentum for norm in norms]
+        counts = [norm.num_batches_tracked.clone() for norm in norms]
         self.train()
-        for norm, *_ in norms:
+        for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # equal weights
+            norm.momentum = None  # every mini-batch has the same weight
         with torch.no_grad(), autocast():
             for representation, labels in self.inputs(images):
                 for module in self.modules_here:
                     representation, _ = module(representation)
                 self.send(representation, labels)
-        for norm, momentum, batches in norms:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+            norm.num_batches_tracked.copy_(count)
 
     def ensembles(self, probabilities=True):
-        """``heads`` with the ensembles up to each (decoupled.networks.evaluation.WithEnsembles): the sum over the heads below comes
-        with the representation.
+        """As ``heads``, with the ensembles up to each head as further outputs: of probabilities, or of logits. See
+        decoupled.networks.evaluation.WithEnsembles.
         """
-        kind = "probabilities" if probabilities else "logits"
-        return WithEnsembles(self.net, probabilities) if self.mesh.stages == 1 else Heads(self, kind)
+        if self.mesh.stages == 1:
+            return WithEnsembles(self.net, probabilities)
+        return Heads(self, ensembles="probabilities" if probabilities else "logits")
 
     # What process 0 gathers
 
-    def gather(self, *every_meters):
-        """For each list of this process's Meters, that of all modules, over all replicas, in process 0; with several
-        stages an empty one in the others.
+    def gather(self, *meters_of_kinds):
+        """For each list of Meters of this process's modules, the Meters of all modules, over all replicas, in process
+        0; in the others an empty list.
         """
-        every_meters = [all_reduce_meters(meters, self.mesh) for meters in every_meters]
+        reduced = [all_reduce_meters(meters, self.mesh) for meters in meters_of_kinds]
         if self.mesh.stages == 1:
-            return every_meters
-        states = [[(meter.topk, meter.state_dict()) for meter in meters] for meters in every_meters]
-        gathered = [[] for _ in every_meters]
-        for everyones in self.mesh.to_first(states):
-            for meters, states in zip(gathered, everyones, strict=True):
-                for topk, state in states:
-                    meters.append(Meter(topk))
-                    meters[-1].load_state_dict(state)
+            return reduced
+        states = [[(meter.topk, meter.state_dict()) for meter in meters] for meters in reduced]
+        gathered = [[] for _ in states]
+        for states_of_stage in self.mesh.to_first(states):
+            for meters, meter_states in zip(gathered, states_of_stage, strict=True):
+                for topk, state in meter_states:
+                    meter = Meter(topk)
+                    meter.load_state_dict(state)
+                    meters.append(meter)
         return gathered
 
     def own(self, values):
-        """Of a list with one value for each module, those of this process. Raises ValueError for another number."""
-        if len(values) != len(self.net):
+        """The part of ``values``, one for each module of the network, that belongs to this process's modules; [] if
+        there are none. Raises ValueError for another number of values.
+        """
+        if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
         return values[self.first : self.first + len(self.modules_here)]
 
@@ -201,7 +257,7 @@ class Stage:
         return {key: value for key, value in self.net.state_dict().items() if not value.is_meta}
 
     def load_state_dict(self, state):
-        """Takes this process's part of the whole network's ``state``."""
+        """Loads this process's part of the ``state`` of the whole network."""
         self.net.load_state_dict(state)
 
 
@@ -212,34 +268,45 @@ def batch_norms(net):
 
 
 class Heads(nn.Module):
-    """The heads of ``stage`` for decoupled.networks.evaluation.evaluate: representation (B, …) → [logits (B, classes), …] of its
-    modules, and the ensembles up to each of their "probabilities" or "logits"; the last representation is sent on.
+    """The heads of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list of logits
+    (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
+
+    A forward pass sends the representation, and the sum for the ensembles, to the stage above.
     """
 
     def __init__(self, stage, ensembles=None):
         super().__init__()
-        self.stage, self.net, self.ensembles = stage, stage.modules_here, ensembles
+        self.stage = stage
+        self.modules_here = stage.modules_here
+        self.ensembles = ensembles
 
     def forward(self, representation, heads=None):
-        stage, every_logits, totals = self.stage, [], []
-        for module in self.net:
+        all_logits = []
+        for module in self.modules_here:
             representation = module.body(representation)
-            every_logits.append(module.auxiliary(representation))
-        if self.ensembles:
-            every_logits = [logits.float() for logits in every_logits]
-            every_output = every_logits
-            if self.ensembles == "probabilities":
-                every_output = [logits.softmax(1) for logits in every_logits]
-            totals = weighted_sums(every_output, stage.first, stage.total)
-        stage.send(representation, stage.labels, *totals[-1:])
-        return [*every_logits, *means(totals, stage.first)]
+            all_logits.append(module.auxiliary(representation))
+        if self.ensembles is None:
+            self.stage.send(representation, self.stage.labels)
+            return all_logits
+
+        all_logits = [logits.float() for logits in all_logits]
+        outputs = all_logits
+        if self.ensembles == "probabilities":
+            outputs = [logits.softmax(1) for logits in all_logits]
+        sums = weighted_sums(outputs, self.stage.first, self.stage.ensemble_sum)
+        self.stage.send(representation, self.stage.labels, sums[-1])
+        return all_logits + means(sums, self.stage.first)
 
 
-class Arrivals:
-    """``batches`` as they come to ``stage``: iterating begins an epoch; ``rest`` is what is left of it."""
+class Inputs:
+    """What ``batches`` become on their way to ``stage``. As with Batches, iterating begins an epoch, and ``rest`` is
+    what is left of it.
+    """
 
     def __init__(self, stage, batches, totals):
-        self.stage, self.batches, self.totals = stage, batches, totals
+        self.stage = stage
+        self.batches = batches
+        self.totals = totals
 
     def __len__(self):
         return len(self.batches)
@@ -249,13 +316,18 @@ class Arrivals:
         return self.rest()
 
     def rest(self):
-        return self.stage.images(self) if self.stage.lowest else self.stage.representations(self)
+        if self.stage.lowest:
+            return self.stage.read_images(self)
+        return self.stage.receive_representations(self)
 
     @property
     def weight(self):
-        """See decoupled.data.batches.Outline; so ``common``."""
+        """See decoupled.data.batches.Outline."""
         return self.batches.weight
 
     @property
     def common(self):
-        return len(self) if self.stage.mesh.replicas == 1 else self.batches.common
+        """The number of mini-batches in which every replica has a part."""
+        if self.stage.mesh.replicas == 1:
+            return len(self)
+        return self.batches.common

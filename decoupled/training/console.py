@@ -1,8 +1,9 @@
-"""What a run shows while it goes on, where stderr is a terminal: its first lines, a bar for each epoch and evaluation,
-and the time to its end. Elsewhere nothing of this; the lines of results, on stdout, are the same in both cases.
+"""What a run shows while it goes on: on a terminal its first lines, a bar for each epoch and evaluation, and the time
+to its end; elsewhere its result lines only. And what it does on signals.
 """
 
 import contextlib
+import math
 import os
 import signal
 import statistics
@@ -10,59 +11,69 @@ import sys
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 from tqdm import tqdm
 
-PATIENCE = 1.0  # seconds of reading images before that is said
+READING_DELAY = 1.0  # seconds of reading images before the console says so
+SHOWN_AT_START = tuple(f"# {name}: " for name in ("device", "processes", "train", "test"))  # of the log's first lines
+LATEST_EPOCHS = 5  # epochs that the time to the end is estimated from
+
+EPOCH_BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
+EVALUATION_BAR = "{desc}: {percentage:3.0f}%|{bar}|"
+COUNTER = "{desc}: {n_fmt} mini-batches, {rate_fmt}{postfix}"  # for an epoch of unknown length
 
 
-TOLD = tuple(f"# {name}: " for name in ("device", "processes", "train", "test"))  # of the first lines of a log
+def is_first_process():
+    """Whether this process is the one that prints: rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
-LATEST = 5  # epochs by which the time to the end is judged
+def warn(message):
+    """Prints a warning on stderr, in one line."""
+    if is_first_process():
+        print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr, flush=True)
 
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
-
-
-EVALUATION = "{desc}: {percentage:3.0f}%|{bar}|"
-
-
-COUNT = "{desc}: {n_fmt} mini-batches, {rate_fmt}{postfix}"  # where nobody knows how many there will be
-
-
-class Terminal:
-    """What one process shows on the terminal; with ``quiet``, nothing."""
+class Console:
+    """What one process shows; nothing with ``quiet``."""
 
     def __init__(self, quiet=False):
-        self.quiet, self.bar = quiet, None
-        self.epoch, self.later, self.heads = "", 0, ""  # the epoch's name, how many follow, what its heads have reached
-        self.lasted = deque(maxlen=LATEST)  # seconds of each
+        self.quiet = quiet
+        self.bar = None
+        self.epoch = ""  # the epoch's name
+        self.later_epochs = 0  # that follow it
+        self.accuracies = ""  # running train top-1 of each head
+        self.epoch_seconds = deque(maxlen=LATEST_EPOCHS)
 
     @property
-    def shown(self):
+    def on_terminal(self):
         return not self.quiet and sys.stderr.isatty()
 
     def write(self, line):
-        """Prints ``line`` on stdout, above a bar where there is one."""
+        """Prints ``line`` on stdout, above the bar if there is one."""
         if not self.quiet:
             tqdm.write(line)
 
-    def say(self, *lines):
-        """Prints ``lines`` on stderr, above a bar where there is one."""
-        for line in lines if self.shown else ():
-            tqdm.write(line, file=sys.stderr)
+    def show(self, *lines):
+        """Prints ``lines`` on the terminal, above the bar if there is one."""
+        if self.on_terminal:
+            for line in lines:
+                tqdm.write(line, file=sys.stderr)
 
     def start(self, header, log):
-        """What a log's ``header`` says of the device and the images; where the ``log`` is."""
-        self.say(*(line.removeprefix("# ") for line in header if line.startswith(TOLD)), f"log: {log}")
+        """Shows what the log's ``header`` says of device and images, and the log's path."""
+        for line in header:
+            if line.startswith(SHOWN_AT_START):
+                self.show(line.removeprefix("# "))
+        self.show(f"log: {log}")
 
     @contextlib.contextmanager
     def reading(self):
-        """Inside, images are read: says so where that takes more than a moment."""
-        timer = threading.Timer(PATIENCE, self.say, ["reading images"])
+        """While the block reads images: says so if that takes more than a moment."""
+        timer = threading.Timer(READING_DELAY, self.show, ["reading images"])
         timer.daemon = True
-        if self.shown:
+        if self.on_terminal:
             timer.start()
         try:
             yield
@@ -71,88 +82,105 @@ class Terminal:
 
     # Epochs
 
-    def begin_epoch(self, epoch, epochs, stage=1, stages=None):
-        """``epoch`` of ``epochs`` begins or goes on; with ``stages``, that of ``stage``: each has as many."""
-        self.epoch = (f"module {stage}/{stages}, " if stages else "") + f"epoch {epoch}/{epochs}"
-        self.later, self.heads = ((stages or 1) - stage + 1) * epochs - epoch, ""
+    def begin_epoch(self, epoch, epochs, module_index=0, num_modules=None):
+        """Epoch ``epoch`` of ``epochs`` begins or continues. With ``num_modules``, each module has as many epochs, one
+        module after the other.
+        """
+        self.epoch = f"epoch {epoch}/{epochs}"
+        if num_modules:
+            self.epoch = f"module {module_index + 1}/{num_modules}, {self.epoch}"
+        later_modules = (num_modules or 1) - module_index - 1
+        self.later_epochs = later_modules * epochs + epochs - epoch
+        self.accuracies = ""
 
     def end_epoch(self, seconds):
         """The epoch is over, evaluation included, after ``seconds``."""
-        self.lasted.append(seconds)
-        self.say(f"{self.epoch}: {seconds:.1f} s" + (f", {self.left(1)}" if self.later else ""))
+        self.epoch_seconds.append(seconds)
+        line = f"{self.epoch}: {seconds:.1f} s"
+        if self.later_epochs:
+            line += f", {self.time_left(1)}"
+        self.show(line)
 
-    def training(self, left, batches, done, size):
-        """Iterates over what is ``left`` of an epoch of ``batches`` of ``size`` images, when ``done`` are gone."""
-        if not self.shown:
-            yield from left
+    def training(self, rest, batches, done, batch_size):
+        """Iterates over ``rest``, what is left of an epoch of ``batches`` after ``done`` mini-batches."""
+        if not self.on_terminal:
+            yield from rest
             return
-        total = len(batches) if hasattr(batches, "__len__") else None  # None: as many as it takes
-        form = {"bar_format": COUNT, "unit": " mini-batches"}
+        total = len(batches) if hasattr(batches, "__len__") else None
         if total:
-            form = {"bar_format": BAR, "unit": " images", "unit_scale": size}
-        self.open(left, self.epoch, total, initial=done, **form)
-        since = time.perf_counter()
+            form = {"bar_format": EPOCH_BAR, "unit": " images", "unit_scale": batch_size}
+        else:
+            form = {"bar_format": COUNTER, "unit": " mini-batches"}
+        self.open_bar(rest, self.epoch, total, initial=done, **form)
+        begun = time.perf_counter()
         for number, batch in enumerate(self.bar, start=1):
             yield batch
-            part = (done + number) / total if total else 0
-            left = self.left(part, (time.perf_counter() - since) * total / number if total else None)
-            self.bar.set_postfix_str(", ".join(filter(None, (left, self.heads))), refresh=False)
+            time_left = ""
+            if total:
+                estimate = (time.perf_counter() - begun) * total / number  # seconds of this epoch
+                time_left = self.time_left((done + number) / total, estimate)
+            postfix = ", ".join(text for text in (time_left, self.accuracies) if text)
+            self.bar.set_postfix_str(postfix, refresh=False)
 
     def evaluation(self, batches):
         """``batches``, to be iterated over."""
-        if not self.shown:
+        if not self.on_terminal:
             return batches
-        self.open(batches, f"{self.epoch}, evaluation", len(batches), bar_format=EVALUATION)
+        self.open_bar(batches, f"{self.epoch}, evaluation", len(batches), bar_format=EVALUATION_BAR)
         return self.bar
 
-    def open(self, batches, name, total, **form):
+    def open_bar(self, batches, name, total, **form):
         self.bar = tqdm(batches, name, total, leave=False, dynamic_ncols=True, **form)
 
-    def note(self, measured):
-        """Shows from here on the running train top-1 of those of ``measured`` that have one; waits for the device."""
-        if not self.shown:
+    def show_accuracies(self, meters):
+        """From here on, the bar shows the running train top-1 of ``meters``. Waits for the device."""
+        if not self.on_terminal:
             return
-        found = []
-        for meter in measured:
-            with contextlib.suppress(AttributeError, ZeroDivisionError):  # ZeroDivisionError: has seen nothing yet
-                found.append(f"{meter.top1:.1f}")
-        self.heads = f"top-1 {' '.join(found)} %" if found else ""
+        values = [meter.top1 for meter in meters if getattr(meter, "count", 0) and hasattr(meter, "top1")]
+        values = [value for value in values if not math.isnan(value)]
+        self.accuracies = f"top-1 {' '.join(f'{value:.1f}' for value in values)} %" if values else ""
 
-    def left(self, part, epoch_seconds=None):
-        """How long the run still takes after ``part`` of the epoch, by the latest epochs or, before there are any, by
-        the ``epoch_seconds`` that this one seems to take; empty where that is unknown.
+    def time_left(self, part, estimate=None):
+        """The time to the end of the run after ``part`` of this epoch, from the latest epochs; before any is over, from
+        the ``estimate`` of this one's seconds. Empty if unknown.
         """
-        seconds = statistics.mean(self.lasted) if self.lasted else epoch_seconds
-        return f"{tqdm.format_interval((self.later + 1 - part) * seconds)} left" if seconds else ""
+        seconds = statistics.mean(self.epoch_seconds) if self.epoch_seconds else estimate
+        if not seconds:
+            return ""
+        return f"{tqdm.format_interval((self.later_epochs + 1 - part) * seconds)} left"
 
     def close(self):
-        """Takes away a bar that was left in its midst: what is said next has a line of its own."""
+        """Removes an unfinished bar, so that what is printed next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
 
     def stopped(self, what, checkpoint):
-        """Says on stderr, terminal or not, ``what`` has stopped; in which ``checkpoint`` it is saved, None: in none."""
+        """Says on stderr, terminal or not, ``what`` has stopped, and in which ``checkpoint`` it is saved, if any."""
         self.close()
-        if not self.quiet:
-            saved = "nothing is saved with --debug 1"
-            saved = saved if checkpoint is None else f"saved in {checkpoint}: --resume continues there"
-            print(f"{what}, {saved}", file=sys.stderr)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+        if self.quiet:
+            return
+        if checkpoint is None:
+            print(f"{what}, nothing is saved with --debug 1", file=sys.stderr)
+        else:
+            print(f"{what}, saved in {checkpoint}: --resume continues there", file=sys.stderr)
 
 
 class Signals:
-    """Inside ``with``, ``received`` is the number of the first signal, 0 before; a second one ends the process at once,
-    with exit code 128 + its number. ``quiet``: without a word.
+    """Within the block, ``received`` is the number of the first SIGINT or SIGTERM, 0 before one. A second one ends the
+    process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
+
+    Before and after the block the first one ends the process.
     """
 
     def __init__(self, quiet=False):
-        self.quiet, self.received, self.before = quiet, 0, {}
+        self.quiet = quiet
+        self.received = 0
+        self.handlers_before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # the only one that may
-            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers_before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
@@ -161,17 +189,19 @@ class Signals:
         self.received = number
         if not self.quiet:
             name = signal.Signals(number).name
-            print(f"\n{name}: finishing this batch, then saving; again: ending at once", file=sys.stderr, flush=True)
+            print(
+                f"\n{name}: finishing this mini-batch, then saving; a second signal ends the run at once",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
 
-class Unfailing:
-    """A text stream that shows what it can: characters that its encoding lacks as escapes, and nothing more once it is
-    closed, full, or nobody reads it.
-    """
+class IgnoreBrokenPipe:
+    """A text ``stream`` that goes on after its reader is gone, as after ``| head``: the rest goes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -181,60 +211,46 @@ class Unfailing:
 
     def write(self, text):
         try:
-            self.stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self.stream.encoding or "ascii"
-            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: closed
-            self.silence()
-        return len(text)
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.redirect_to_nowhere()
+            return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            self.silence()
+        except BrokenPipeError:
+            self.redirect_to_nowhere()
 
-    def silence(self):
-        """Lets what is still buffered go nowhere, or Python would fail on it when it ends."""
-        with contextlib.suppress(OSError, ValueError):
-            number = self.stream.fileno()
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), number)
+    def redirect_to_nowhere(self):
+        """What the stream still buffers would otherwise fail when Python ends and flushes it."""
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextlib.contextmanager
-def unfailing_output():
-    """Inside, print and the like write to stdout and stderr as long as that works, and never raise."""
-    before = sys.stdout, sys.stderr
-    for number in (0, 1, 2):  # closed ones would be the next files' numbers: C code would write its warnings there
-        try:
-            os.fstat(number)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
-    sys.stdout, sys.stderr = (
-        Unfailing(open(os.devnull, "w") if stream is None else stream)  # noqa: SIM115
-        for stream in before
-    )
+def broken_pipes_ignored():
+    """Within the block, a reader of stdout or stderr that goes away does not end the process."""
+    stdout = sys.stdout
+    stderr = sys.stderr
+    if stdout is not None:  # None: closed, and print does nothing
+        sys.stdout = IgnoreBrokenPipe(stdout)
+    if stderr is not None:
+        sys.stderr = IgnoreBrokenPipe(stderr)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout = stdout
+        sys.stderr = stderr
 
 
 @contextlib.contextmanager
 def silent_libraries():
-    """Inside, what C code writes to stderr goes nowhere: errors arrive as exceptions too, and in one line."""
-    try:
-        before = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
+    """Until decoupled.parallel.processes does without it: within the block, what C code writes to stderr is dropped."""
+    before = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)

@@ -15,43 +15,67 @@ from decoupled.errors import one_line
 def environment(device, half):
     """The lines that say how and where a command runs: command, versions, commit, device and precision."""
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    precision = {"cuda": "fp16 mixed", "cpu": "bf16 mixed", "mps": "bf16 mixed"}[device.type] if half else "fp32"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return [
         f"# command: {one_line(shlex.join(['python', *sys.argv]))}",
         f"# versions: python {platform.python_version()} {packages}",
         f"# commit: {commit()}",
-        f"# device: {device.type} ({name}), {torch.get_num_threads()} threads, {precision}",
+        f"# device: {device.type} ({device_name}), {torch.get_num_threads()} threads, {precision(device, half)}",
     ]
 
 
+def precision(device, half):
+    if not half:
+        return "fp32"
+    return "fp16 mixed" if device.type == "cuda" else "bf16 mixed"
+
+
 def commit():
-    """The git commit of this package's repository, with "+" when files differ from it; "unknown" outside a checkout.
-    Where the script that runs is from another repository, also that one's, and which is whose.
+    """The git commit of the package's repository, and of the script's where that is another one; "unknown" outside one.
+
+    A "+" follows where tracked files differ from the commit, or where git does not track the script.
     """
-    package, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve().parent
-    top = repository(script)
-    if top is None or top == repository(package):
-        return state(package)
-    return f"{state(script)} (script, {one_line(str(top))}), {state(package)} (package, {one_line(str(package))})"
+    package = Path(__file__).resolve()
+    script = Path(sys.argv[0]).resolve()
+    package_root = top_folder(package.parent) if tracks_files_in(package.parent) else None
+    script_root = top_folder(script.parent)
+    if script_root != package_root and not tracks_files_in(script.parent):
+        script_root = None  # a repository around the script's folder, not one that holds it
+    if script_root is None:
+        return describe(package_root, package)
+    if script_root == package_root:
+        return describe(script_root, script)
+    return (
+        f"{describe(script_root, script)} (script, {one_line(str(script_root))}), "
+        f"{describe(package_root, package)} (package, {one_line(str(package.parent.parent))})"
+    )
+
+
+def top_folder(folder):
+    """The top folder of the git repository that ``folder`` lies in; None outside one."""
+    top = git(folder, "rev-parse", "--show-toplevel")
+    return Path(top) if top else None
+
+
+def tracks_files_in(folder):
+    """Whether git tracks files of ``folder``. If not, it may be a copy without .git in somebody else's repository."""
+    return bool(git(folder, "ls-files", "--", "."))
+
+
+def describe(root, file):
+    """The commit of the repository ``root``, with "+" where its files differ from it or git does not track ``file``."""
+    head = None if root is None else git(root, "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    tracked = git(file.parent, "ls-files", "--", file.name)
+    changed = git(root, "status", "--porcelain", "--untracked-files=no")
+    return head if tracked and not changed else f"{head}+"
 
 
 def git(folder, *words):
-    """What git says in ``folder``; None where it says nothing."""
+    """What git prints in ``folder``; None where it fails or is missing."""
     try:
         command = ("git", "-C", str(folder), *words)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
-
-
-def repository(folder):
-    """The top folder of the repository that ``folder`` is in; None outside one."""
-    top = git(folder, "rev-parse", "--show-toplevel")
-    return Path(top) if top else None
-
-
-def state(folder):
-    """The commit of ``folder``'s repository, with "+" when files differ from it; "unknown" outside one."""
-    head = git(folder, "rev-parse", "--short=12", "HEAD")
-    return head + "+" * bool(git(folder, "status", "--porcelain", "--untracked-files=no")) if head else "unknown"

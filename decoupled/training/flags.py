@@ -1,5 +1,5 @@
-"""The command line: a parser with the flags that the experiments share, types of numbers, the choice of the device, and
-how a script starts and ends.
+"""The command line: a parser with the flags that the experiments share, types of numbers, and how a script starts and
+ends.
 """
 
 import argparse
@@ -10,131 +10,140 @@ import sys
 import warnings
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from decoupled.data.datasets import DATASETS
 from decoupled.errors import InputError, one_line
-from decoupled.parallel.processes import TIMEOUT, first_to_say
-from decoupled.training.console import unfailing_output
+from decoupled.parallel.processes import TIMEOUT
+from decoupled.training.console import broken_pipes_ignored, is_first_process
 from decoupled.training.precision import keep_freed_memory
 
 EXIT_BAD_INPUT = 2
+EXIT_CTRL_C = 130
 
-
-NAME_BYTES = 160  # of a file's 255: the rest is for the script, the time and a suffix
-
-
+MAX_NAME_BYTES = 160  # of a file name's 255: the rest is for the script, the time and a suffix
 FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
+INTEGER_MAX = 2**63 - 1
 
+# How PyTorch's allocators say that there is too little memory. On the CPU it is a RuntimeError like any other.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
-MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+DEVICE = "auto, cpu, cuda, cuda:N or mps "
 
-
-WORKERS = ("DataLoader worker", "ancdata", "shared memory", "/dev/shm", "Too many open files")  # ancdata: file numbers
-
-
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENAMETOOLONG)  # of a file
-
-
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC)  # what a machine can run out of
+# How a script starts and ends
 
 
 def start(main, keep_memory=True):
-    """Runs a script's ``main``: what cannot be used, and what the machine has too little of, ends in one line on stderr
-    and exit code 2, Ctrl-C in one line and 130. Output that cannot be written ends nothing.
+    """Runs a script's ``main``. InputError, too little memory and a full disk end it with one line on stderr and exit
+    code 2, Ctrl-C with one line and 130; anything else is an ordinary traceback.
 
-    ``keep_memory``: see decoupled.training.precision.
+    ``keep_memory``: see decoupled.training.precision.keep_freed_memory.
     """
     if keep_memory:
         keep_freed_memory()
-    # A run that resumes in an evaluation steps its schedules before any optimizer, which is right.
+    # A run that resumes within an evaluation steps its schedules before any optimizer, which is right.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step|`broadcast_buffers` is deprecated")
-    script = Path(sys.argv[0]).name
-    with unfailing_output():
+    with broken_pipes_ignored():
         try:
-            main()
+            record(main)()  # for torchrun, which shows the exception of the process that failed first
         except InputError as error:
-            sys.exit(fail(script, str(error)))
+            fail(str(error))
         except KeyboardInterrupt:
-            print(f"\n{script}: stopped", file=sys.stderr)
-            sys.exit(130)
+            print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+            sys.exit(EXIT_CTRL_C)
         except (MemoryError, RuntimeError, OSError) as error:
-            if (message := shortage(error)) is None:
+            message = shortage(error)
+            if message is None:
                 raise
-            sys.exit(fail(script, message))
+            fail(message)
+
+
+def fail(message):
+    """Ends the process for bad input, with one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def shortage(error):
-    """What to say of an exception that means that the machine has too little of something, or a file that cannot be
-    used; None for any other.
-    """
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if any(sign in str(error) for sign in WORKERS):
-        why = "the processes that read images were killed, or there is too little memory, /dev/shm or open files"
-        return f"{lines[-1]}: {why}: choose fewer -j or a smaller batch, or raise `ulimit -n`, then --resume"
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in MEMORY):
-        reason = lines[0].split(". You can")[0]
-        way_out = "choose a smaller batch or network; --resume goes on from the last checkpoint where there is one"
-        return f"out of memory ({reason}): {way_out}"
-    if isinstance(error, OSError) and error.errno in EXHAUSTED:
-        return f"{lines[0]}: make room, or close other programs, then --resume: the last checkpoint stays"
-    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
-        return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): give access to it, or name another"
+    """The message for an exception that means too little memory or a full disk; None for any other exception."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}: make room there, then --resume: the last checkpoint stays"
+    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if out_of_memory or any(text in str(error) for text in OUT_OF_MEMORY):
+        first_line = str(error).strip().partition("\n")[0]
+        reason = first_line.partition(". You can")[0] or type(error).__name__
+        return f"out of memory ({reason}): choose a smaller batch or network, then --resume if there is a checkpoint"
     return None
 
 
-def fail(script, message):
-    """The exit code for bad input, after ``message``; of several processes that end for it, one prints it."""
-    if first_to_say(message):
-        print(f"{script}: error: {one_line(message)}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+# The parser
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help texts end with the flag's default, where it has one."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help texts end with the flag's default, if it has one."""
 
     def _get_help_string(self, action):
-        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
-        return action.help if hidden or "default" in action.help else f"{action.help} (default: %(default)s)"
+        has_default = not (
+            action.default is None
+            or action.default is False
+            or action.default == ""
+            or action.default is argparse.SUPPRESS
+        )
+        if "default" in action.help or not has_default:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help is its text as it stands and whose errors are one line. Inside the name of a flag,
-    - and _ are the same.
+    """An argument parser whose description keeps its line breaks and whose errors are one line. In the names of flags,
+    "-" and "_" are the same.
     """
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=Help)
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([*self.spelled(sys.argv[1:] if args is None else args)], namespace)
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self.as_declared(words), namespace)
 
-    def spelled(self, words):
-        """Yields ``words`` with every flag as it was declared; words after "--" are no flags."""
+    def as_declared(self, words):
+        """``words`` with each flag spelled as it was declared. Words after "--" are no flags."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
-        words = iter(words)
-        for word in words:
-            flag, equals, value = word.partition("=")
-            yield declared.get(flag.replace("_", "-"), flag) + equals + value if word.startswith("--") else word
+        spelled = []
+        for position, word in enumerate(words):
             if word == "--":
-                yield from words
+                return spelled + list(words[position:])
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                flag = declared.get(flag.replace("_", "-"), flag)
+                word = flag + equals + value
+            spelled.append(word)
+        return spelled
 
     def dropped(self, *flags, why):
         """Declares flags of the released scripts that have no effect here: using one is an error that says ``why``."""
         for flag in flags:
-            hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            self.add_argument(flag, action=Dropped, const=why, nargs="?", **hidden)
+            self.add_argument(
+                flag, action=DroppedFlag, const=why, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
 
     def error(self, message):
-        sys.exit(fail(self.prog, f"{message} (--help lists the flags)"))
+        if not is_first_process():  # all processes of torchrun meet the same error
+            sys.exit(EXIT_BAD_INPUT)
+        fail(f"{message} (--help lists the flags)")
 
 
-class Dropped(argparse.Action):
-    """A flag that ends in an error: its ``const`` says what does its job here."""
+class DroppedFlag(argparse.Action):
+    """A flag that is always an error; its ``const`` says what to use instead."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.error(f"{option_string}, a flag of the released script, has no effect here: {self.const}")
 
 
-def integer(least, most=2**63 - 1):
+# Types of flags
+
+
+def integer(least, most=INTEGER_MAX):
     """An argparse type: an integer from ``least`` to ``most``."""
 
     def convert(text):
@@ -151,26 +160,13 @@ def integer(least, most=2**63 - 1):
     return convert
 
 
-WIDTH = integer(1, 2**13)  # channels: wider ones' weights alone would not fit a machine
-
-
+WIDTH = integer(1, 2**13)  # channels: the weights of wider layers alone would not fit a machine
 LAYERS = integer(0, 1000)
 
 
-def path(text):
-    """An argparse type: a path, in which ~ is the home directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path names nothing")
-    return os.path.expanduser(text)
-
-
-def run_name(text):
-    """An argparse type: a part of a file's name."""
-    if "/" in text or os.sep in text or not all(map(str.isprintable, text)) or len(os.fsencode(text)) > NAME_BYTES:
-        raise argparse.ArgumentTypeError(
-            f"{one_line(text)[:80]!r} must be printable text without /, of at most {NAME_BYTES} bytes"
-        )
-    return text
+def integers(text):
+    """An argparse type: integers ≥ 1 separated by commas, as a list."""
+    return [integer(1)(word) for word in text.split(",")]
 
 
 def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
@@ -181,92 +177,154 @@ def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (value >= least and above < value < below):
-            limits = {"≥": least, ">": above, "<": below}
-            told = math.inf if value >= FLOAT_MAX else FLOAT_MAX
-            wanted = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if abs(limit) < told)
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {wanted or 'that is finite'}")
-        return value
+        if value >= least and above < value < below:
+            return value
+        limits = []
+        if least > -math.inf:
+            limits.append(f"≥ {least:g}")
+        if above > -math.inf:
+            limits.append(f"> {above:g}")
+        if below < FLOAT_MAX or value >= FLOAT_MAX:
+            limits.append(f"< {below:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number {' and '.join(limits) or 'that is finite'}")
 
     return convert
 
 
-def integers(text):
-    """An argparse type: integers ≥ 1 with commas between them, as a list."""
-    return [integer(1)(word) for word in text.split(",")]
+def path(text):
+    """An argparse type: a path, in which ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("path must not be empty")
+    return os.path.expanduser(text)
+
+
+def run_name(text):
+    """An argparse type: a part of a file's name."""
+    if "/" in text or os.sep in text or not text.isprintable() or len(os.fsencode(text)) > MAX_NAME_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{one_line(text)[:80]!r} must be printable text without /, of at most {MAX_NAME_BYTES} bytes"
+        )
+    return text
+
+
+# The shared flags
 
 
 def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False):
-    """The parser of a script whose docstring is ``doc``, with the flags that all CIFAR experiments have; with
-    ``distributed``, those of a script whose modules learn in several processes too. A script adds its own groups.
+    """The parser of a script whose docstring is ``doc``, with the flags of all CIFAR experiments; with ``distributed``,
+    also those of a script whose modules can learn in several processes. A script adds its own groups.
     """
-    parser, count = Parser(doc), integer(1)
+    parser = Parser(doc)
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
-    group.add_argument("--test-batch-size", type=count, default=test_batch_size, help="images at once in evaluation ")
-    group.add_argument("--lr", type=number(above=0), default=lr, help="learning rate at first")
+    group.add_argument("--epochs", type=integer(1), default=epochs, help="passes over the training images")
+    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="images per step")
+    group.add_argument(
+        "--test-batch-size", type=integer(1), default=test_batch_size, help="images per batch in evaluation"
+    )
+    group.add_argument("--lr", type=number(above=0), default=lr, help="initial learning rate")
     add_seed(group, seed)
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
-    group.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where it is, or is downloaded to")
-    group.add_argument("--train-samples", type=count, metavar="N", help="only the first N training images")
-    validation = "hold out N training images, and evaluate on these instead of the test set"
-    group.add_argument("--validation", type=integer(0), default=0, metavar="N", help=validation)
+    group.add_argument(
+        "--data-dir", type=path, default="data", metavar="DIR", help="where the data set is, or is downloaded to"
+    )
+    group.add_argument("--train-samples", type=integer(1), metavar="N", help="use only the first N training images")
+    group.add_argument(
+        "--validation",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="hold out N training images and evaluate on them instead of the test set",
+    )
     add_device(parser)
     if distributed:
-        add_stages(add_processes(parser, "several processes: torchrun --nproc-per-node K"))
+        group = add_processes(parser, "several processes: torchrun --nproc-per-node K")
+        add_stages(group)
     add_log(parser)
     return parser
 
 
-def add_stages(group):
-    cut = "modules of each stage, from the image up; by default the FLOPs of the busiest are fewest"
-    group.add_argument("--modules-per-stage", type=integers, metavar="N,N,…", help=cut)
-    queue = "mini-batches that wait between two processes before the lower one does"
-    group.add_argument("--queue", type=integer(1), default=2, metavar="N", help=queue)
-
-
-def add_processes(parser, title):
-    group = parser.add_argument_group(title)
-    patience = "until a process that waits for another gives up"
-    group.add_argument("--timeout", type=number(above=0, below=1e7), default=TIMEOUT, metavar="SECONDS", help=patience)
-    backend = "of torch.distributed (default: nccl on CUDA, else gloo)"
-    group.add_argument("--backend", choices=("nccl", "gloo"), help=backend)
-    return group
-
-
-DEVICE = "auto, cpu, cuda, cuda:N or mps "
-
-
-HALF = "mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere"
-
-
 def add_seed(group, seed):
-    most = 2**63 - 1
-    group.add_argument("--seed", type=integer(0, most), default=seed, help="of initialization, order and crops ")
+    group.add_argument("--seed", type=integer(0), default=seed, help="random seed")
 
 
 def add_device(parser):
     group = parser.add_argument_group("device and precision")
     group.add_argument("--device", default="auto", help=DEVICE)
     group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    group.add_argument("--half", action="store_true", help=HALF)
+    group.add_argument(
+        "--half",
+        action="store_true",
+        help="mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile each module; CUDA graphs on CUDA")
-    exact = "on CUDA: the same bits each time, resumed or not, by slower kernels"
-    # No default: a run that was begun before this flag existed has none either, and resumes.
-    group.add_argument("--deterministic", action="store_true", default=argparse.SUPPRESS, help=exact)
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=argparse.SUPPRESS,  # logs name it only where it is given, so that others compare with older ones
+        help="deterministic CUDA kernels (slower)",
+    )
     return group
 
 
+def add_processes(parser, title):
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--timeout",
+        type=number(above=0, below=1e7),
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="seconds to wait for another process",
+    )
+    group.add_argument(
+        "--backend", choices=("nccl", "gloo"), help="of torch.distributed (default: nccl on CUDA, else gloo)"
+    )
+    return group
+
+
+def add_stages(group):
+    group.add_argument(
+        "--modules-per-stage",
+        type=integers,
+        metavar="N,N,…",
+        help="modules of each stage, lowest first (default: balanced by FLOPs)",
+    )
+    group.add_argument(
+        "--queue",
+        type=integer(1),
+        default=2,
+        metavar="N",
+        help="max mini-batches in flight between stages",
+    )
+
+
 def add_log(parser, *names):
-    """The flags of log and checkpoint; ``names`` are further names of --log-dir, the first of which comes first."""
+    """The flags of log and checkpoint. ``names`` are further names of --log-dir; the first one comes first."""
     group = parser.add_argument_group("log and checkpoint")
     group.add_argument("--name", type=run_name, default="", help="part of the log's name")
-    where = {"dest": "log_dir", "type": path, "default": ".", "metavar": "DIR"}
-    group.add_argument(*names, "--log-dir", **where, help="where log and checkpoint are written")
-    minutes = "minutes between checkpoints within an epoch, which has one at its end too "
-    group.add_argument("--save-every", type=number(above=0), default=10.0, metavar="MINUTES", help=minutes)
-    resume = "continue this checkpoint; without one, or with auto, this script's newest of that --name in --log-dir"
-    group.add_argument("--resume", nargs="?", type=path, const="newest", metavar="CHECKPOINT", help=resume)
+    group.add_argument(
+        *names,
+        "--log-dir",
+        dest="log_dir",
+        type=path,
+        default=".",
+        metavar="DIR",
+        help="where log and checkpoint are written",
+    )
+    group.add_argument(
+        "--save-every",
+        type=number(above=0),
+        default=10.0,
+        metavar="MINUTES",
+        help="minutes between checkpoints within an epoch; there is always one at its end",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        type=path,
+        const="newest",
+        metavar="CHECKPOINT",
+        help="checkpoint to continue (without one: this script's newest of that --name in --log-dir; auto: the same, "
+        "or a new run if there is none)",
+    )
     return group

@@ -1,0 +1,81 @@
+"""The networks that step_costs.py measures, divided into modules for each method. ``args`` are its flags."""
+
+import math
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from decoupled import InputError
+from decoupled.networks.layerwise import layerwise_cnn
+from decoupled.networks.modules import output_shape
+from dni import BackwardInterface
+from dni.dni_backbone import ConvSynthesizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "ddg_comparison"))
+from cifar_resnet import decoupled_resnet, pieces
+from greedy_resnet import BLOCKS, greedy_resnet
+from greedy_vgg import STAGES, greedy_vgg
+
+SMALL = ("learning_curves", "cifar_resnet")  # 32×32, 10 classes
+NETWORKS = (*SMALL, *BLOCKS, *STAGES)
+LAYERS = 4  # of the learning_curves network
+
+
+def most_modules(args):
+    """The most modules that the network can be divided into."""
+    if args.network in BLOCKS:
+        return 1 + sum(BLOCKS[args.network])  # with the stem
+    if args.network == "cifar_resnet":  # a ReLU has no weights, and the pool is one module with the classifier
+        return len(pieces(args.depth)) - 2
+    if args.network in STAGES:
+        return sum(STAGES[args.network])
+    return LAYERS
+
+
+def decoupled_network(args, splits):
+    """A DecoupledNetwork of ``splits`` modules, all with weights. Raises InputError where it cannot be split so."""
+    if args.network in BLOCKS:
+        net = greedy_resnet(args.network, splits, args.classes, args.image_size)
+    elif args.network == "cifar_resnet":
+        net = decoupled_resnet(args.depth, splits, args.classes)
+    elif args.network in STAGES:
+        block_size = math.ceil(sum(STAGES[args.network]) / splits)
+        net = greedy_vgg(args.network, block_size, args.classes, args.image_size)
+    else:
+        net = layerwise_cnn(depth=LAYERS, block_size=math.ceil(LAYERS / splits), classes=args.classes)
+    if len(net) != splits:
+        raise InputError(f"{args.network} has no {splits} modules of equally many layers: choose other --splits")
+    for module in net[:-1]:
+        if not any(True for _ in module.body.parameters()):
+            raise InputError(
+                f"--splits {splits} leaves a module without weights, which has nothing to learn: choose fewer"
+            )
+    return net
+
+
+def chained_parts(net):
+    """The bodies of a DecoupledNetwork, without auxiliaries, as a ModuleList. The last part gives the logits."""
+    *lower, last = net
+    return nn.ModuleList([*(module.body for module in lower), nn.Sequential(last.body, last.auxiliary)])
+
+
+def interfaced_parts(net, image_size, make_synthesizer=ConvSynthesizer):
+    """The same for DNI: every part but the last ends with an interface."""
+    parts = chained_parts(net)
+    shape = (3, image_size, image_size)
+    for n, part in enumerate(parts[:-1]):
+        shape = output_shape(part, shape)
+        parts[n] = nn.Sequential(part, BackwardInterface(make_synthesizer(shape[0])))
+    return parts
+
+
+def chained_network(args, splits):
+    """For back-propagation and DDG."""
+    return chained_parts(decoupled_network(args, splits))
+
+
+def interfaced_network(args, splits):
+    """For DNI."""
+    return interfaced_parts(decoupled_network(args, splits), args.image_size)
