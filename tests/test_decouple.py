@@ -9,7 +9,9 @@ import copy
 import io
 import itertools
 import os
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,9 +289,9 @@ def assert_is_the_model(net, model, inputs, labels, exact=True):
 
 
 def assert_names_are_the_models(net, model):
-    names = [name.split(".body.")[1] for name in net.state_dict() if ".body." in name]
-    assert sorted(names) == sorted(set(names))
-    assert set(names) <= set(model.state_dict())
+    assert {name.split(".body.")[1] for name in net.state_dict() if ".body." in name} <= set(model.state_dict())
+    names = [name.split(".body.")[1] for name, _ in net.named_parameters() if ".body." in name]
+    assert len(names) == len(set(names))
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert {name for name, _ in model.named_parameters()} - unused <= set(names)
 
@@ -433,6 +435,13 @@ def test_auxiliaries_read_the_channels_of_either_layout_and_of_tokens():
     assert torch.allclose(mean(hidden), expected, atol=1e-6) and not torch.allclose(mean(means), expected, atol=1e-6)
     vector = decouple(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), torch.randn(4, 5), splits=2)[0].auxiliary
     assert vector(torch.randn(4, 6)).shape == (4, 3)
+
+
+def test_the_ten_lines_in_the_docs_run():
+    text = (Path(__file__).parents[1] / "docs" / "own_networks.md").read_text()
+    names = {}
+    exec(re.findall(r"```python\n(.+?)```", text, re.DOTALL)[0], names)
+    assert len(names["net"](names["images"])) == 4
 
 
 def test_options_and_an_own_auxiliary():
@@ -781,6 +790,25 @@ class Custom(nn.Module):
 def test_parameters_weigh_where_no_formula_is_known():
     shares = cuts(nn.Sequential(nn.Linear(8, 8), Custom(8), nn.Linear(8, 8)), VECTORS)
     assert list(shares["flops"]) == pytest.approx([1 / 3, 2 / 3])
+
+
+class TwoNames(LanguageModel):
+    """A parameter with two names in one module, as in BERT's head."""
+
+    def __init__(self):
+        super().__init__(tied=False)
+        self.head = nn.Linear(16, CLASSES)
+        self.bias = nn.Parameter(torch.randn(CLASSES))
+        self.head.bias = self.bias
+
+
+def test_a_parameter_may_have_two_names():
+    model, inputs = TwoNames(), tokens()
+    net = decouple(model, inputs, splits=2)
+    assert any(parameter is model.bias for parameter in net[1].parameters())
+    with torch.no_grad():
+        model.bias.add_(1)
+    assert torch.equal(net.eval()(inputs)[-1], model.eval()(inputs).logits)
 
 
 def test_sizes_of_the_input_are_read_from_each_representation():

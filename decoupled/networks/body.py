@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from decoupled.networks.tracing import CONSTANT
+from decoupled.networks.tracing import CONSTANT, names_of_tensors
 
 NUMBERS = count(1)
 
@@ -89,7 +89,6 @@ def make_bodies(graphs, model, constants):
             if not is_inside(name, modules):
                 value = attribute(constants if name.startswith(CONSTANT) else model, name)
                 attach(body, name, value, persistent=name in remembered)
-        remembered -= names  # a buffer that several bodies use is in the state_dict of the first
         body.training = model.training
     return bodies
 
@@ -109,14 +108,11 @@ def is_inside(path, modules):
 
 def highest_module(model, name, own):
     """The path of the outermost module around the tensor ``name`` that has no tensors but those in ``own``, or ""."""
-    parents = name.split(".")[:-1]
+    parents = name.split(".")[:-1]  # none of a constant
     for length in range(1, len(parents) + 1):
         path = ".".join(parents[:length])
-        if name.startswith(CONSTANT):
-            return ""
         module = model.get_submodule(path)
-        inside = [key for key, _ in (*module.named_parameters(), *module.named_buffers())]
-        if all(f"{path}.{key}" in own for key in inside):
+        if all(f"{path}.{key}" in own for key in names_of_tensors(module)):
             return path
     return ""
 

@@ -3,7 +3,6 @@ module but the last, which keeps the model's own head.
 """
 
 import copy
-import difflib
 import itertools
 import warnings
 from contextlib import contextmanager
@@ -16,19 +15,15 @@ from torch import nn
 from decoupled.errors import InputError
 from decoupled.networks.auxiliary import auxiliary_for
 from decoupled.networks.body import make_bodies
-from decoupled.networks.graph import listing, trace_model
+from decoupled.networks.choose_cuts import GUIDE, choose_balanced, explain_shared, find_named
+from decoupled.networks.graph import listing
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
+from decoupled.networks.places import trace_model
 from decoupled.networks.token_auxiliary import auxiliary_for_each_token
 from decoupled.networks.tracing import Untraceable, first_line, logits_of
 
 LAYOUTS = ("channels_first", "channels_last")
-TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
 UNBALANCED = 1.5  # how many times its share of the FLOPs the largest module may have without a warning
-READS_INPUT_AGAIN = (
-    "wrap it in a module whose forward does without, for instance, for tokens without padding on the right, "
-    "return model.score(model.transformer(tokens).last_hidden_state)[:, -1]"
-)
-GUIDE = "docs/own_networks.md says how to help"
 
 
 def cuts(model, example_input):
@@ -86,9 +81,9 @@ def decouple(
         raise InputError(f"the head of {subject.kind} has {subject.classes} classes, not {classes}: {build}")
     traced = trace(subject)
     if at is None:
-        places = choose_balanced(subject, traced, splits)
+        places = choose_balanced(subject.kind, traced, splits)
     else:
-        places = find_named(subject, traced, [at] if isinstance(at, str) else at)
+        places = find_named(subject.kind, traced, [at] if isinstance(at, str) else at)
     cut = traced.cut(places)
     check(subject, traced, cut)
     learners = [make_auxiliary(subject, traced, place, auxiliary, layout, auxiliary_options) for place in places]
@@ -124,7 +119,7 @@ class Subject(NamedTuple):
 
 def original_of_compiled(model):
     """What torch.compile was given, if ``model`` is what it returned."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    return getattr(model, "_orig_mod", model)
 
 
 def examine(model, example_input):
@@ -158,10 +153,10 @@ def examine(model, example_input):
 
 
 def trace(subject):
-    wrapped = not isinstance(subject.output, torch.Tensor)
+    returns_object = not isinstance(subject.output, torch.Tensor)
     try:
         with seeded(subject.inputs):
-            return trace_model(subject.model, subject.inputs, wrapped)
+            return trace_model(subject.model, subject.inputs, returns_object)
     except Untraceable as error:
         raise InputError(f"the forward of {subject.kind} {error}. {GUIDE}") from error
 
@@ -197,6 +192,20 @@ def untie(model, names):
         setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
+def warn_if_unbalanced(subject, traced, places):
+    """Warns where one module has far more than its share of the FLOPs: none of the others can be large then."""
+    ends = [traced.start, *places, traced.end]
+    flops = [high.flops - low.flops for low, high in itertools.pairwise(ends)]
+    largest = flops.index(max(flops))
+    share = flops[largest] / max(1, traced.end.flops)
+    if share > UNBALANCED / len(flops):
+        between = f"between {ends[largest].name} and {ends[largest + 1].name}"
+        module = (
+            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}"
+        )
+        warnings.warn(module + explain_shared(traced, ends[largest], ends[largest + 1]), stacklevel=3)
+
+
 def warn_of_untied(subject):
     for name, embedding in subject.tied.items():
         warnings.warn(
@@ -214,170 +223,6 @@ def warn_of_silent_hooks(model, kind, cut):
         warnings.warn(
             f"forward hooks on {listing(silent)} will not fire: decouple calls the parts of these modules", stacklevel=3
         )
-
-
-# Where to cut
-
-
-def choose_balanced(subject, traced, splits):
-    """The splits − 1 Places after which decouple cuts. Raises InputError when there are too few."""
-    places = list(traced.places.values())
-    if splits > 1 and not places:
-        raise InputError(f"{subject.kind} cannot be cut: {explain_no_places(traced)}. {GUIDE}")
-    most = 1 + len({place.parameters for place in places})
-    if splits > most:
-        where = listing(place.name for place in places)
-        raise InputError(
-            f"{subject.kind} splits into {most} modules at most, cut after {where}{explain_whole(traced)}. {GUIDE}"
-        )
-    best = partition(traced, places, splits)
-    for depth in sorted({place.name.count(".") for place in places}):
-        coarse = partition(traced, [place for place in places if place.name.count(".") <= depth], splits)
-        if coarse and is_nearly_as_good(coarse, best):
-            return coarse.places
-    return best.places
-
-
-class Partition(NamedTuple):
-    """Modules, and where they are cut."""
-
-    flops: tuple  # of the modules, descending
-    places: tuple
-
-    def add(self, start, end):
-        """With the module between two Places, the second of which is the end."""
-        flops = sorted((*self.flops, end.flops - start.flops), reverse=True)
-        return Partition(tuple(flops), (*self.places, end))
-
-
-def is_nearly_as_good(coarse, best):
-    idle = coarse.flops[-1] == 0 and best.flops[-1] > 0
-    return coarse.flops[0] <= TOLERANCE * best.flops[0] and not idle
-
-
-def partition(traced, places, splits):
-    """The Partition into ``splits`` modules, each with a parameter to learn, whose FLOPs are least in lexical order; of
-    equal ones, that with the latest cuts. None if there is none.
-    """
-    order = {place: index for index, place in enumerate(places)}
-
-    def rank(option):
-        return option.flops, [-order.get(place, len(places)) for place in option.places]
-
-    # best[end]: the best Partition of what is below that Place. Adding a module to two Partitions keeps their order, so
-    # that the best of the whole is made of bests.
-    best = {traced.start: Partition((), ())}
-    for part in range(1, splits + 1):
-        ends = [traced.end] if part == splits else places
-        reached = {}
-        for end in ends:
-            options = []
-            for start, below in best.items():
-                if start.parameters < end.parameters:
-                    options.append(below.add(start, end))
-            if options:
-                reached[end] = min(options, key=rank)
-        best = reached
-    if traced.end not in best:
-        return None
-    found = best[traced.end]
-    return Partition(found.flops, found.places[:-1])
-
-
-def find_named(subject, traced, names):
-    """The Places called ``names``, in order. Raises InputError for a name that is none."""
-    chosen = set()
-    for name in names:
-        node = traced.eval.named.get(name)
-        place = traced.places.get(traced.eval.names[node][0]) if node else None
-        if place is None:
-            raise InputError(explain_no_cut(subject, traced, name))
-        chosen.add(place)
-    places = [place for place in traced.places.values() if place in chosen]
-    low = traced.start
-    for place in places:
-        if place.parameters == low.parameters:
-            raise InputError(
-                f"there is no parameter to learn between {low.name} and {place.name}: leave out one of them"
-            )
-        low = place
-    return places
-
-
-def warn_if_unbalanced(subject, traced, places):
-    """Warns where one module has far more than its share of the FLOPs: none of the others can be large then."""
-    ends = [traced.start, *places, traced.end]
-    flops = [high.flops - low.flops for low, high in itertools.pairwise(ends)]
-    largest = flops.index(max(flops))
-    share = flops[largest] / max(1, traced.end.flops)
-    if share > UNBALANCED / len(flops):
-        between = f"between {ends[largest].name} and {ends[largest + 1].name}"
-        module = (
-            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}"
-        )
-        warnings.warn(module + explain_shared(traced, ends[largest], ends[largest + 1]), stacklevel=3)
-
-
-# Why not
-
-
-def explain_no_places(traced, most=3):
-    """What is in the way after the outermost modules."""
-    forward = traced.eval
-    named = []
-    for node in forward.nodes:
-        name = forward.names[node][0]
-        if node in forward.dependent and node is not forward.input and not name.endswith("()"):
-            named.append((name.count("."), name))
-    outermost = min((depth for depth, _ in named), default=0)
-    reasons = []
-    for depth, name in named:
-        reason = traced.obstacle(name)
-        if depth == outermost and reason:
-            reasons.append(f"after {name}, {reason}")
-    if not reasons:
-        return "it is a single layer" + explain_whole(traced)
-    if "the input, which" in reasons[0] and not traced.example.is_floating_point():
-        return f"{reasons[0]}; {READS_INPUT_AGAIN}"
-    return "; ".join(reasons[:most]) + explain_whole(traced)
-
-
-def explain_shared(traced, low, high):
-    """Which parameters are in the way between two Places, if that is what keeps the module from being cut."""
-    forward = traced.eval
-    start = forward.position[forward.named[low.name]]
-    end = forward.position[forward.named[high.name]]
-    for node in forward.nodes[start + 1 : end]:
-        name = forward.names[node][0]
-        reason = traced.obstacle(name) if node in forward.crossing else None
-        if reason and "both sides" in reason:
-            return f": after {name}, {reason}"
-    return ""
-
-
-def explain_whole(traced):
-    """Which modules are not looked into, if any."""
-    for path, error in traced.eval.trace.whole.items():
-        return f"; {path} stays whole: it {traced.stopped or error}"
-    return ""
-
-
-def explain_no_cut(subject, traced, name):
-    """What is wrong with the cut called ``name``, and which are nearest."""
-    every = list(traced.places)
-    forward = traced.eval
-    node = forward.named.get(name)
-    if node is None:
-        inside = [path for path in forward.trace.whole if name.startswith(path + ".")]
-        if inside:
-            return f"{name} is no place to cut: {inside[0]} {forward.trace.whole[inside[0]]}"
-        near = difflib.get_close_matches(name, every, n=4) or every
-        return f"{subject.kind} calls no part named {name}: it can be cut after {listing(near)}"
-    position = forward.position[node]
-    below = [other for other in every if forward.position[forward.named[other]] < position]
-    above = [other for other in every if forward.position[forward.named[other]] > position]
-    reason = traced.obstacle(forward.names[node][0])
-    return f"{name} is no place to cut ({reason}): the nearest are {listing(below[-1:] + above[:2])}"
 
 
 # What comes out

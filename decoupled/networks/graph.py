@@ -1,40 +1,22 @@
-"""Where a model can be cut: the places in its forward at which one tensor carries all that the rest needs of the input.
-
-A Forward is the graph of one mode, with what is known about each step. A TracedModel has both modes and the places they
-have in common.
+"""A model's forward as a graph: what each step computes and costs, which values are alive behind it, and the steps
+between two cuts.
 """
 
 import operator
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
-from decoupled.networks.body import attribute, is_inside
+from decoupled.networks.body import attribute
 from decoupled.networks.flops import flop_counter
-from decoupled.networks.tracing import (
-    Untraceable,
-    first_line,
-    follow_device,
-    trace_with_export,
-    trace_with_fx,
-)
+from decoupled.networks.tracing import Untraceable, first_line, follow_device
 
 SIZE = torch.ops.aten.sym_size.int  # how torch.export records x.shape[dimension]
 
-
+# Names of the two ends
 INPUT = "the input"
 OUTPUT = "the output"
-
-
-class Place(NamedTuple):
-    """A place to cut, or an end of the model. The name is that of the node behind which it is, in both modes."""
-
-    name: str
-    shape: tuple  # of the representation of one input
-    flops: int  # of the model below it
-    parameters: int  # how many of the model's parameters are used below it
 
 
 class Recorder(fx.Interpreter):
@@ -85,9 +67,9 @@ class Forward:
     def find_dependent(self):
         dependent = {self.input}
         for node in self.nodes:
-            if node.target is not SIZE and (
-                is_random(node) or any(other in dependent for other in node.all_input_nodes)
-            ):
+            if node.target is SIZE:
+                continue
+            if is_random(node) or any(other in dependent for other in node.all_input_nodes):
                 dependent.add(node)
         return dependent
 
@@ -288,6 +270,8 @@ class Forward:
             schema = getattr(node.target, "_schema", None)
             if node in self.dependent or schema is None or not schema.is_mutable:
                 continue
+            if not isinstance(node.args[0], fx.Node):
+                continue
             sources = []
             changed = node.args[0]
             while changed.all_input_nodes:  # the value changed may be a view
@@ -328,162 +312,3 @@ def listing(names, most=8):
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-class Cut(NamedTuple):
-    """What decouple makes modules of."""
-
-    graphs: list  # for each module, {training: the graph of its steps in that mode}
-    opened: set  # paths of the modules whose parts or operators are called instead of themselves
-
-
-class TracedModel:
-    """A model whose forward is known in both modes. ``places``: {name: Place}, in order from the input."""
-
-    calls_modules = False  # it calls operators, those of forwards with gradients
-
-    def __init__(self, model, example, trace):
-        """``trace``: (training) → Trace of ``model``. ``example``: a batch of inputs."""
-        self.model = model
-        self.example = example
-        self.train = Forward(model, trace(True))
-        self.eval = Forward(model, trace(False))
-        self.train.record(example, training=True)
-        self.eval.record(example, training=False)
-        self.start = Place(INPUT, tuple(example.shape[1:]), 0, 0)
-        self.stopped = None  # why torch.export could not look into the modules that torch.fx left whole
-        self.end = Place(OUTPUT, (), self.train.flops[self.train.output], len(self.train.uses))
-        self.places = {}
-        for node in self.eval.nodes:
-            name = self.eval.names[node][0]
-            if self.eval.named[name] is node and is_worth_listing(node, name) and self.obstacle(name) is None:
-                self.places[name] = self.describe_place(name)
-
-    def describe_place(self, name):
-        shape = tuple(self.eval.values[self.eval.named[name]].shape[1:])
-        node = self.train.named[name]
-        return Place(name, shape, self.train.flops[node], len(self.train.below(node)))
-
-    def obstacle(self, name):
-        """Why the network cannot be cut after the node called ``name`` in eval mode; None where it can."""
-        if name not in self.train.named:
-            return "the forward does not come there in train mode"
-        below = set()
-        above = set()
-        for forward in (self.eval, self.train):
-            node = forward.named[name]
-            reason = forward.obstacle(node)
-            if reason:
-                return reason
-            below |= forward.below(node)
-            above |= forward.above(node)
-        shared = [key for key, value in self.model.named_parameters() if value in below and value in above]
-        if shared:
-            return f"{listing(shared)} {'is' if len(shared) == 1 else 'are'} used on both sides of it"
-        if not below:
-            return "there is nothing to learn below it"
-        if not above:
-            return "there is nothing to learn above it"
-        return None
-
-    def cut(self, places):
-        """The Cut between ``places``."""
-        return self.cut_forwards(self.train, self.eval, places)
-
-    def cut_forwards(self, train, eval, places):
-        called = {node.target for node in train.nodes if node.op == "call_module"}
-        paths = [path for path, _ in self.model.named_modules()]
-        opened = {path for path in paths if path not in called and not is_inside(path, called)}
-        graphs = []
-        start = INPUT
-        for end in (*(place.name for place in places), OUTPUT):
-            pair = {}
-            for training, forward in ((True, train), (False, eval)):
-                pair[training] = forward.steps_between(forward.named[start], forward.named[end])
-            graphs.append(pair)
-            start = end
-        return Cut(graphs, opened)
-
-
-class FxTracedModel(TracedModel):
-    """A model traced by torch.fx, each of its modules as far as it can be."""
-
-    calls_modules = True
-
-    def __init__(self, model, example, wrapped):
-        self.wrapped = wrapped
-        super().__init__(model, example, lambda training: trace_with_fx(model, training, wrapped))
-
-    def may_hide_places(self):
-        """Whether torch.export may find many more places: inside modules that torch.fx could not trace, and where sizes
-        are all that crosses.
-        """
-        for forward in (self.train, self.eval):
-            for path in forward.trace.whole:
-                called = [node for node in forward.nodes if node.target == path]
-                if any(not forward.alive_over(node) for node in called):
-                    return True
-        hidden = 0
-        for node, others in self.eval.crossing.items():
-            is_module = node in self.eval.trace.module_ends
-            if is_module and others and not any(holds_tensors(self.eval.values[other]) for other in others):
-                hidden += 1
-        return hidden > len(self.places)
-
-    def cut(self, places):
-        """The Cut between ``places``, which calls the model's modules whole but for those with a cut inside."""
-        opened = {""}
-        for place in places:
-            opened.update(parents(place.name))
-        forwards = []
-        try:
-            for training in (True, False):
-                forwards.append(Forward(self.model, trace_with_fx(self.model, training, self.wrapped, opened)))
-        except Untraceable:  # where, say, a module is called whose tuple can only be unpacked when it is opened
-            return super().cut(places)
-        for forward in forwards:
-            for place in places:
-                node = forward.named.get(place.name)
-                if forward.crossing.get(node) != []:  # more is needed to call a module than its parts use
-                    return super().cut(places)
-        return self.cut_forwards(*forwards, places)
-
-
-def trace_model(model, example, wrapped):
-    """The TracedModel by torch.fx or, where that cannot trace it and hides places, by torch.export. Raises Untraceable.
-
-    ``model`` is changed: its mode, its buffers, further attributes. ``wrapped``: it returns an object with logits.
-    """
-    traced = None
-    try:
-        traced = FxTracedModel(model, example, wrapped)
-        if not traced.may_hide_places():
-            return traced
-    except Untraceable:
-        pass
-    try:
-        exported = TracedModel(model, example, lambda training: trace_with_export(model, training, example))
-    except Untraceable as error:
-        if traced is None:
-            raise
-        traced.stopped = error
-        return traced
-    if traced and len(traced.places) >= len(exported.places):
-        return traced
-    return exported
-
-
-def parents(name):
-    """The paths of the modules around the place called ``name``."""
-    path = name.split("#")[0].split("[")[0]
-    names = path.split(".")[:-1]
-    return {".".join(names[:length]) for length in range(1, len(names) + 1)}
-
-
-def holds_tensors(value):
-    return not isinstance(value, (int, float, torch.Size))
-
-
-def is_worth_listing(node, name):
-    """Whether a place is more than another view of what is there before it."""
-    return not (name.endswith("()") and getattr(node.target, "is_view", False))

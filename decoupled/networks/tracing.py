@@ -104,15 +104,15 @@ def logits_of(output):
 
 class ModuleTracer(fx.Tracer):
     """Traces a forward of one input; other arguments keep their defaults. Without ``opened``, it follows the forward of
-    every module that has parts and can be traced; with it, only of those at these paths. ``wrapped``: the model returns
-    an object with logits. Forward hooks are not traced.
+    every module that has parts and can be traced; with it, only of those at these paths. ``returns_object``: the
+    model returns an object with logits. Forward hooks are not traced.
     """
 
     proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
 
-    def __init__(self, wrapped, opened=None):
+    def __init__(self, returns_object, opened=None):
         super().__init__()
-        self.wrapped = wrapped
+        self.returns_object = returns_object
         self.opened = opened
         self.module_ends = {}
         self.whole = {}
@@ -142,7 +142,8 @@ class ModuleTracer(fx.Tracer):
     def call_opened(self, module, path, args, kwargs):
         """Traces the forward of ``module``, or has it whole if that fails."""
         last_node = next(reversed(self.graph.nodes))
-        calls, stack = dict(self.num_calls), dict(self.module_stack)
+        calls = dict(self.num_calls)
+        stack = dict(self.module_stack)
         lists = [(value, list(value)) for value in args if isinstance(value, list)]
         try:
             return super().call_module(module, module.forward, args, kwargs)
@@ -150,6 +151,7 @@ class ModuleTracer(fx.Tracer):
             if self.opened is not None:
                 raise
             self.whole[path] = untraceable(error)
+        # As if it had not been called
         self.remove_nodes_behind(last_node)
         for current, before in ((self.num_calls, calls), (self.module_stack, stack)):
             current.clear()
@@ -176,7 +178,7 @@ class ModuleTracer(fx.Tracer):
         def forward(model, representation):
             output = root_fn(model, representation)
             if isinstance(output, fx.Proxy):
-                return self.create_proxy("call_function", logits_of, (output,), {}) if self.wrapped else output
+                return self.create_proxy("call_function", logits_of, (output,), {}) if self.returns_object else output
             return logits_of(output)
 
         return forward, [self.root, self.create_proxy("placeholder", "representation", (), {})]
@@ -184,7 +186,7 @@ class ModuleTracer(fx.Tracer):
 
 def has_parts(module):
     """Whether there may be a place to cut inside ``module``, whose forward can be followed."""
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if hasattr(module, "_orig_mod"):  # what torch.compile returned
         return False
     from_pytorch = type(module).__module__.startswith("torch.nn.")
     if from_pytorch and not isinstance(module, CONTAINERS):
@@ -192,10 +194,10 @@ def has_parts(module):
     return next(module.children(), None) is not None
 
 
-def trace_with_fx(model, training, wrapped, opened=None):
+def trace_with_fx(model, training, returns_object, opened=None):
     """The Trace of ``model``, which is left in that mode and may get attributes. Raises Untraceable."""
     model.train(training)
-    tracer = ModuleTracer(wrapped, opened)
+    tracer = ModuleTracer(returns_object, opened)
     try:
         graph = tracer.trace(model)
     except Exception as error:  # whatever a forward raises when it is given a stand-in
@@ -283,7 +285,7 @@ def trace_with_export(model, training, example):
     graph.set_codegen(fx.graph.CodeGen())
     remove_assertions(graph)
     remove_unused_items(graph)
-    own_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    own_names = names_of_tensors(model)
     for node in graph.nodes:
         if node.op == "get_attr":
             name = node.target.removeprefix("model.")
@@ -292,10 +294,18 @@ def trace_with_export(model, training, example):
             else:
                 rename_constant(model, node, operator.attrgetter(node.target)(module), training)
     output = graph.output_node()
-    (output.args,) = ((output.args[0][0],),)
+    (logits,) = output.args[0]
+    output.args = (logits,)
     scopes = {node: (modules_around(node) or [""])[-1] for node in graph.nodes}
     lines = {node: recorded_line(node) for node in graph.nodes}
     return Trace(graph, ends_of_modules(graph), scopes, lines, {})
+
+
+def names_of_tensors(model):
+    """The names of all parameters and buffers; one tensor may have several."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *buffers)}
 
 
 def remove_assertions(graph):
