@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from decoupled.networks.modules import eval_mode
 
+IGNORED = -100  # the label of tokens that do not count, as in PyTorch's cross-entropy
+
 
 def ranks(logits, labels):
     """How many classes rank before the label, per sample: (B, classes), (B,) → (B,). Top-k is correct where rank < k.
@@ -26,7 +28,7 @@ def count_hits(logits, labels, topk):
     if topk == (1,):  # in half as many operations: max returns the first of equal logits, and a NaN where there is one
         highest, predicted = logits.max(1)
         return [((predicted == labels) & (highest == highest)).sum()]
-    rank = ranks(logits, labels)
+    rank = ranks(logits, labels.clamp(min=0)).masked_fill(labels == IGNORED, logits.shape[1])
     return [(rank < k).sum() for k in topk]
 
 
@@ -51,20 +53,27 @@ class Meter:
     def update(self, loss, logits, labels):
         """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
 
-        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts.
+        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts. With logits
+        (B, N, classes) and labels (B, N), every token is a sample, except for those with the label −100.
         """
-        if labels.dim() == 2:
+        samples = len(labels)
+        if logits.dim() == 3:
+            logits = logits.flatten(0, 1)
+            labels = labels.flatten()
+            samples = (labels != IGNORED).sum()
+            loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
+        elif labels.dim() == 2:
             labels = labels.argmax(1)
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         hits = count_hits(logits.detach(), labels, self.topk)
-        self.count += len(labels)
-        self.losses = self.losses.to(wide) + loss.detach().float() * len(labels)
+        self.count += samples
+        self.losses = self.losses.to(wide) + loss.detach().float() * samples
         self.hits = [total.to(wide) + more for total, more in zip(self.hits, hits, strict=True)]
 
     def per_sample(self, total):
         if self.count == 0:
             return math.nan
-        return total / self.count
+        return total / int(self.count)
 
     @property
     def loss(self):
@@ -88,7 +97,7 @@ class Meter:
     def sums(self):
         """(2 + len(topk),) float64 on the CPU: number of samples, summed loss, hits for each k."""
         sums = torch.stack([self.losses, *self.hits]).cpu().double()
-        return torch.cat([torch.tensor([self.count]).double(), sums])
+        return torch.cat([torch.tensor([int(self.count)]).double(), sums])
 
     def state_dict(self):
         """{"sums": ``sums()``}, for checkpoints and for adding up the meters of several processes."""
@@ -106,9 +115,9 @@ class Meter:
 def evaluate(net, batches, heads=None, topk=(1,)):
     """One Meter per head of ``net``, from a single pass over ``batches`` in eval mode: a list.
 
-    ``net(images)`` returns a list of logits (B, classes), as DecoupledNetwork does, or the logits of its only head.
-    With ``heads``, ``net(images, heads)`` returns those of these heads (indices from 0). Afterwards every submodule of
-    ``net`` is in the mode it had.
+    ``net(images)`` returns a list of logits (B, classes), or (B, N, classes) for sequences, as DecoupledNetwork does,
+    or the logits of its only head. With ``heads``, ``net(images, heads)`` returns those of these heads (indices from
+    0). Afterwards every submodule of ``net`` is in the mode it had.
     """
     meters = []
     with eval_mode(net):
@@ -120,8 +129,15 @@ def evaluate(net, batches, heads=None, topk=(1,)):
                 meters = [Meter(topk) for _ in every_logits]
             for meter, logits in zip(meters, every_logits, strict=True):
                 logits = logits.float()
-                meter.update(F.cross_entropy(logits, labels), logits, labels)
+                meter.update(cross_entropy(logits, labels), logits, labels)
     return meters
+
+
+def cross_entropy(logits, labels):
+    """Mean over samples, or over the tokens of logits (B, N, classes) and labels (B, N)."""
+    if logits.dim() == 3:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits, labels)
 
 
 def ensembles(every_output):

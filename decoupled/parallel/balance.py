@@ -4,9 +4,9 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled.errors import InputError
+from decoupled.networks.flops import flop_counter
 from decoupled.networks.modules import eval_mode
 
 
@@ -57,7 +57,7 @@ def survey(net, images, autocast):
     with eval_mode(net):
         for module in net:
             inputs.append(TensorFormat(representation))
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 with autocast():
                     representation, logits = module(representation)
                 logits.float().sum().backward()
