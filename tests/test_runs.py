@@ -216,6 +216,45 @@ def test_more_epochs_are_refused_where_the_schedule_has_a_length(monkeypatch, ca
     run_toy(monkeypatch, tmp_path, main, "--resume")
 
 
+class Numbers:
+    """Numbers 0 to 2, which know their place."""
+
+    place = 3  # as Batches: an epoch must be begun
+
+    def begin(self):
+        self.place = 0
+
+    def rest(self):
+        while self.place < 3:
+            self.place += 1
+            yield self.place - 1
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def test_batches_that_the_run_does_not_save_are_refused(monkeypatch, capsys, tmp_path):
+    """They would never begin an epoch, or begin it anew on resume."""
+    seen = []
+
+    def main(**state):
+        run = toy_run()
+        net = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in run.epochs(net=net, optimizers=optimizer, **state):
+            seen.extend(run.progress(numbers))
+
+    numbers = Numbers()
+    with pytest.raises(SystemExit) as stop:
+        run_toy(monkeypatch, tmp_path, main)
+    assert stop.value.code == 2 and not seen and "train=" in capsys.readouterr().err
+    run_toy(monkeypatch, tmp_path, lambda: main(train=numbers))
+    assert seen == [0, 1, 2]
+
+
 def test_batches_that_cannot_resume_are_refused_before_a_step(monkeypatch, capsys, tmp_path):
     """They would silently begin the epoch anew."""
     seen = []

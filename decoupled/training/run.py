@@ -243,13 +243,15 @@ class Run:
         """Iterates over the rest of this epoch's ``batches`` and shows a bar on a terminal. After each mini-batch, the
         run may save or stop.
 
-        ``batches`` have a method ``rest()`` that iterates over what is left of the epoch, and are part of the run's
-        state. ``resumes=True`` is for other iterables that begin where the restored state says. Raises InputError for
-        others, as a run that is resumed would silently repeat what it has trained on.
+        ``batches`` have a method ``rest()`` that iterates over what is left of the epoch, and were given to ``epochs``,
+        which begins their epochs and saves where they are. ``resumes=True`` is for other iterables that begin where the
+        restored state says. Raises InputError for others, as a run that is resumed would silently repeat what it has
+        trained on.
 
         PyTorch's random numbers in a step, such as those of dropout, depend on the seed and the position alone.
         """
         if hasattr(batches, "rest"):
+            self.check_is_saved(batches)
             rest = batches.rest()
         elif resumes or not self.saves_checkpoints:
             rest = batches
@@ -269,6 +271,17 @@ class Run:
                 self.console.show_accuracies(self.state.get("meters"))
             self.checkpoint_or_stop()
         self.check_losses()
+
+    def check_is_saved(self, batches):
+        """Raises InputError where ``batches`` are not part of the run's state: no epoch of theirs would begin, and a
+        resumed run would not find their place.
+        """
+        images = getattr(batches, "batches", batches)  # of a stage's inputs
+        if not self.state.has(images):
+            raise InputError(
+                f"run.progress({type(images).__name__}) iterates over what run.epochs does not know: give it to "
+                "run.epochs, too (train=…)"
+            )
 
     def seed_of_batch(self):
         position = [self.epoch, self.batch, self.mesh.replica]

@@ -39,6 +39,10 @@ class State:
         """The objects called ``name``, a list."""
         return self.objects.get(name, [])
 
+    def has(self, value):
+        """Whether ``value`` is one of the objects."""
+        return any(value is mine for mine in self.all_objects())
+
     def begin_epoch(self):
         """Calls ``begin`` of all objects that have it: images and meters."""
         for value in self.all_objects():
