@@ -185,6 +185,11 @@ def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(fails, whol
     "make",
     [
         lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.StepLR(optimizer, epochs // 2),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, epochs // 2),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs),
         lambda optimizer, epochs: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs),
         lambda optimizer, epochs: torch.optim.lr_scheduler.SequentialLR(
             optimizer,
@@ -193,6 +198,14 @@ def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(fails, whol
                 torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
             ],
             [1],
+        ),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=1),
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, total_iters=1),
+            ],
+            [epochs // 2],
         ),
     ],
 )

@@ -3,11 +3,23 @@
 import warnings
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from decoupled.errors import InputError
 from decoupled.parallel.mesh import all_reduce_meters
 
-SCHEDULE_LENGTHS = ("T_max", "total_steps", "total_iters", "milestones")  # hyperparameters of PyTorch's schedules
+SCHEDULE_HYPERPARAMETERS = (  # of PyTorch's schedules: what they keep while they step
+    "base_lrs",
+    "T_0",
+    "T_max",
+    "gamma",
+    "milestones",
+    "_milestones",
+    "step_size",
+    "total_iters",
+    "total_size",
+    "total_steps",
+)
 
 
 class State:
@@ -91,8 +103,10 @@ class State:
                     states = self.stage.own(states)
                 for value, state in zip(values, states, strict=True):
                     if name == "schedules":
-                        check_schedule_length(value.state_dict(), state, path)
+                        check_same_schedule(value.state_dict(), state, path)
                     load_quietly(value, state)
+                    if isinstance(value, LambdaLR):
+                        check_same_lambdas(value, path)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[-1].strip()
             raise InputError(
@@ -110,17 +124,32 @@ def load_quietly(value, state):
         value.load_state_dict(state)
 
 
-def check_schedule_length(new, saved, path):
-    """Raises InputError where the state ``saved`` of a schedule is of another length than its ``new`` one, as when
-    --epochs has grown: loading it would silently bring the old length back.
+def check_same_schedule(new, saved, path):
+    """Raises InputError where the state ``saved`` of a schedule has other hyperparameters than its ``new`` one, as when
+    --epochs has grown: loading it would silently bring the old ones back.
     """
     for name, value in new.items():
         before = saved.get(name, value)
-        if name in SCHEDULE_LENGTHS and value != before:
-            raise InputError(
-                f"{path} is of a run whose learning rate schedule has {name} {before} (now {value}): "
-                "resume with the --epochs that it had, or start a new run"
-            )
+        if name in SCHEDULE_HYPERPARAMETERS and value != before:
+            raise other_schedule(path, f"{name} {before} (now {value})")
         if name == "_schedulers":  # of SequentialLR and ChainedScheduler
             for new_part, saved_part in zip(value, before, strict=True):
-                check_schedule_length(new_part, saved_part, path)
+                check_same_schedule(new_part, saved_part, path)
+
+
+def check_same_lambdas(schedule, path):
+    """Raises InputError where the functions of ``schedule``, a LambdaLR that was restored, do not give the rates that
+    it had: functions are not saved, and new ones would silently continue with other rates.
+    """
+    rates = zip(schedule.lr_lambdas, schedule.base_lrs, schedule.get_last_lr(), strict=True)
+    for function, base_lr, last_lr in rates:
+        now = base_lr * function(schedule.last_epoch)
+        if now != last_lr:
+            raise other_schedule(path, f"the rate {last_lr:g} (now {now:g}) in step {schedule.last_epoch}")
+
+
+def other_schedule(path, difference):
+    return InputError(
+        f"{path} is of a run whose learning rate schedule has {difference}: resume with the --epochs that it had, or "
+        "start a new run"
+    )
