@@ -355,11 +355,16 @@ def test_resume_takes_the_newest_of_that_name_or_the_one_given(run_script):
     assert begun not in (first, second) and len(read_log(begun)) == 4
 
 
-@pytest.mark.parametrize("change", ["edited", "shortened", "gone"])
+@pytest.mark.parametrize("change", ["edited", "shortened", "continued", "gone"])
 def test_a_changed_log_is_kept_and_written_anew(run_script, whole, change):
     first = run_script(PARALLEL, *FLAGS, "--epochs", 1)
     text = first.log.read_text()
-    changed = {"edited": text.replace("epoch 1", "epoch 9"), "shortened": text[:-20], "gone": None}[change]
+    changed = {
+        "edited": text.replace("epoch 1", "epoch 9"),
+        "shortened": text[:-20],
+        "continued": text + "my best run so far\n",
+        "gone": None,
+    }[change]
     if changed is None:
         first.log.unlink()
     else:

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import STAMP
+from decoupled.logs import RESULT_STARTS, STAMP
 
 FORMAT = 4
 LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
@@ -117,11 +117,11 @@ class Checkpoint:
 
     def restore_log(self, text):
         """Writes the log anew with ``text``, its text when the checkpoint was written. If that is not how the log
-        begins, someone has edited it: it is kept as STEM.edited.log.
+        begins, or what follows was not written by a run, someone has edited it: it is kept as STEM.edited.log.
         """
         log = self.path(".log")
         with writing(log):
-            if log.exists() and not log.read_bytes().startswith(text.encode()):
+            if log.exists() and is_edited_since(log.read_bytes(), text.encode()):
                 kept = self.unused_name_for_edited_log()
                 os.replace(log, kept)
                 text += f"# this log had been edited: the edited one is kept as {kept.name}\n"
@@ -203,6 +203,14 @@ class Checkpoint:
             if its_time > newest_time:
                 newest, newest_time = path, its_time
         return newest
+
+
+def is_edited_since(log, saved):
+    """Whether someone has changed the bytes ``log`` of a log, of which a checkpoint ``saved`` the first ones."""
+    if not log.startswith(saved):
+        return True
+    *lines, _ = log.removeprefix(saved).decode(errors="replace").split("\n")  # a killed run may cut off the last one
+    return not all(line.startswith(("#", *RESULT_STARTS)) for line in lines)
 
 
 def writable_folder(name):
