@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 READING_DELAY = 1.0  # seconds of reading images before the console says so
 SHOWN_AT_START = tuple(f"# {name}: " for name in ("device", "processes", "train", "test"))  # of the log's first lines
+PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes on a signal that this process has received, too
 LATEST_EPOCHS = 5  # epochs that the time to the end is estimated from
 
 EPOCH_BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
@@ -169,12 +170,16 @@ class Signals:
     """Within the block, ``received`` is the number of the first SIGINT or SIGTERM, 0 before one. A second one ends the
     process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
 
+    A job queue may signal all processes, and torchrun passes its own signal on to those that it has started: under
+    torchrun, what comes right after the first one is the same signal again.
+
     Before and after the block the first one ends the process.
     """
 
     def __init__(self, quiet=False):
         self.quiet = quiet
         self.received = 0
+        self.received_at = 0.0
         self.handlers_before = {}
 
     def __enter__(self):
@@ -185,8 +190,12 @@ class Signals:
 
     def note(self, number, frame):
         if self.received:
+            under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+            if under_torchrun and time.monotonic() - self.received_at < PASSED_ON_WITHIN:
+                return
             os._exit(128 + number)
         self.received = number
+        self.received_at = time.monotonic()
         if not self.quiet:
             name = signal.Signals(number).name
             print(
