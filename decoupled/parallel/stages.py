@@ -280,7 +280,7 @@ class Heads(nn.Module):
         self.modules_here = stage.modules_here
         self.ensembles = ensembles
 
-    def forward(self, representation, heads=None):
+    def forward(self, representation):
         all_logits = []
         for module in self.modules_here:
             representation = module.body(representation)
