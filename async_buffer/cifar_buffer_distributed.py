@@ -175,7 +175,7 @@ def main():
 
         heads = net.ensembles(probabilities=False) if args.ensemble else net.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(test, totals=args.ensemble)))
+            scores = evaluate(heads, run.evaluation(net.inputs(test, with_ensemble_sum=args.ensemble)))
         log(run, net, epoch, tallies, pace, [score.top1 for score in scores])
 
 
