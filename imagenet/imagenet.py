@@ -58,7 +58,7 @@ def main():
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward (gradients are averaged over the processes), step
             meter.update(loss, logits, labels)
-        run.mesh.same_buffers(net.modules_here)
+        run.mesh.broadcast_buffers(net.modules_here)
         with run.autocast():
             scores = evaluate(net.heads, run.evaluation(val), topk=TOPK)
         trained, score = all_reduce_meters([meter, *scores], run.mesh)

@@ -111,10 +111,10 @@ def main():
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
             net.send(representation, labels)  # to the module above, if another process has it
-        run.mesh.same_buffers(net.modules_here)
+        run.mesh.broadcast_buffers(net.modules_here)
         heads = net.ensembles() if args.ensemble else net.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(val, totals=args.ensemble)), topk=TOPK)
+            scores = evaluate(heads, run.evaluation(net.inputs(val, with_ensemble_sum=args.ensemble)), topk=TOPK)
         head_scores = scores[: len(meters)]
         ensemble_scores = scores[len(meters) :]
         if not args.ensemble:

@@ -211,7 +211,7 @@ def setup(args, build):
         )
 
     with run.console.reading():
-        train, val, classes = mesh.images(load)
+        train, val, classes = mesh.load_images(load)
     net = build(args, classes)
     if mesh.replicas > 1:
         if args.local_batch_norm:
@@ -221,7 +221,7 @@ def setup(args, build):
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
     net = run.distribute(net, shape=(3, args.image_size, args.image_size))
-    modules = mesh.parallel(net.modules_here, args.local_batch_norm)
+    modules = mesh.data_parallel(net.modules_here, args.local_batch_norm)
     return Setup(run, train, val, net, modules)
 
 

@@ -114,7 +114,7 @@ class Run:
         options |= given(self.args, *names)
         options["device"] = self.device
         with self.console.reading():
-            return self.mesh.images(lambda: datasets.load(**options))
+            return self.mesh.load_images(lambda: datasets.load(**options))
 
     def prepare(self, net, graphs=True):
         """Moves ``net`` to the run's device, in channels-last memory, and returns it. Compiles its modules with
@@ -313,7 +313,7 @@ class Run:
         """
         if self.stage is not None:
             return self.stage.take_tag()
-        return self.mesh.agree(self.pending_request())
+        return self.mesh.max(self.pending_request())
 
     def stop(self, signal_number):
         saved_in = self.checkpoint.path(".pt") if self.saves_checkpoints else None
