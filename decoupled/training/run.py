@@ -20,7 +20,7 @@ from decoupled.errors import InputError
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes, launched
 from decoupled.parallel.stages import Stage
-from decoupled.training.checkpoint import Checkpoint
+from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
 from decoupled.training.environment import environment
 from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_of_slow_half
@@ -73,7 +73,7 @@ class Run:
         self.free_on_resume = (*FLAGS_FREE_ON_RESUME, *free_on_resume)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         script_name = self.script.removesuffix(".py").replace("/", "-")
-        self.checkpoint = Checkpoint(args.log_dir, script_name, args.name)
+        self.files = RunFiles(args.log_dir, script_name, args.name)
         self.saves_checkpoints = not getattr(args, "debug", 0)
         if not distributed:
             require_one_process(self.script)
@@ -170,7 +170,7 @@ class Run:
 
     def check_losses(self):
         """Raises InputError where a loss since the last check is not finite."""
-        self.steps.check(self.epoch, self.checkpoint.path(".pt"))
+        self.steps.check(self.epoch, self.files.path(".pt"))
 
     # Epochs
 
@@ -204,10 +204,10 @@ class Run:
                     yield (self.position.module_index, self.epoch) if num_modules else self.epoch
                     self.end_epoch()
                     self.checkpoint_or_stop()
-                self.console.write(f"finished: {self.checkpoint.path('.log')}")
+                self.console.write(f"finished: {self.files.path('.log')}")
             finally:
                 self.state.close()
-                self.checkpoint.close()
+                self.files.close()
         self.processes.close()
 
     def finished(self):
@@ -316,7 +316,7 @@ class Run:
         return self.mesh.agree(self.pending_request())
 
     def stop(self, signal_number):
-        saved_in = self.checkpoint.path(".pt") if self.saves_checkpoints else None
+        saved_in = self.files.path(".pt") if self.saves_checkpoints else None
         self.console.stopped(f"{self.script}: stopped after {self.position_name()}", saved_in)
         self.state.close()
         self.processes.wait()  # when one process ends, torchrun ends the others
@@ -330,7 +330,7 @@ class Run:
         state = self.state.gather()
         if self.processes.rank == 0 and self.saves_checkpoints:
             snapshot = {"script": self.script, "arguments": vars(self.args), "data": self.input_form()}
-            self.checkpoint.write({**snapshot, **asdict(self.position), "state": state})
+            self.files.write_checkpoint({**snapshot, **asdict(self.position), "state": state})
         self.saved_at = time.perf_counter()
 
     def input_form(self):
@@ -354,7 +354,7 @@ class Run:
         path = self.checkpoint_to_resume()
         if path is None:
             return None, None
-        saved = self.checkpoint.open(path)
+        saved = self.files.open_checkpoint(path)
         self.check_same_run(saved, path)
         return saved, path
 
@@ -364,10 +364,10 @@ class Run:
             return Path(self.processes.remembered)
         if self.args.resume not in ("newest", "auto"):
             return self.args.resume
-        newest = self.checkpoint.newest()
+        newest = self.files.newest_checkpoint()
         if newest is None and self.args.resume == "newest":
             raise InputError(
-                f"nothing to resume in {self.checkpoint.folder}: no checkpoint is called {self.checkpoint.prefix}*.pt; "
+                f"nothing to resume in {self.files.folder}: no checkpoint is called {self.files.prefix}-*.pt; "
                 "start without --resume"
             )
         return newest
@@ -399,33 +399,33 @@ class Run:
         networks = [repr(value) for value in self.state.get("net")]
         header = [repr(self.args), *self.environment(), *images, *self.header, *networks]
         text = "\n".join(header) + "\n"
-        self.checkpoint.stem = self.processes.from_first(lambda: self.checkpoint.create(text))
-        self.console.start(header, self.checkpoint.path(".log"))
+        self.files.stem = self.processes.from_first(lambda: self.files.create_log(text))
+        self.console.start(header, self.files.path(".log"))
         try:
             self.save()
         except BaseException:
             if self.processes.rank == 0:
-                self.checkpoint.remove()
+                self.files.remove_log()
             raise
         self.remember_checkpoint()
 
     def resume(self, saved, path):
         """Continues the run of the checkpoint ``saved``, read from ``path``."""
-        self.checkpoint.use(path)
+        self.files.select(path)
         self.state.restore(saved["state"], path)
         self.position = Position(**{name: saved[name] for name in asdict(Position())})
         self.remember_checkpoint()
         ended = self.finished() and not self.position.within_epoch
         if self.processes.rank == 0 and not ended:
-            self.checkpoint.restore_log(saved["log"])
+            self.files.restore_log(saved["log"])
             header = [f"# resumed after {self.position_name()}", *self.environment()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
-            self.console.start(header, self.checkpoint.path(".log"))
+            self.console.start(header, self.files.path(".log"))
 
     def remember_checkpoint(self):
         """Lets the processes that torchrun starts after a failure know this run's checkpoint."""
-        self.processes.remember(self.checkpoint.path(".pt"))
+        self.processes.remember(self.files.path(".pt"))
 
     def environment(self):
         """The lines that say how and where this run goes."""
@@ -451,7 +451,7 @@ class Run:
 
     def write_log(self, text):
         if self.processes.rank == 0:
-            self.checkpoint.append(text)
+            self.files.append_to_log(text)
 
 
 def require_one_process(script):
