@@ -17,7 +17,7 @@ from decoupled.training.run import Run
 
 TOY = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 100 --device cpu"  # 5 batches; test: 4
 SMALL = (*TOY.split(), "--channels", "2")
-SCRIPTS = [  # script, flags, calls of checkpoint_or_stop in an epoch
+SCRIPTS = [  # script, flags, calls of save_or_stop in an epoch
     (PARALLEL, f"{TOY} --epochs 2 --channels 2 --precise-statistics", 10),
     (SEQUENTIAL, f"{TOY} --epochs 1 --channels 2", 10),
     ("aux_nets/cifar_dgl.py", f"{TOY} --epochs 2 --channels 2 --depth 3 --lr-step 1", 10),
@@ -37,19 +37,19 @@ SCRIPTS = [  # script, flags, calls of checkpoint_or_stop in an epoch
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """at_call(call, act): from now on, ``act(run)`` is called in call number ``call`` of checkpoint_or_stop."""
-    real = Run.checkpoint_or_stop
+    """at_call(call, act): from now on, ``act(run)`` is called in call number ``call`` of save_or_stop."""
+    real = Run.save_or_stop
 
     def begin(call, act):
         calls = []
 
-        def checkpoint_or_stop(run):
+        def save_or_stop(run):
             calls.append(run.batch)
             if len(calls) == call:
                 act(run)
             real(run)
 
-        monkeypatch.setattr(Run, "checkpoint_or_stop", checkpoint_or_stop)
+        monkeypatch.setattr(Run, "save_or_stop", save_or_stop)
 
     return begin
 
