@@ -284,15 +284,15 @@ def save(snapshot, file):
         raise output.error from None
 
 
-def read_checkpoint(path, way_out="name another one"):
-    """The checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``way_out``, for a file that is damaged,
+def read_checkpoint(path, fix="name another one"):
+    """The checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``fix``, for a file that is damaged,
     and for one that is no checkpoint or an earlier version's.
     """
-    check_archive(path, way_out)
+    check_archive(path, fix)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip file of something else
-        raise InputError(f"{path} is no checkpoint of these scripts: {way_out}") from error
+        raise InputError(f"{path} is no checkpoint of these scripts: {fix}") from error
     fields = checkpoint if isinstance(checkpoint, dict) else {}
     if "log_bytes" in fields or fields.get("format") in range(FORMAT):
         raise InputError(
@@ -300,11 +300,11 @@ def read_checkpoint(path, way_out="name another one"):
             "check that one out to use it, or start a new run"
         )
     if fields.get("format") != FORMAT or any(type(fields.get(name)) is not kind for name, kind in FIELDS.items()):
-        raise InputError(f"{path} is no checkpoint of these scripts: {way_out}")
+        raise InputError(f"{path} is no checkpoint of these scripts: {fix}")
     return checkpoint
 
 
-def check_archive(path, way_out):
+def check_archive(path, fix):
     """Raises InputError where the checkpoint file ``path``, a zip archive, is not as torch.save wrote it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -312,9 +312,9 @@ def check_archive(path, way_out):
             attributes = [entry.external_attr for entry in archive.infolist()]
     except OSError as error:
         if error.errno == errno.EINVAL:  # a seek to an offset that cannot be
-            raise InputError(f"{path} is damaged: {way_out}") from error
+            raise InputError(f"{path} is damaged: {fix}") from error
         raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except Exception as error:  # whatever zipfile raises on damaged bytes
-        raise InputError(f"{path} is truncated, damaged or no checkpoint: {way_out}") from error
+        raise InputError(f"{path} is truncated, damaged or no checkpoint: {fix}") from error
     if damaged is not None or any(attributes):  # torch.save writes 0, and the checksums do not cover attributes
-        raise InputError(f"{path} is damaged: {way_out}")
+        raise InputError(f"{path} is damaged: {fix}")
