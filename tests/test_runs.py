@@ -55,7 +55,7 @@ def fp16_steps(monkeypatch, folder, fused):
 
     def main():
         run = toy_run()
-        run.steps.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        run.steps.new_scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
         optimizers = [Momentum(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=fused) for m in net]

@@ -23,7 +23,7 @@ from decoupled.parallel.stages import Stage
 from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
 from decoupled.training.environment import environment
-from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_of_slow_half
+from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_if_half_is_slow
 from decoupled.training.state import State
 
 CHECK_LOSSES_EVERY = 100  # mini-batches: each check waits for the device
@@ -90,7 +90,7 @@ class Run:
         self.loss_weight = None  # of this replica: its share of a mini-batch may be smaller than another's
         self.steps = Steps(self.device, args.half, loss_scale)
         if args.half:
-            warn_of_slow_half(self.device)
+            warn_if_half_is_slow(self.device)
         choose_kernels(self.device, getattr(args, "deterministic", False))
         torch.manual_seed(args.seed)
 
@@ -117,11 +117,11 @@ class Run:
         with self.console.reading():
             return self.mesh.images(lambda: datasets.load(**options))
 
-    def prepare(self, net, graphs=True):
-        """Moves ``net`` to the run's device, in channels-last memory, and returns it. Compiles its modules with
-        --compile, on CUDA into CUDA graphs unless ``graphs`` is false.
+    def prepare(self, net, cuda_graphs=True):
+        """Moves ``net`` to the run's device, in channels-last memory, and returns it. With --compile, compiles each of
+        its modules, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
         """
-        return self.steps.prepare(net, self.args.compile, graphs)
+        return self.steps.prepare(net, self.args.compile, cuda_graphs)
 
     def distribute(self, net, shape=(3, 32, 32), kind=Stage):
         """Keeps the modules of ``net`` that this process trains, and prepares them. Returns a Stage, or an object of
@@ -149,11 +149,11 @@ class Run:
     # Steps
 
     def autocast(self):
-        """The context for forward passes: mixed precision with --half, no effect otherwise."""
+        """The context manager for forward passes: mixed precision with --half, else no effect."""
         return self.steps.autocast()
 
     def step(self, loss, optimizer):
-        """zero_grad, backward and step of one module; in fp16 through its own loss scale."""
+        """zero_grad, backward and step of one module; with its own loss scale in fp16."""
         self.steps.step(loss, optimizer, self.batch, self.loss_weight)
 
     def scaler(self, optimizer):
