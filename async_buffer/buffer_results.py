@@ -16,7 +16,7 @@ from decoupled.training import run as runs
 VARIED = ("buffer", "noise", "layer_noise", "seed")  # arguments that the figures vary
 
 # Arguments that say where a run was made, not what it is
-FLAGS_OF_PLACE = (*runs.FLAGS_FREE_ON_RESUME, "name", "device")
+FLAGS_OF_PLACE = (*runs.FREE_ON_RESUME, "name", "device")
 
 COLUMNS = (
     "setting",

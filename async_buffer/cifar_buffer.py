@@ -57,10 +57,10 @@ def parse_args(argv=None):
     )
     group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
     async_flags.add_buffers(group)
-    parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
-    parser.dropped("--prog", why="a terminal shows a progress bar, anything else none")
-    parser.dropped("--decay", why="the rate falls by --epochdecay")
-    parser.dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
+    parser.add_dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
+    parser.add_dropped("--prog", why="a terminal shows a progress bar, anything else none")
+    parser.add_dropped("--decay", why="the rate falls by --epochdecay")
+    parser.add_dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
     args = parser.parse_args(argv)
 
     # A flag that would have no effect is refused: the log would claim what the run did not do.

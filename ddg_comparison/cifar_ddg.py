@@ -168,7 +168,7 @@ def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), graphs=False)  # no CUDA graphs: several mini-batches are in flight
+    net = run.prepare(build(args, classes), cuda_graphs=False)  # several mini-batches are in flight
     for module in net:
         if not list(module.parameters()):
             raise InputError(f"--splits {args.splits} leaves a module without weights to learn: choose fewer")

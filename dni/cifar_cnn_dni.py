@@ -80,7 +80,7 @@ def main():
     if args.half and run.device.type == "cuda":
         raise InputError("--half is fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out")
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), graphs=False)  # no CUDA graphs: all blocks go forward before one backward
+    net = run.prepare(build(args, classes), cuda_graphs=False)  # all blocks go forward before one backward
     if args.sgd:
         optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:

@@ -54,13 +54,13 @@ def parse_args():
     group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions per auxiliary")
     group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers per auxiliary")
     group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads")
-    parser.dropped(
+    parser.add_dropped(
         "--ncnn",
         "--feature_size",
         "--ds-type",
         why="the network is --arch, split by --block_size (VGG) or --splits (ResNet)",
     )
-    parser.dropped(
+    parser.add_dropped(
         "--start_epoch", "--resume_epoch", "--resume_feat", why="--resume continues where its checkpoint was saved"
     )
     args = imagenet_flags.parse(parser)
