@@ -2,11 +2,13 @@
 per module.
 """
 
+import itertools
+
 from torch import nn
 
 from decoupled import InputError
 from decoupled.networks.auxiliary import mlp_sr_auxiliary
-from decoupled.networks.layerwise import conv_layer, flatten
+from decoupled.networks.layerwise import conv_layer
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group_layers, output_shape
 
 # Convolutions at each size
@@ -95,7 +97,7 @@ def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3
             f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
         )
     blocks = group_layers(layers(arch, width), block_size)
-    bodies = [nn.Sequential(*flatten(block)) for block in blocks]
+    bodies = [nn.Sequential(*itertools.chain(*block)) for block in blocks]
 
     def last_head(shape):
         return classifier(shape, classes, hidden=64 * width)
