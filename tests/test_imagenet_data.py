@@ -210,5 +210,5 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     load(moved)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    with pytest.raises(InputError, match="other images"):
+    with pytest.raises(InputError, match="name the folder"):
         load(own)[0].load_state_dict(state)
