@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import distributed, nn
 
-from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
+from decoupled.networks.evaluation import Meter, WithEnsembles, normalize_sums, weighted_sums
 from decoupled.parallel.balance import balance, check_lengths, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
@@ -306,7 +306,7 @@ class Heads(nn.Module):
             outputs = [logits.softmax(1) for logits in all_logits]
         sums = weighted_sums(outputs, self.stage.first, self.stage.ensemble_sum)
         self.stage.send(representation, self.stage.labels, sums[-1])
-        return all_logits + means(sums, self.stage.first)
+        return all_logits + normalize_sums(sums, self.stage.first)
 
 
 class Inputs:
