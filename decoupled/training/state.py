@@ -1,11 +1,11 @@
-"""What of a run survives in its checkpoint."""
+"""The state of a run: what its checkpoint saves and restores."""
 
 import warnings
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from decoupled.errors import InputError
+from decoupled.errors import InputError, last_line
 from decoupled.parallel.mesh import all_reduce_meters
 
 SCHEDULE_HYPERPARAMETERS = (  # of PyTorch's schedules: what they keep while they step
@@ -23,21 +23,21 @@ SCHEDULE_HYPERPARAMETERS = (  # of PyTorch's schedules: what they keep while the
 
 
 class State:
-    """The ``objects`` of a run, {name: object with state_dict and load_state_dict, or a list of them}, and a loss
-    scale, ``scaler(optimizer)``, for each optimizer among them.
+    """The ``objects`` of a run: {name: an object with state_dict and load_state_dict, or a list of them, one for each
+    module}. The loss scales of all optimizers, from ``scaler(optimizer)``, are added as "scalers".
 
-    Lists have one object for each module. "net" is the network; "meters" count on every replica of ``mesh``. With a
-    ``stage`` (decoupled.parallel.stages.Stage), the lists and the network are this process's part of the whole.
+    "net" is the network. "meters" count this replica's images only. With a ``stage``
+    (decoupled.parallel.stages.Stage), the lists and the network are the part of the whole that this process trains.
     """
 
     def __init__(self, objects, scaler, mesh, stage=None):
         self.mesh = mesh
         self.stage = stage
-        self.lists = {"scalers"}  # names of what has one object for each module
+        self.per_module = {"scalers"}  # names of the lists with one object for each module
         self.objects = {}  # name → list of objects
         for name, value in objects.items():
             if isinstance(value, (list, tuple)):
-                self.lists.add(name)
+                self.per_module.add(name)
                 self.objects[name] = list(value)
             else:
                 self.objects[name] = [value]
@@ -48,7 +48,7 @@ class State:
         return [value for values in self.objects.values() for value in values]
 
     def get(self, name):
-        """The objects called ``name``, a list."""
+        """The list of objects called ``name``."""
         return self.objects.get(name, [])
 
     def has(self, value):
@@ -56,7 +56,7 @@ class State:
         return any(value is mine for mine in self.all_objects())
 
     def begin_epoch(self):
-        """Calls ``begin`` of all objects that have it: images and meters."""
+        """Calls ``begin`` of all objects that have it, such as images and meters."""
         for value in self.all_objects():
             if hasattr(value, "begin"):
                 value.begin()
@@ -67,10 +67,12 @@ class State:
             if hasattr(value, "close"):
                 value.close()
 
-    # What a checkpoint has
+    # Saving and restoring
 
     def gather(self):
-        """{name: [state_dict, …]} of the whole run in process 0. All processes call this after the same mini-batch."""
+        """{name: [state_dict, …]} of the whole run, complete in process 0 only. All processes must call this after the
+        same mini-batch.
+        """
         objects = dict(self.objects)
         objects["meters"] = all_reduce_meters(self.get("meters"), self.mesh)
         state = {name: [value.state_dict() for value in values] for name, values in objects.items()}
@@ -79,27 +81,27 @@ class State:
         return self.join(self.mesh.to_first(state))
 
     def join(self, parts):
-        """The state of the whole run from those of all stages, lowest first."""
+        """The state of the whole run from ``parts``, the states of all stages, lowest first."""
         whole = {}
         for part in parts:
             for name, states in part.items():
-                if name in self.lists:
+                if name in self.per_module:
                     whole[name] = whole.get(name, []) + states
                 elif name == "net":
                     parameters_below = whole[name][0] if name in whole else {}
                     whole[name] = [parameters_below | states[0]]
-                else:  # what every stage has, such as the place in the images: the lowest stage's
+                else:  # the same in every stage, such as the position in the images
                     whole.setdefault(name, states)
         return whole
 
     def restore(self, saved, path):
-        """Brings all objects back to what ``gather`` gave, ``saved``. Raises InputError, naming its file ``path``,
-        where that is another network's.
+        """Restores all objects from ``saved``, which ``gather`` returned and the file ``path`` holds. Raises InputError
+        if it does not match this run's network.
         """
         try:
             for name, values in self.objects.items():
                 states = saved[name]
-                if self.stage is not None and name in self.lists:
+                if self.stage is not None and name in self.per_module:
                     states = self.stage.own(states)
                 for value, state in zip(values, states, strict=True):
                     if name == "schedules":
@@ -108,25 +110,24 @@ class State:
                     if isinstance(value, LambdaLR):
                         check_same_lambdas(value, path)
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[-1].strip()
             raise InputError(
-                f"{path} is a checkpoint of another network ({reason}): name one of this network"
+                f"{path} is a checkpoint of another network ({last_line(error)}): choose one of this network"
             ) from error
         if self.mesh.replica > 0:
             for meter in self.get("meters"):
-                meter.begin()  # replica 0 has the sums over all replicas
+                meter.begin()  # the saved sums are over all replicas: only replica 0 continues from them
 
 
 def load_quietly(value, state):
-    """``value.load_state_dict(state)`` without a warning for the parameters that other stages have."""
+    """``value.load_state_dict(state)`` without a warning for parameters of other stages, which are on meta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         value.load_state_dict(state)
 
 
 def check_same_schedule(new, saved, path):
-    """Raises InputError where the state ``saved`` of a schedule has other hyperparameters than its ``new`` one, as when
-    --epochs has grown: loading it would silently bring the old ones back.
+    """Raises InputError if the ``saved`` state of a schedule has other hyperparameters than the ``new`` one, as when
+    --epochs has grown: loading it would silently restore the old ones.
     """
     for name, value in new.items():
         before = saved.get(name, value)
@@ -138,18 +139,18 @@ def check_same_schedule(new, saved, path):
 
 
 def check_same_lambdas(schedule, path):
-    """Raises InputError where the functions of ``schedule``, a LambdaLR that was restored, do not give the rates that
-    it had: functions are not saved, and new ones would silently continue with other rates.
+    """Raises InputError if the functions of ``schedule``, a restored LambdaLR, do not give its saved rates: functions
+    are not saved, and other ones would silently change the rate.
     """
     rates = zip(schedule.lr_lambdas, schedule.base_lrs, schedule.get_last_lr(), strict=True)
-    for function, base_lr, last_lr in rates:
-        now = base_lr * function(schedule.last_epoch)
-        if now != last_lr:
-            raise other_schedule(path, f"the rate {last_lr:g} (now {now:g}) in step {schedule.last_epoch}")
+    for function, base_lr, before in rates:
+        value = base_lr * function(schedule.last_epoch)
+        if value != before:
+            raise other_schedule(path, f"the rate {before:g} (now {value:g}) in step {schedule.last_epoch}")
 
 
 def other_schedule(path, difference):
     return InputError(
-        f"{path} is of a run whose learning rate schedule has {difference}: resume with the --epochs that it had, or "
-        "start a new run"
+        f"{path} has a learning rate schedule with {difference}: resume with the same --epochs as before, or start a "
+        "new run"
     )
