@@ -113,8 +113,15 @@ def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp
 def test_signals_deaths_and_errors(run_script, tmp_path):
     """Whatever happens to one process, the others end, and what continues ends as if nothing had happened."""
     kills = {"1": [1, "SIGKILL", 0], "0": [8, "SIGKILL", 1]}  # before the first epoch is saved; in the second epoch
+    whole = run_script(AUX, *SMALL.split(), folder=tmp_path / "whole")
     runs = {
-        "killed": {"processes": 2, "restarts": 2, "words": words(AUX, SMALL, tmp_path / "killed"), "faults": kills},
+        "unsaved": {
+            "processes": 3,
+            "restarts": 1,
+            "words": words(AUX, SMALL, whole.folder),  # beside a finished run of the same name
+            "faults": {"1": [0, "SIGKILL"]},
+        },
+        "killed": {"processes": 3, "restarts": 2, "words": words(AUX, SMALL, tmp_path / "killed"), "faults": kills},
         "SIGTERM": {
             "processes": 3,
             "words": words(AUX, f"{SMALL} --queue 1", tmp_path / "stopped"),
@@ -133,10 +140,17 @@ def test_signals_deaths_and_errors(run_script, tmp_path):
         "error": {"processes": 2, "words": words(AUX, SMALL, tmp_path / "error"), "faults": {"0": [2, "error"]}},
         "no checkpoint": {"processes": 2, "words": words(AUX, f"{SMALL} --resume", tmp_path / "nothing")},
     }
+    before = whole.checkpoint.read_bytes()
     ended = dict(zip(runs, launch(*runs.values()), strict=True))
     outcomes = {name: outcome for name, (outcome, _) in ended.items()}
     said = {name: errors(stderr) for name, (_, stderr) in ended.items()}
-    whole = run_script(AUX, *SMALL.split(), folder=tmp_path / "whole")
+
+    # Killed before its first checkpoint: torchrun starts a run anew, and the older one stays
+    assert outcomes["unsaved"] == "finished", ended["unsaved"]
+    assert whole.checkpoint.read_bytes() == before
+    left = Finished(whole.folder)
+    assert left.log != whole.log and "# resumed after " not in left.log.read_text()
+    assert_same(left, whole)
 
     # Killed: torchrun starts all again, and they continue from the checkpoint
     assert outcomes["killed"] == "finished", ended["killed"]
