@@ -346,6 +346,7 @@ class Run:
         state = self.state.gather()
         if self.processes.rank == 0 and self.saves_checkpoints:
             snapshot = {"script": self.script, "arguments": vars(self.args), "data": self.input_form()}
+            snapshot["finished"] = self.finished() and not self.position.within_epoch
             self.files.write_checkpoint({**snapshot, **asdict(self.position), "state": state})
         self.saved_at = time.perf_counter()
 
