@@ -4,6 +4,7 @@ python -m decoupled export LOG… --csv FILE            one row per head and epo
 python -m decoupled export LOG… --tensorboard DIR     one TensorBoard run per log
 """
 
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -45,13 +46,20 @@ def to_tensorboard(frames, folder):
                     writer.add_scalar(f"{column}/head {n}", value, epoch)
 
 
+def table_path(text):
+    """An argparse type: the path of a table. It is no log, which would be overwritten, as by --csv *.log."""
+    if Path(text).suffix in (".log", ".pt"):
+        raise argparse.ArgumentTypeError(f"{text} is a run's file: name the table first, such as all.csv")
+    return flags.path(text)
+
+
 def parse_args():
     parser = flags.Parser(__doc__)
     parser.prog = "python -m decoupled export"
     parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--csv", metavar="FILE", type=flags.path, help="write a table: the log, n, epoch and the log's results"
+        "--csv", metavar="FILE", type=table_path, help="write a table: the log, n, epoch and the log's results"
     )
     group.add_argument(
         "--tensorboard",
