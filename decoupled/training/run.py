@@ -153,7 +153,13 @@ class Run:
         return self.steps.autocast()
 
     def step(self, loss, optimizer):
-        """zero_grad, backward and step of one module; with its own loss scale in fp16."""
+        """zero_grad, backward and step of one module; with its own loss scale in fp16. Raises InputError for an
+        optimizer that was not given to ``epochs``: a resumed run would silently continue without its state.
+        """
+        if not self.state.has(optimizer):
+            raise InputError(
+                "run.step takes an optimizer that run.epochs does not know: give it to run.epochs, too (optimizers=…)"
+            )
         self.steps.step(loss, optimizer, self.batch, self.loss_weight)
 
     def scaler(self, optimizer):
@@ -279,7 +285,7 @@ class Run:
         """Raises InputError where ``batches`` are not part of the run's state: no epoch of theirs would begin, and a
         resumed run would not find their place.
         """
-        images = getattr(batches, "batches", batches)  # of a stage's inputs
+        images = images_of(batches)
         if not self.state.has(images):
             raise InputError(
                 f"run.progress({type(images).__name__}) iterates over what run.epochs does not know: give it to "
@@ -293,7 +299,11 @@ class Run:
         return mix_seed(self.args.seed, *position)
 
     def evaluation(self, batches):
-        """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes."""
+        """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes. Raises
+        InputError for the images that the run trains on, whose position in training would be lost.
+        """
+        if any(images_of(batches) is images for images in self.state.get("train")):
+            raise InputError("run.evaluation cannot take the images in training: use train.without_augmentation()")
         for number, batch in enumerate(self.console.evaluation(batches)):
             yield batch
             # Replicas stop together, so only after one of the first mini-batches, those that all replicas have.
@@ -470,6 +480,11 @@ class Run:
     def write_log(self, text):
         if self.processes.rank == 0:
             self.files.append_to_log(text)
+
+
+def images_of(batches):
+    """The images that ``batches``, perhaps a stage's inputs, come from."""
+    return getattr(batches, "batches", batches)
 
 
 def require_one_process(script):
