@@ -94,6 +94,8 @@ def test_seeds_are_compared_where_all_have_results(tmp_path):
     (line,) = plots.curves(Figure().subplots(), frames, "test_top1")
     mean = sum(frame.loc[(frame.n == 1) & (frame.epoch == 1), "test_top1"].item() for frame in frames) / 2
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [mean])
+    (line,) = plots.curves(Figure().subplots(), frames, "test_top1", heads="last")
+    assert line.get_label() == "head 1"  # the last that all have
     (score,) = plots.final_scores(frames)
     assert score.startswith(f"head 1 {mean:.2f} % (epoch 1,")
     assert plots.final_scores(frames[:1]) == ["head 1 22.00 %", "head 2 32.00 %"]

@@ -75,7 +75,7 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     rows = pd.concat([frame[["n", "epoch", column]] for frame in frames], ignore_index=True)
     if isinstance(heads, str):
-        heads = [rows["n"].max()]
+        heads = [min(frame["n"].max() for frame in frames)]
     lines = []
     for n, rows_of_head in rows.groupby("n"):
         if heads is not None and n not in heads:
