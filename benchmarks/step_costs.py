@@ -288,7 +288,7 @@ def peak_bytes(make_step, held, before, device):
     with LiveStorages() as storages:
         for tensor in held:
             storage = tensor.untyped_storage()
-            storages.know(storage, storage.nbytes())
+            storages.remember(storage, storage.nbytes())
         step = make_step()
         for _ in range(before):
             step()
