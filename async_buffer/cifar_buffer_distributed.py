@@ -132,7 +132,8 @@ def main():
             sample, age = net.read()  # images in the lowest process; in the others from the replay buffer
             if sample is None:  # nothing has come yet, everything was read as often as allowed, or nobody needs more
                 continue
-            representation, labels = sample.representation, sample.labels
+            representation = sample.representation
+            labels = sample.labels
             for module, optimizer, tally in zip(net.modules_here, optimizers, tallies, strict=True):
                 tally.turns += 1
                 if not pace.learns:

@@ -265,9 +265,13 @@ class ReplayStage(Stage):
         """(Sample, its age in steps of the process below): the next images in the lowest process (age None), else from
         the replay buffer. (None, None), after a moment, when there is nothing to do.
         """
-        sample, age = None, None
+        sample = None
+        age = None
         if self.pace.learns or self.feeds():
-            sample, age = (self.images.read(), None) if self.lowest else self.inbox.read()
+            if self.lowest:
+                sample = self.images.read()
+            else:
+                sample, age = self.inbox.read()
         if sample is None:
             time.sleep(IDLE_SECONDS)
             self.waited += time.perf_counter() - self.turn_began

@@ -201,7 +201,8 @@ class Checkpoint:
                 continue
             its_time = (match[1], int(match[2] or 0))
             if its_time > newest_time:
-                newest, newest_time = path, its_time
+                newest = path
+                newest_time = its_time
         return newest
 
 
