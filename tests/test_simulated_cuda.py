@@ -20,13 +20,14 @@ def follow(monkeypatch):
     """follow(gpu) → for each epoch trained from now on, for each of its mini-batches but the last (operations, syncs),
     from getting it to having the next one. A turn of one layer counts as a mini-batch.
     """
-    epochs, real = [], Run.progress
+    epochs = []
+    real = Run.progress
 
     def start(gpu):
-        def progress(run, batches):
+        def progress(run, batches, **options):
             epochs.append([])
             before = None
-            for batch in real(run, batches):
+            for batch in real(run, batches, **options):
                 now = Counter(gpu.operations), Counter(gpu.syncs)
                 if before is not None:
                     epochs[-1].append([after - then for after, then in zip(now, before, strict=True)])
