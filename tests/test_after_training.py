@@ -177,7 +177,7 @@ def test_images_that_have_left_pass_no_further_module(run, confidence):
         hook.remove()
     with torch.no_grad():
         every_logits = net(images)
-    assert torch.equal(heads, predict.exits(every_logits, confidence))
+    assert torch.equal(heads, predict.exit_heads(every_logits, confidence))
     chosen = torch.stack(every_logits)[heads, torch.arange(len(images))]
     torch.testing.assert_close(logits, chosen)
     sure = [said.softmax(1).amax(1) >= confidence for said in every_logits]
@@ -213,7 +213,7 @@ def test_image_files(run, say, tmp_path):
     assert matching(say(checkpoint, *paths), [(0, 2), (1, 2), (2, 2)]) == [0, 0, 0]
     assert matching(say(checkpoint, paths[0], "--heads", 2), [(0, 1)])[0] > 0
     matching(say(checkpoint, paths[1], "--heads", "all"), [(1, 0), (1, 1), (1, 2)])
-    heads = predict.exits(every_logits, 0.7).tolist()
+    heads = predict.exit_heads(every_logits, 0.7).tolist()
     matching(say(checkpoint, *paths, "--early-exit", 0.7), list(enumerate(heads)))
     assert matching(say(checkpoint, paths[0], "--early-exit", 1), [(0, 2)])[0] < 0  # the heads passed cost something
     (tmp_path / "labeled" / "3").mkdir(parents=True)
