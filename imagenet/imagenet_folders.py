@@ -7,6 +7,7 @@ with the same images.
 """
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -61,8 +62,8 @@ class Images(Dataset):
             torch.set_rng_state(state)
 
     def __getitems__(self, keys):
-        """What a DataLoader asks for: a mini-batch, or the InputError that ends the run, which a worker cannot raise in
-        the process that trains.
+        """The samples of a mini-batch, for the DataLoader. An InputError is returned, not raised: the process that
+        trains would get another error from a worker.
         """
         try:
             return [self[key] for key in keys]
@@ -71,17 +72,17 @@ class Images(Dataset):
 
 
 def collate(samples):
-    """Stacks a mini-batch; an InputError passes."""
+    """Stacks a mini-batch, or passes on an InputError."""
     if isinstance(samples, InputError):
         return samples
     return default_collate(samples)
 
 
-class Share:
+class ShareSampler:
     """A batch sampler: the keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on.
 
-    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are
-    processes. With ``shuffle`` they come in a new order every epoch, otherwise as listed.
+    Mini-batches are the same for any number of processes. Each is divided into consecutive shares of nearly equal size,
+    one per process. With ``shuffle`` the images are in a new order every epoch, otherwise in the order of the list.
     """
 
     def __init__(self, count, batch_size, shuffle, seed, rank, processes, limit=None):
@@ -96,10 +97,10 @@ class Share:
         self.start = 0
 
     def __len__(self):
-        count = -(-self.count // self.batch_size)
+        length = math.ceil(self.count / self.batch_size)
         if self.limit is None:
-            return count
-        return min(count, self.limit)
+            return length
+        return min(length, self.limit)
 
     def __iter__(self):
         if self.shuffle:
@@ -117,7 +118,7 @@ class ImageBatches:
     normalized, labels (b,) int64.
 
     With one process b is ``batch_size``, except for a smaller last one. Iterating begins an epoch. So does ``begin``;
-    ``rest`` then iterates over what is left of it. ``weight`` is the weight of the latest share's mean loss in the mean
+    ``rest`` then iterates over the rest of it. ``weight`` is the weight of the latest share's mean loss in the mean
     over processes. ``form`` is the InputForm that other images need for the same network.
     """
 
@@ -128,7 +129,7 @@ class ImageBatches:
         self.form = form
         classes = {label for _, label in samples}
         self.description = f"{len(samples)} images of {len(classes)} classes{note}"
-        self.place = len(share)  # mini-batches of the epoch that are done: all, before the first begins
+        self.place = len(share)  # mini-batches of the epoch that are done: all of them before the first epoch begins
         self.weight = 1.0
         self.loader = DataLoader(
             self.images,
@@ -140,7 +141,7 @@ class ImageBatches:
         self.scale = 1 / (255 * torch.tensor(STD, device=self.device).view(3, 1, 1))
         self.shift = torch.tensor(MEAN, device=self.device).view(3, 1, 1) * 255
         names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in samples)
-        self.fingerprint = zlib.crc32(os.fsencode(names))  # guards a resumed run against other images
+        self.fingerprint = zlib.crc32(os.fsencode(names))  # keeps a run from resuming with other images
 
     def __len__(self):
         return len(self.share)
@@ -155,7 +156,7 @@ class ImageBatches:
         self.place = 0
 
     def rest(self):
-        """Iterates over what is left of the epoch that has begun."""
+        """Iterates over the rest of the epoch that has begun."""
         if self.place == len(self):
             return
         self.share.start = self.place
@@ -174,17 +175,21 @@ class ImageBatches:
 
     @property
     def outline(self):
-        """The first arguments of the decoupled.data.batches.Outline of these mini-batches."""
+        """What another process needs for an Outline (decoupled.data.batches) of these mini-batches: its first three
+        arguments.
+        """
         return self.share.count, self.share.batch_size, len(self)
 
     @property
     def common(self):
         """The number of mini-batches of which every process has a share."""
-        full, rest = divmod(self.share.count, self.share.batch_size)
-        return full + (rest >= self.share.processes)
+        full, remainder = divmod(self.share.count, self.share.batch_size)
+        if remainder >= self.share.processes:
+            return full + 1
+        return full
 
     def close(self):
-        """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
+        """Ends the worker processes, which the loader keeps between epochs, after any iteration still in progress."""
         self.loader = None
 
     def normalize(self, images):
@@ -199,7 +204,7 @@ class ImageBatches:
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was trained on other images than these {self}: name its folder")
+            raise InputError(f"the run was not trained on these {self}: name the folder of its images")
         if not 0 <= state["place"] <= len(self):
             raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.share.epoch = state["epoch"]
@@ -210,7 +215,7 @@ class ImageBatches:
 
 
 def worker_options(workers):
-    """The DataLoader's arguments for so many worker processes. Raises InputError where they could hand nothing over."""
+    """The DataLoader's arguments for ``workers`` processes. Raises InputError if these could not pass images on."""
     if workers == 0:
         return {}
     check_sockets()
@@ -220,8 +225,8 @@ def worker_options(workers):
 
 
 def check_sockets():
-    """Raises InputError where workers cannot open the sockets over which they hand over tensors: they would print a
-    traceback each, and the run would wait for ever. A socket's path has at most 107 bytes.
+    """Raises InputError if workers cannot open the sockets through which they pass tensors: the run would wait forever.
+    A socket's path has at most 107 bytes.
     """
     with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -229,7 +234,7 @@ def check_sockets():
         except OSError as error:
             raise InputError(
                 f"TMPDIR {tempfile.gettempdir()} cannot hold the sockets of the processes that read images ({error}): "
-                "set TMPDIR to a short path such as /tmp, or read without such processes, by -j 0"
+                "set TMPDIR to a short path such as /tmp, or use -j 0 to read without such processes"
             ) from error
 
 
@@ -256,14 +261,15 @@ def load(
     val_samples=None,
     rank=0,
     processes=1,
-    least=1,
+    min_share=1,
     limit=None,
 ):
     """Returns (train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of
     folder/val, cropped in the center.
 
-    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it; an
-    epoch of training has at most ``limit`` mini-batches. Raises InputError for folders or numbers that will not do.
+    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``min_share`` images of it; an
+    epoch of training has at most ``limit`` mini-batches. Raises InputError for missing or bad folders, for more samples
+    than there are, and for batches too small for the processes or batch norm.
     """
     folder = Path(folder)
     train = list_images(folder / "train", LAYOUT)
@@ -271,7 +277,7 @@ def load(
     check_classes(folder, ("train", "val"), (train, val))
     train_images = spread(train.samples, train_samples, "--train-samples")
     val_images = spread(val.samples, val_samples, "--val-samples")
-    check_batches(len(train_images), batch_size, max(2, processes * least))
+    check_batches(len(train_images), batch_size, max(2, processes * min_share))
     if len(val_images) < processes:
         raise InputError(
             f"{folder}/val has {len(val_images)} images, fewer than the {processes} processes: start fewer"
@@ -281,7 +287,7 @@ def load(
         folder,
         train_images,
         v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]),
-        Share(len(train_images), batch_size, True, seed, rank, processes, limit),
+        ShareSampler(len(train_images), batch_size, True, seed, rank, processes, limit),
         note=train.describe_left_out(folder / "train"),
         workers=workers,
         device=device,
@@ -290,7 +296,7 @@ def load(
         folder,
         val_images,
         v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(image_size)]),
-        Share(len(val_images), batch_size, False, seed, rank, processes),
+        ShareSampler(len(val_images), batch_size, False, seed, rank, processes),
         note=val.describe_left_out(folder / "val"),
         form=InputForm(train.classes, MEAN, STD, resize=resize, crop=image_size, size=image_size),
         workers=workers,
@@ -300,13 +306,14 @@ def load(
 
 
 def spread(samples, count, flag):
-    """``count`` of the samples, evenly spaced, so that many classes are among them; all of them for None. Raises
-    InputError for too many.
+    """``count`` of the samples, evenly spaced, so that they are of many classes; all samples for None.
+
+    Raises InputError if there are fewer.
     """
     if count is None:
         return samples
     if count > len(samples):
-        raise InputError(f"{flag} {count} is more than the {len(samples)} images there are")
+        raise InputError(f"{flag} {count} is more than the {len(samples)} images in the folder")
     return [samples[index * len(samples) // count] for index in range(count)]
 
 

@@ -151,7 +151,7 @@ def test_bad_folders(own, kind):
         ({"val_samples": VAL + 1}, "--val-samples"),
         ({"batch_size": TRAIN + 1}, "-b"),
         ({"batch_size": 20}, "batch of 1"),
-        ({"processes": 3, "least": 2}, "at least 6"),
+        ({"processes": 3, "min_share": 2}, "at least 6"),
         ({"processes": 3, "val_samples": 2}, "own/val"),
     ],
 )
@@ -210,5 +210,5 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     load(moved)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    with pytest.raises(InputError, match="other images"):
+    with pytest.raises(InputError, match="name the folder"):
         load(own)[0].load_state_dict(state)

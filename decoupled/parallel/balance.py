@@ -11,9 +11,9 @@ from decoupled.networks.modules import eval_mode
 
 
 class TensorFormat:
-    """The form of a tensor (B, …), whatever B is: shape, dtype and order of the dimensions in memory.
+    """The form of a tensor (B, …) for any B: shape, dtype and the order of its dimensions in memory.
 
-    The process above restores the order in memory, so that it computes what a single process would, to the bit.
+    The receiver restores that order, so that it computes the same bits as a single process.
     """
 
     def __init__(self, tensor):
@@ -26,23 +26,28 @@ class TensorFormat:
         self.dtype = tensor.dtype
 
     def pack(self, tensor):
-        """``tensor`` as a contiguous tensor, without a copy. Raises RuntimeError for a tensor of another form."""
+        """``tensor`` as a contiguous tensor; copies only when its order in memory is another. Raises RuntimeError for
+        another shape or dtype.
+        """
         packed = tensor.permute(self.order).contiguous()
         if list(packed.shape[1:]) != self.packed_shape or packed.dtype != self.dtype:
-            raise RuntimeError(f"a representation is {packed.dtype} {tuple(packed.shape)}, not as in evaluation")
+            raise RuntimeError(
+                f"a representation is {tensor.dtype} {tuple(tensor.shape)}, but {self.dtype} (B, "
+                f"{', '.join(map(str, self.shape))}) in evaluation"
+            )
         return packed
 
     def unpack(self, packed):
-        """The tensor that ``pack`` was given, without a copy."""
+        """The tensor that was packed, as a view of ``packed``."""
         return packed.permute(self.inverse_order)
 
     def empty(self, samples, device):
-        """An uninitialized packed tensor for B = ``samples``."""
+        """An uninitialized packed tensor with B = ``samples``."""
         return torch.empty(samples, *self.packed_shape, dtype=self.dtype, device=device)
 
 
 class Survey(NamedTuple):
-    """What ``survey`` finds out about a network."""
+    """What ``survey`` measures of a network."""
 
     flops: list  # of a training step, per module
     inputs: list  # TensorFormat of each module's input
@@ -50,7 +55,7 @@ class Survey(NamedTuple):
 
 
 def survey(net, images, autocast):
-    """The Survey of ``net`` by one training step of each module on ``images``. ``net`` is left unchanged."""
+    """The Survey of ``net`` from a forward and backward pass of each module on ``images``. Leaves ``net`` unchanged."""
     flops = []
     inputs = []
     representation = images
@@ -68,17 +73,19 @@ def survey(net, images, autocast):
 
 
 def balance(costs, parts):
-    """Splits ``costs`` into consecutive parts so that the most expensive part costs least: the length of each part."""
+    """Splits ``costs`` into consecutive parts so that the cost of the most expensive part is least. Returns the length
+    of each part.
+    """
 
     @cache
-    def best(start, parts):
-        """(cost of the most expensive part, lengths) of the best split of what follows ``start``."""
+    def best(start, parts_left):
+        """(cost of the most expensive part, lengths) of the best split of costs[start:] into ``parts_left`` parts."""
         remaining = len(costs) - start
-        if parts == 1:
+        if parts_left == 1:
             return sum(costs[start:]), (remaining,)
         splits = []
-        for length in range(1, remaining - parts + 2):
-            highest_above, lengths_above = best(start + length, parts - 1)
+        for length in range(1, remaining - parts_left + 2):
+            highest_above, lengths_above = best(start + length, parts_left - 1)
             highest = max(sum(costs[start : start + length]), highest_above)
             splits.append((highest, (length, *lengths_above)))
         return min(splits)
@@ -88,8 +95,8 @@ def balance(costs, parts):
 
 
 def check_lengths(lengths, modules, stages):
-    """Raises InputError unless a network of so many ``modules`` can be split into so many ``stages``, with ``lengths``
-    modules each where these are given.
+    """Raises InputError unless a network of ``modules`` modules can be split into ``stages`` stages, and unless
+    ``lengths``, the number of modules in each, adds up if it is given.
     """
     if stages > modules:
         raise InputError(f"{stages} stages are more than the {modules} modules: start {modules} processes or fewer")

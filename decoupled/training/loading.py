@@ -1,4 +1,4 @@
-"""The network of a checkpoint, whichever script made it: ``decoupled.load``."""
+"""``decoupled.load``: the network of a checkpoint, from any script."""
 
 import argparse
 import contextlib
@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 
 from decoupled.data.images import InputForm
-from decoupled.errors import InputError
+from decoupled.errors import InputError, last_line
 from decoupled.training.checkpoint import read_checkpoint
 from decoupled.training.precision import pick_device
 
-ROOT = Path(__file__).resolve().parents[2]  # the repository: scripts' names in checkpoints are relative to it
+ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name scripts relative to it
 
 
 def load(checkpoint, *, script=None, build=None, device="cpu"):
-    """The trained network of the file ``checkpoint``, in eval mode on ``device``: images as InputForm reads them,
-    normalized, → a list of logits (B, classes), one for each head.
+    """The trained network in the file ``checkpoint``, in eval mode on ``device``. It maps images, prepared as the
+    checkpoint's InputForm says, to a list of logits (B, classes), one for each head.
 
-    It is ``build(args, classes)`` with the checkpoint's weights: the function ``build`` or, by default, that of the
-    script that made the checkpoint, which is at ``script`` if not in this repository. ``args`` are the run's arguments,
-    ``classes`` is their number. Raises InputError for a file that is no checkpoint, for a script that is missing or has
-    no ``build``, and where the network is another one.
+    ``build(args, classes)`` makes the network, from the run's arguments and the number of classes; then the weights are
+    loaded. By default ``build`` comes from the script that made the checkpoint: the one in this repository, or the file
+    ``script``. Raises InputError if the file is not a checkpoint, if the script is missing or has no ``build``, and if
+    the network does not match the weights.
     """
     return rebuild(read(checkpoint), checkpoint, script=script, build=build, device=device)
 
@@ -38,7 +38,7 @@ def read(path):
 
 
 def input_form(saved, path):
-    """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError where it has none."""
+    """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError if it has none."""
     if set(saved["data"]) != set(InputForm._fields):
         raise InputError(f"{path} does not say what images its network reads: its run had no test images with a form")
     return InputForm(**saved["data"])
@@ -53,21 +53,21 @@ def rebuild(saved, path, *, script=None, build=None, device="cpu"):
         raise InputError(f"{path} has no network: its script must call it net in run.epochs(net=…)")
     with torch.random.fork_rng(devices=[]):
         if build is None:
-            net = build_by_script(script_path(saved["script"], script), args, classes)
+            net = build_with_script(script_path(saved["script"], script), args, classes)
         else:
             net = build(args, classes)
     try:
         net.load_state_dict(states[0])
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        raise InputError(f"{path} is of another network than build(args, classes) makes now ({reason})") from error
+        raise InputError(
+            f"{path} does not match the network that build(args, classes) returns now ({last_line(error)})"
+        ) from error
     return net.to(pick_device(device), memory_format=torch.channels_last).eval()
 
 
 def script_path(name, path=None):
-    """Where the script is that a checkpoint calls ``name``, FOLDER/SCRIPT.py in the repository: at ``path`` if given.
-
-    Raises InputError where there is none.
+    """The path of the script that a checkpoint calls ``name``: ``path`` if given, else FOLDER/SCRIPT.py in the
+    repository. Raises InputError if it does not exist.
     """
     if path is None and not re.fullmatch(r"[\w-]+/[\w-]+\.py", name):
         raise InputError(f"{name!r} is no script of this repository: say where it is (script=), or give build=")
@@ -80,8 +80,10 @@ def script_path(name, path=None):
     return path.resolve()
 
 
-def build_by_script(path, args, classes):
-    """What ``build(args, classes)`` of the script at ``path`` makes. Raises InputError where it has none."""
+def build_with_script(path, args, classes):
+    """The network that ``build(args, classes)`` in the script at ``path`` returns. Raises InputError if the script has
+    no ``build``.
+    """
     with imports_from(path.parent):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
@@ -93,8 +95,8 @@ def build_by_script(path, args, classes):
 
 @contextlib.contextmanager
 def imports_from(folder):
-    """Within the block, modules are imported from ``folder`` first, as in a script there, also those that are called
-    like ones that the program has already imported. Afterwards everything is as before.
+    """Within the block, ``import`` looks in ``folder`` first, as in a script there, even for names that are already in
+    sys.modules. Afterwards sys.path and sys.modules are as before.
     """
     names = {path.stem for path in folder.glob("*.py")}
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
