@@ -190,7 +190,7 @@ def setup(args, build):
         distributed=True,
         stages=args.stages,
         loss_scale=args.static_loss_scale,
-        free_on_resume=("data", "workers", "print_freq"),
+        free_on_resume=("data", "print_freq"),
     )
     mesh = run.mesh
 
@@ -210,8 +210,7 @@ def setup(args, build):
             device=run.device,
         )
 
-    with run.console.reading():
-        train, val, classes = mesh.images(load)
+    train, val, classes = run.data(load)
     net = build(args, classes)
     if mesh.replicas > 1:
         if args.local_batch_norm:
@@ -220,7 +219,7 @@ def setup(args, build):
             replicas = "all processes" if mesh.stages == 1 else "the replicas of each module"
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
-    net = run.distribute(net, shape=(3, args.image_size, args.image_size))
+    net = run.distribute(net)
     modules = mesh.parallel(net.modules_here, args.local_batch_norm)
     return Setup(run, train, val, net, modules)
 

@@ -26,11 +26,15 @@ class TensorFormat:
         self.dtype = tensor.dtype
 
     def pack(self, tensor):
-        """``tensor`` as a contiguous tensor, without a copy. Raises RuntimeError for a tensor of another form."""
-        packed = tensor.permute(self.order).contiguous()
-        if list(packed.shape[1:]) != self.packed_shape or packed.dtype != self.dtype:
-            raise RuntimeError(f"a representation is {packed.dtype} {tuple(packed.shape)}, not as in evaluation")
-        return packed
+        """``tensor`` as a contiguous tensor, without a copy where it is in the same order in memory. Raises InputError
+        for a tensor of another form.
+        """
+        if list(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
+            raise InputError(
+                f"a mini-batch on its way to the stage above has {describe(tensor.dtype, tensor.shape[1:])}, where the "
+                f"example of the data has {describe(self.dtype, self.shape)}: make them alike"
+            )
+        return tensor.permute(self.order).contiguous()
 
     def unpack(self, packed):
         """The tensor that ``pack`` was given, without a copy."""
@@ -41,6 +45,12 @@ class TensorFormat:
         return torch.empty(samples, *self.packed_shape, dtype=self.dtype, device=device)
 
 
+def describe(dtype, shape):
+    """The form of tensors (B, *shape), for a message."""
+    sizes = ["B", *map(str, shape)]
+    return f"{str(dtype).removeprefix('torch.')} ({', '.join(sizes)})"
+
+
 class Survey(NamedTuple):
     """What ``survey`` finds out about a network."""
 
@@ -49,11 +59,13 @@ class Survey(NamedTuple):
     logits: TensorFormat  # of a head, as float32
 
 
-def survey(net, images, autocast):
-    """The Survey of ``net`` by one training step of each module on ``images``. ``net`` is left unchanged."""
+def survey(net, example, autocast):
+    """The Survey of ``net`` by one training step of each module on ``example``, a batch of its inputs. ``net`` is left
+    unchanged.
+    """
     flops = []
     inputs = []
-    representation = images
+    representation = example
     with eval_mode(net):
         for module in net:
             inputs.append(TensorFormat(representation))

@@ -11,12 +11,14 @@ A run in one process has a single stage with all modules, which reads the images
 import time
 from collections import deque
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import distributed, nn
 
 from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
-from decoupled.parallel.balance import balance, check_lengths, survey
+from decoupled.networks.modules import DecoupledNetwork
+from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
 
@@ -26,7 +28,7 @@ class Stage:
 
     ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
 
-    shape            of an image, (3, h, w)
+    example          a batch of inputs of the network, on its device. Its values do not matter
     lengths          modules in each stage; None: balanced by FLOPs
     queue            mini-batches that may be on their way to the stage above before ``send`` waits
     autocast         the context of a forward pass
@@ -34,7 +36,7 @@ class Stage:
                      The largest of the lowest stage's replicas becomes the mini-batch's tag.
     """
 
-    def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=int):
+    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=int):
         check_lengths(lengths, len(net), mesh.stages)
         self.net = net
         self.mesh = mesh
@@ -50,19 +52,18 @@ class Stage:
         # Of the mini-batch that this stage is working on:
         self.tag = 0
         self.labels = None
+        self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # of each of its labels
         self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
         self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
         if mesh.stages > 1:
-            self.keep_own_modules(shape, lengths, autocast)
+            self.keep_own_modules(example, lengths, autocast)
             self.connect_neighbors()
 
-    def keep_own_modules(self, shape, lengths, autocast):
+    def keep_own_modules(self, example, lengths, autocast):
         """Frees the parameters of the other stages' modules."""
-        parameter = next(self.net.parameters())
-        self.device = parameter.device
-        images = torch.zeros(2, *shape, dtype=parameter.dtype, device=self.device)
-        found = survey(self.net, images.to(memory_format=torch.channels_last), autocast)
+        self.device = example.device
+        found = survey(self.net, example, autocast)
         self.lengths = lengths or balance(found.flops, self.mesh.stages)
         self.first = sum(self.lengths[: self.mesh.stage])
         end = self.first + self.lengths[self.mesh.stage]
@@ -70,7 +71,7 @@ class Stage:
         for index, module in enumerate(self.net):
             if not self.first <= index < end:
                 module.to("meta")
-        self.heads = Heads(self)
+        self.heads = Heads(self, self.modules_here)
         self.input_format = found.inputs[self.first]
         self.output_format = None if self.last else found.inputs[end]
         self.logits_format = found.logits
@@ -103,8 +104,11 @@ class Stage:
     # Receiving
 
     def inputs(self, batches, totals=False):
-        """The inputs of this process's lowest module for the images of ``batches`` (decoupled.data.batches.Batches, or
-        its Outline): iterates as Batches do, over (representation (B, …), labels (B,)).
+        """The inputs of this process's lowest module for ``batches`` (see decoupled.data.batches), or their Outline:
+        iterates as they do, over (representation (B, …), labels).
+
+        ``labels`` are (B,), or whatever the mini-batches have instead: soft labels (B, classes), or a tuple of tensors
+        (B, …), if every module needs more of a sample.
 
         ``totals``: whether mini-batches travel with the sum of the outputs of all heads so far, for ``ensembles``.
         """
@@ -127,42 +131,50 @@ class Stage:
         sizes = inputs.batches.left
         receiving = deque(self.begin_receive(size, inputs.totals) for size in sizes[: self.queue])
         for number in range(len(sizes)):
-            works, tag, labels, packed, *ensemble_sum = receiving.popleft()
+            works, tag, labels, packed, ensemble_sum = receiving.popleft()
             self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
                 receiving.append(self.begin_receive(sizes[number + self.queue], inputs.totals))
             inputs.batches.advance()
             self.tag = int(tag)
-            self.labels = labels.to(self.device)
-            self.ensemble_sum = ensemble_sum[0].to(self.device) if ensemble_sum else 0
+            self.labels = self.unpack_labels(labels)
+            self.ensemble_sum = 0 if ensemble_sum is None else ensemble_sum.to(self.device)
             self.pending_request()
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
-        """Begins to receive a mini-batch of so many ``samples``, in memory of its own: (works, tag, labels, packed
-        representation[, sum for the ensembles]).
-        """
+        """Begins to receive a mini-batch of so many ``samples``, in memory of its own: an Arriving."""
         tag = torch.empty((), dtype=torch.int64)
-        labels = torch.empty(samples, dtype=torch.int64, device=self.transfer_device)
-        tensors = [tag, labels, self.input_format.empty(samples, self.transfer_device)]
+        labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
+        packed = self.input_format.empty(samples, self.transfer_device)
+        tensors = [tag, *labels, packed]
+        ensemble_sum = None
         if with_ensemble_sum:
-            tensors.append(self.logits_format.empty(samples, self.transfer_device))
+            ensemble_sum = self.logits_format.empty(samples, self.transfer_device)
+            tensors.append(ensemble_sum)
         works = self.transfer(distributed.irecv, tensors, self.mesh.below, self.group_below)
-        return works, *tensors
+        return Arriving(works, tag, labels, packed, ensemble_sum)
+
+    def unpack_labels(self, packed):
+        """The labels that were sent as ``packed``, one tensor for each: a tensor, or a tuple of several."""
+        labels = [form.unpack(one.to(self.device)) for form, one in zip(self.label_formats, packed, strict=True)]
+        return labels[0] if len(labels) == 1 else tuple(labels)
 
     # Sending
 
     def send(self, representation, labels, *ensemble_sum):
-        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels`` (B,), as received.
-        Waits only while the queue is full. Does nothing in the last stage.
+        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels``, as received.
+        Waits only while the queue is full. Does nothing in the last stage. Raises InputError for tensors of another
+        form than in the example of the data.
         """
         if self.last:
             return
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
         tag = torch.tensor(self.tag)
-        packed = self.output_format.pack(representation)
-        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (labels, packed, *ensemble_sum))]
+        packed = [form.pack(one) for form, one in zip(self.label_formats, as_list(labels), strict=True)]
+        packed.append(self.output_format.pack(representation))
+        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
 
@@ -217,13 +229,19 @@ class Stage:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
+    def heads_of(self, modules):
+        """As ``heads``, of other ``modules`` in place of ``modules_here``, such as averages of their weights."""
+        if self.mesh.stages == 1:
+            return DecoupledNetwork(modules)
+        return Heads(self, modules)
+
     def ensembles(self, probabilities=True):
         """As ``heads``, with the ensembles up to each head as further outputs: of probabilities, or of logits. See
         decoupled.networks.evaluation.WithEnsembles.
         """
         if self.mesh.stages == 1:
             return WithEnsembles(self.net, probabilities)
-        return Heads(self, ensembles="probabilities" if probabilities else "logits")
+        return Heads(self, self.modules_here, ensembles="probabilities" if probabilities else "logits")
 
     # What process 0 gathers
 
@@ -261,6 +279,21 @@ class Stage:
         self.net.load_state_dict(state)
 
 
+class Arriving(NamedTuple):
+    """A mini-batch that a stage has begun to receive: tensors that are filled when the ``works`` are done."""
+
+    works: list
+    tag: torch.Tensor
+    labels: list  # packed, one tensor for each
+    packed: torch.Tensor  # the representation
+    ensemble_sum: torch.Tensor | None
+
+
+def as_list(labels):
+    """The tensors of a mini-batch's ``labels``, which are a tensor or a tuple of several."""
+    return [labels] if isinstance(labels, torch.Tensor) else list(labels)
+
+
 def batch_norms(net):
     """The batch norms of ``net`` that keep running statistics."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -268,16 +301,16 @@ def batch_norms(net):
 
 
 class Heads(nn.Module):
-    """The heads of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list of logits
-    (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
+    """The heads of the ``modules`` of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list
+    of logits (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
 
     A forward pass sends the representation, and the sum for the ensembles, to the stage above.
     """
 
-    def __init__(self, stage, ensembles=None):
+    def __init__(self, stage, modules, ensembles=None):
         super().__init__()
         self.stage = stage
-        self.modules_here = stage.modules_here
+        self.modules_here = nn.ModuleList(modules)
         self.ensembles = ensembles
 
     def forward(self, representation, heads=None):
@@ -316,6 +349,9 @@ class Inputs:
         return self.rest()
 
     def rest(self):
+        if self.batches.example is not None:
+            _, labels = self.batches.example
+            self.stage.label_formats = [TensorFormat(one) for one in as_list(labels)]
         if self.stage.lowest:
             return self.stage.read_images(self)
         return self.stage.receive_representations(self)

@@ -210,19 +210,44 @@ def run_name(text):
 # The shared flags
 
 
-def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False):
+def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False, own_data=False):
     """The parser of a script whose docstring is ``doc``, with the flags of all CIFAR experiments; with ``distributed``,
-    also those of a script whose modules can learn in several processes. A script adds its own groups.
+    also those of a script whose modules can learn in several processes. With ``own_data``, --workers takes the place of
+    the flags that choose a data set. A script adds its own groups.
     """
     parser = Parser(doc)
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=integer(1), default=epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="images per step")
+    group.add_argument("--epochs", type=integer(1), default=epochs, help="passes over the training data")
+    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="samples per step")
     group.add_argument(
-        "--test-batch-size", type=integer(1), default=test_batch_size, help="images per batch in evaluation"
+        "--test-batch-size", type=integer(1), default=test_batch_size, help="samples per batch in evaluation"
     )
     group.add_argument("--lr", type=number(above=0), default=lr, help="initial learning rate")
     add_seed(group, seed)
+    if own_data:
+        add_workers(parser)
+    else:
+        add_datasets(parser)
+    add_device(parser)
+    if distributed:
+        group = add_processes(parser, "several processes: torchrun --nproc-per-node K")
+        add_stages(group)
+    add_log(parser)
+    return parser
+
+
+def add_workers(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--workers",
+        type=integer(0, 1024),
+        default=0,
+        metavar="N",
+        help="processes that read samples; 0: the process that trains does",
+    )
+
+
+def add_datasets(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
     group.add_argument(
@@ -236,12 +261,6 @@ def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, dis
         metavar="N",
         help="hold out N training images and evaluate on them instead of the test set",
     )
-    add_device(parser)
-    if distributed:
-        group = add_processes(parser, "several processes: torchrun --nproc-per-node K")
-        add_stages(group)
-    add_log(parser)
-    return parser
 
 
 def add_seed(group, seed):

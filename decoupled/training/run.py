@@ -6,9 +6,11 @@ for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, tra
     for images, labels in run.progress(train): ...
 """
 
+import hashlib
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ FLAGS_FREE_ON_RESUME = (  # of all scripts: they may differ when a run resumes
     "save_every",
     "log_dir",
     "data_dir",  # the images themselves are compared
+    "workers",
     "modules_per_stage",
     "stages",
     "queue",
@@ -72,6 +75,7 @@ class Run:
         self.args = args
         self.free_on_resume = (*FLAGS_FREE_ON_RESUME, *free_on_resume)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
+        self.script_sha256 = file_sha256(sys.argv[0])
         script_name = self.script.removesuffix(".py").replace("/", "-")
         self.checkpoint = Checkpoint(args.log_dir, script_name, args.name)
         self.saves_checkpoints = not getattr(args, "debug", 0)
@@ -81,6 +85,7 @@ class Run:
         self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.device = self.processes.device
         self.stage = None  # this process's Stage, where several share the modules
+        self.train = None  # the mini-batches for training that ``data`` has returned, or their Outline
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.header = []  # comments for the first lines of the log
@@ -105,16 +110,20 @@ class Run:
 
     # What a script makes before its epochs
 
-    def data(self, **options):
-        """(train, test, number of classes) of the data set that the flags choose, on the run's device.
+    def data(self, load=None, **options):
+        """(train, test, number of classes) of the data set that the flags choose, on the run's device; ``options`` are
+        those of decoupled.data.datasets.load.
 
-        ``options`` are those of decoupled.data.datasets.load.
+        For data of one's own, ``load`` is a function that returns these three: see decoupled.data.batches. Where
+        several processes share the modules, those above the lowest get Outlines in place of train and test.
         """
-        names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
-        options |= given(self.args, *names)
-        options["device"] = self.device
+        if load is None:
+            names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
+            options |= given(self.args, *names)
+            load = partial(datasets.load, **options, device=self.device)
         with self.console.reading():
-            return self.mesh.images(lambda: datasets.load(**options))
+            self.train, test, classes = self.mesh.data(load)
+        return self.train, test, classes
 
     def prepare(self, net, graphs=True):
         """Moves ``net`` to the run's device, in channels-last memory, and returns it. Compiles its modules with
@@ -122,14 +131,18 @@ class Run:
         """
         return self.steps.prepare(net, self.args.compile, graphs)
 
-    def distribute(self, net, shape=(3, 32, 32), kind=Stage):
+    def distribute(self, net, example=None, kind=Stage):
         """This process's modules of ``net``, prepared: a decoupled.parallel.stages.Stage, or a ``kind`` of it.
 
-        ``shape`` is that of an image.
+        ``example`` is a batch of the network's inputs, of any rank and type: stages learn from it what they send to
+        each other. By default it is that of the training data that ``data`` has returned.
         """
+        net = self.steps.prepare(net, compiled=False)
+        if self.mesh.stages > 1:
+            example = self.example_input(example)
         stage = kind(
-            self.steps.prepare(net, compiled=False),
-            shape,
+            net,
+            example,
             self.mesh,
             lengths=getattr(self.args, "modules_per_stage", None),
             queue=getattr(self.args, "queue", 1),
@@ -142,6 +155,15 @@ class Run:
             self.stage = stage
         return stage
 
+    def example_input(self, example):
+        """``example``, by default that of the training data, on the run's device."""
+        if example is None:
+            if self.train is None or self.train.example is None:
+                raise InputError("several stages need an example of the network's inputs: run.distribute(net, example)")
+            example, _ = self.train.example
+        memory_format = torch.channels_last if example.dim() == 4 else torch.preserve_format
+        return example.to(self.device, memory_format=memory_format)
+
     def describe(self, *lines):
         """Adds comments to the first lines of a new log."""
         self.header += [f"# {line}" for line in lines]
@@ -152,9 +174,12 @@ class Run:
         """The context for forward passes: mixed precision with --half, no effect otherwise."""
         return self.steps.autocast()
 
-    def step(self, loss, optimizer):
-        """zero_grad, backward and step of one module; in fp16 through its own loss scale."""
-        self.steps.step(loss, optimizer, self.batch, self.loss_weight)
+    def step(self, loss, optimizer, clip=None):
+        """zero_grad, backward and step of one module; in fp16 through its own loss scale. ``clip`` is the largest norm
+        that its gradient may have; a greater one is scaled down. A module whose parameters are all frozen stays as it
+        is.
+        """
+        self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
     def scaler(self, optimizer):
         """The loss scale of the module that ``optimizer`` trains; a no-op except in fp16."""
@@ -329,8 +354,9 @@ class Run:
             self.position.seconds = time.perf_counter() - self.started_at
         state = self.state.gather()
         if self.processes.rank == 0 and self.saves_checkpoints:
-            snapshot = {"script": self.script, "arguments": vars(self.args), "data": self.input_form()}
-            self.checkpoint.write({**snapshot, **asdict(self.position), "state": state})
+            snapshot = {"script": self.script, "script_sha256": self.script_sha256, "arguments": vars(self.args)}
+            snapshot |= {"data": self.input_form(), **asdict(self.position), "state": state}
+            self.checkpoint.write(snapshot)
         self.saved_at = time.perf_counter()
 
     def input_form(self):
@@ -452,6 +478,13 @@ class Run:
     def write_log(self, text):
         if self.processes.rank == 0:
             self.checkpoint.append(text)
+
+
+def file_sha256(path):
+    """The SHA-256 of the file at ``path``, in hexadecimal; "" where there is none, as in a notebook."""
+    if not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def require_one_process(script):
