@@ -236,7 +236,7 @@ def test_an_image_becomes_what_the_network_was_trained_on(tmp_path, folder):
     _, val, _ = imagenet_folders.load(folder, image_size=32, batch_size=4, workers=0)
     assert val.form.classes == ["cat", "dog"]
     ((images, _),) = val
-    pixels = torch.stack([val.form.read(path.decode()) for path in val.images.paths])
+    pixels = torch.stack([val.form.read(path.decode()) for path in val.samples.dataset.paths])
     ((mine, _),) = Batches(pixels, torch.zeros(4), 4, mean=val.form.mean, std=val.form.std)
     assert torch.equal(mine, images)
 
