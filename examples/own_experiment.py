@@ -5,9 +5,8 @@
 
 scikit-learn's digits, moved and turned at random by worker processes, and a
 small CNN that decouple splits into three modules, trained by AdamW with warm-up
-and cosine annealing. docs/own_script.md explains each part and has recipes for
-more. After 20 epochs: about 98 % test top-1 with the last head, in half a
-minute on a CPU. A log line shows each head's loss and accuracy.
+and cosine annealing. docs/own_script.md explains the parts and has recipes for
+more. After 20 epochs, test top-1 is 90.25 / 92.76 / 94.43 % for heads 1 to 3.
 """
 
 import torch
@@ -25,7 +24,6 @@ from decoupled.networks.evaluation import Meter, evaluate
 from decoupled.training import flags
 from decoupled.training.run import Run
 
-TEST = 359  # images
 WARM_UP = 2  # epochs
 
 
@@ -49,15 +47,18 @@ class Digits(Dataset):
 
 
 def parse_args():
-    return flags.parser(__doc__, epochs=20, batch_size=64, lr=3e-3, distributed=True, own_data=True).parse_args()
+    parser = flags.parser(__doc__, epochs=20, batch_size=64, lr=3e-3, distributed=True, own_data=True)
+    parser.add_argument("--images", type=flags.integer(20), default=1797, metavar="N", help="use the first N images")
+    return parser.parse_args()
 
 
 def load_data(args, device):
-    """(train, test, number of classes)."""
+    """(train, test, number of classes). One fifth of the images are for the test."""
+    count = args.images // 5
     shared = {"seed": args.seed, "workers": args.workers, "device": device}
-    augmented = Digits(slice(TEST, None), v2.RandomAffine(degrees=15, translate=(0.1, 0.1)))
+    augmented = Digits(slice(count, args.images), v2.RandomAffine(degrees=15, translate=(0.1, 0.1)))
     train = Loader(augmented, args.batch_size, shuffle=True, **shared)
-    test = Loader(Digits(slice(TEST)), args.test_batch_size, **shared)
+    test = Loader(Digits(slice(count)), args.test_batch_size, **shared)
     return train, test, 10
 
 
@@ -84,12 +85,19 @@ def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data(lambda: load_data(args, run.device))
-    net = run.distribute(build(args, classes))  # this process's modules: all of them, except under torchrun
+    net = run.distribute(build(args, classes))
     optimizers = [AdamW(module.parameters(), lr=args.lr) for module in net.modules_here]
     schedules = [schedule(optimizer, args.epochs) for optimizer in optimizers]
     meters = [Meter() for _ in net.modules_here]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
+    for epoch in run.epochs(
+        net=net,
+        optimizers=optimizers,
+        schedules=schedules,
+        train=train,
+        test=test,
+        meters=meters,
+    ):
         net.train()
         for representation, labels in run.progress(net.inputs(train)):
             for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
@@ -101,7 +109,8 @@ def main():
                 meter.update(loss, logits, labels)
             net.send(representation, labels)
         with run.autocast():
-            scores = evaluate(net.heads, run.evaluation(net.inputs(test)))
+            heads = net.heads
+            scores = evaluate(heads, run.evaluation(net.inputs(test)))
         for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for each in schedules:

@@ -72,7 +72,8 @@ def survey(net, example, autocast):
             with FlopCounterMode(display=False) as counter:
                 with autocast():
                     representation, logits = module(representation)
-                logits.float().sum().backward()
+                if logits.requires_grad:  # not all parameters of the module are frozen
+                    logits.float().sum().backward()
             flops.append(counter.get_total_flops())
             representation = representation.detach()
     net.zero_grad()
