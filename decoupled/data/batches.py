@@ -15,6 +15,7 @@ close()                     optional: called when the run ends
 Where several stages share the modules, also:
 
 outline                     (number of samples, batch size, number of mini-batches), for the Outline of the stages above
+place                       number of mini-batches of the epoch that are done
 example                     a mini-batch of two samples: its shapes and types are those of what stages send
 
 and where replicas share each mini-batch:

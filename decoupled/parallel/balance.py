@@ -32,7 +32,8 @@ class TensorFormat:
         if list(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
             raise InputError(
                 f"a mini-batch on its way to the stage above has {describe(tensor.dtype, tensor.shape[1:])}, where the "
-                f"example of the data has {describe(self.dtype, self.shape)}: make them alike"
+                f"example of the data has {describe(self.dtype, self.shape)}: make them alike (labels are changed in "
+                "the data set or its collate, not between inputs and send)"
             )
         return tensor.permute(self.order).contiguous()
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed, nn
 
+from decoupled.errors import InputError
 from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
 from decoupled.networks.modules import DecoupledNetwork
 from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
@@ -172,11 +173,20 @@ class Stage:
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
         tag = torch.tensor(self.tag)
-        packed = [form.pack(one) for form, one in zip(self.label_formats, as_list(labels), strict=True)]
-        packed.append(self.output_format.pack(representation))
+        packed = [*self.pack_labels(labels), self.output_format.pack(representation)]
         tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
+
+    def pack_labels(self, labels):
+        """``labels`` as ``unpack_labels`` expects them. Raises InputError for another number of tensors."""
+        tensors = as_list(labels)
+        if len(tensors) != len(self.label_formats):
+            raise InputError(
+                f"the labels on their way to the stage above are {len(tensors)} tensors, where the example of the data "
+                f"has {len(self.label_formats)}: send the labels as they came"
+            )
+        return [form.pack(one) for form, one in zip(self.label_formats, tensors, strict=True)]
 
     def finish_oldest_send(self):
         """Waits until the oldest mini-batch in the queue is sent, and frees it."""
