@@ -329,6 +329,16 @@ def test_a_tensor_of_another_form_is_refused_before_it_is_sent():
             form.pack(labels)
 
 
+def test_a_representation_whose_batch_is_not_first_in_memory_arrives_as_it_was():
+    """As nn.GRU's with batch_first."""
+    form = TensorFormat(torch.zeros(7, 2, 5).transpose(0, 1))
+    representation = torch.rand(7, 3, 5).transpose(0, 1)
+    packed = form.pack(representation)
+    assert packed.data_ptr() == representation.data_ptr()
+    arrived = form.unpack(form.empty(3, "cpu").copy_(packed))
+    assert torch.equal(arrived, representation) and arrived.stride() == representation.stride()
+
+
 # load
 
 

@@ -18,10 +18,10 @@ class TensorFormat:
 
     def __init__(self, tensor):
         strides = tensor.stride()
-        # Dimensions from the slowest to the fastest in memory: contiguous in this order.
+        # Dimensions from the slowest to the fastest in memory: contiguous in this order. B is not always the slowest: a
+        # GRU's output, for one, has the time first.
         self.order = sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension])
         self.inverse_order = sorted(range(tensor.dim()), key=lambda position: self.order[position])
-        self.packed_shape = [tensor.shape[dimension] for dimension in self.order[1:]]  # without B
         self.shape = list(tensor.shape[1:])
         self.dtype = tensor.dtype
 
@@ -43,7 +43,8 @@ class TensorFormat:
 
     def empty(self, samples, device):
         """An uninitialized packed tensor for B = ``samples``."""
-        return torch.empty(samples, *self.packed_shape, dtype=self.dtype, device=device)
+        shape = [samples, *self.shape]
+        return torch.empty([shape[dimension] for dimension in self.order], dtype=self.dtype, device=device)
 
 
 def describe(dtype, shape):
