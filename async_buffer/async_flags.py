@@ -9,7 +9,7 @@ from decoupled.training.flags import integer
 
 
 def parser(doc):
-    """The parser of a script with the docstring ``doc``: the flags of both scripts, except for those of buffers."""
+    """The parser of a script with the docstring ``doc``: the flags that both scripts have, except those of buffers."""
     parser = flags.parser(doc, epochs=50, batch_size=128)
     add_name(
         parser, "--epochs", "--nepochs", help="own epochs of each module, after which it only passes representations on"
@@ -77,8 +77,8 @@ def add_name(parser, flag, name, help):
     parser._option_string_actions[name] = action
 
 
-def add_reading(group):
-    """Adds the flags of how buffers are stored and read."""
+def add_buffers(group):
+    """Adds the flags that say how buffers are stored and read."""
     group.add_argument(
         "--buffer-sampling",
         choices=SAMPLING,

@@ -17,7 +17,7 @@ def module_list(text):
     try:
         return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of modules such as [1,3]") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of modules such as [1,3]") from None
 
 
 def make_body(in_channels, out_channels, downsampling=None, batch_norm=True):

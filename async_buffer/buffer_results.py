@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import cifar_buffer
 import pandas as pd
-from turns import tallies
+from turns import read_tallies
 
 from decoupled import InputError
 from decoupled.logs import final, read_log
@@ -16,7 +16,7 @@ from decoupled.training import run as runs
 VARIED = ("buffer", "noise", "layer_noise", "seed")  # arguments that the figures vary
 
 # Arguments that say where a run was made, not what it is
-FLAGS_OF_PLACE = (*runs.FLAGS_FREE_ON_RESUME, "name", "device")
+FLAGS_OF_PLACE = (*runs.FREE_ON_RESUME, "name", "device")
 
 COLUMNS = (
     "setting",
@@ -85,10 +85,11 @@ def results(folder):
 def result(run):
     """The row of a LoggedRun in ``results``: a dict."""
     last = final(run.frame).iloc[-1]
-    turns = tallies(run.frame.attrs["comments"])
-    slow_module = run.arguments["layer_noise"] if run.arguments["noise"] else 0
-    watched_module = slow_module or run.arguments["ncnn"] - 1
-    watched = turns[turns["n"] == watched_module]
+    tallies = read_tallies(run.frame.attrs["comments"])
+    watched_module = run.arguments["layer_noise"]
+    if run.arguments["noise"] == 0 or watched_module == 0:  # none is slow, or one that reads no buffer
+        watched_module = run.arguments["ncnn"] - 1
+    watched = tallies[tallies["n"] == watched_module]
     row = {"setting": setting_of(run)}
     for name in VARIED:
         row[name] = run.arguments[name]
@@ -97,7 +98,7 @@ def result(run):
     row["ensemble_top1"] = last["ensemble_top1"]
     row["staleness"] = watched["staleness"].mean()
     row["reuse"] = watched["reuse"].mean()
-    row["skipped"] = turns["skipped"].sum()
+    row["skipped"] = tallies["skipped"].sum()
     row["log"] = run.path.name
     return row
 
@@ -134,20 +135,27 @@ def table(frame):
     return summary.round(2)
 
 
-def slow_module_of(arguments, module):
-    """(how, slow module, slow-down) of a run with these ``arguments``: "real" or "simulated". Where none is slow, the
-    slow module is ``module``, slowed down by 1.
-    """
+class SlowModule(NamedTuple):
+    """Which module of a run was slow, and how."""
+
+    how: str  # "real" or "simulated"
+    module: int | None  # None: none was slow
+    factor: float
+
+
+def slow_module_of(arguments):
+    """The SlowModule of a run with these ``arguments``."""
     if "slow" in arguments:  # of cifar_buffer_distributed.py
-        slow, factor = arguments["slow"] or (module, 1.0)
-        return "real", slow, factor
-    factor = 1 / (1 - arguments.get("noise", 0))
-    return "simulated", arguments.get("layer_noise") if factor > 1 else module, factor
+        module, factor = arguments["slow"] or (None, 1.0)
+        return SlowModule("real", module, factor)
+    noise = arguments.get("noise", 0)
+    module = arguments["layer_noise"] if noise else None
+    return SlowModule("simulated", module, 1 / (1 - noise))
 
 
 def side_by_side(folder, module):
     """A data frame with a row for each run in ``folder``, simulated or in real time with a process for each module, in
-    which ``module`` or none is slow. The logs are .txt files, because they are no rows of the other tables.
+    which ``module`` or none is slow. The logs are .txt files, so that no other table includes them.
 
     Columns: how ("simulated", "real"), slow_down, log, test_top1 and ensemble_top1 as in ``results``, staleness and
     reuse of what ``module`` learned from, means over the run.
@@ -155,16 +163,16 @@ def side_by_side(folder, module):
     rows = []
     for path in sorted(Path(folder).glob("*.txt")):
         frame = read_log(path)
-        how, slow_module, factor = slow_module_of(frame.attrs["arguments"], module)
-        if factor > 1 and slow_module != module:
+        slow = slow_module_of(frame.attrs["arguments"])
+        if slow.factor > 1 and slow.module != module:
             continue
         last = final(frame).iloc[-1]
-        turns = tallies(frame.attrs["comments"])
-        watched = turns[turns["n"] == module]
+        tallies = read_tallies(frame.attrs["comments"])
+        watched = tallies[tallies["n"] == module]
         rows.append(
             {
-                "how": how,
-                "slow_down": round(factor, 2),
+                "how": slow.how,
+                "slow_down": round(slow.factor, 2),
                 "log": path.name,
                 "test_top1": last["test_top1"],
                 "ensemble_top1": last["ensemble_top1"],

@@ -32,7 +32,7 @@ from decoupled.training import flags
 from decoupled.training.flags import integer, number
 from decoupled.training.run import Run
 
-FLAGS_OF_BUFFERS = ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress")
+FLAGS_OF_ASYNCHRONY = ("noise", "layer_noise", "buffer-sampling", "max-buffer-reuse", "buffer-device", "compress")
 
 
 def parse_args(argv=None):
@@ -56,19 +56,19 @@ def parse_args(argv=None):
         "--layer_noise", type=integer(0), default=0, metavar="MODULE", help="the slow module, counted from 0"
     )
     group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
-    async_flags.add_reading(group)
-    parser.dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
-    parser.dropped("--prog", why="a terminal shows a progress bar, anything else none")
-    parser.dropped("--decay", why="the rate falls by --epochdecay")
-    parser.dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
+    async_flags.add_buffers(group)
+    parser.add_dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
+    parser.add_dropped("--prog", why="a terminal shows a progress bar, anything else none")
+    parser.add_dropped("--decay", why="the rate falls by --epochdecay")
+    parser.add_dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
     args = parser.parse_args(argv)
 
     # A flag that would have no effect is refused: the log would claim what the run did not do.
     if args.layer_noise >= args.ncnn:
-        parser.error(f"--layer_noise {args.layer_noise} is no module: there are {args.ncnn}, from 0")
+        parser.error(f"--layer_noise {args.layer_noise}: the modules are 0 to {args.ncnn - 1}")
     if args.noise and args.layer_sequence == "sequential":
         parser.error("--noise has no effect with --layer-sequence sequential: no module is drawn")
-    for name in FLAGS_OF_BUFFERS:
+    for name in FLAGS_OF_ASYNCHRONY:
         key = name.replace("-", "_")
         if args.buffer == 0 and getattr(args, key) != parser.get_default(key):
             parser.error(f"--{name} has no effect without --buffer: the run is synchronous")
@@ -112,16 +112,16 @@ def main():
 
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
     state |= {"buffers": buffers, "turns": turns, "tallies": tallies}
-    for epoch in run.epochs(**state):  # over when the slowest module has finished its own
+    for epoch in run.epochs(**state):  # over when the slowest module has finished an epoch of its own
         net.train()
         for n in run.progress(turns.until(epoch), resumes=True):  # one turn of module n
             tally = tallies[n]
             tally.turns += 1
-            if not turns.learns(n) and not turns.feeds(n):  # nobody needs what it makes
+            if not turns.learns(n) and not turns.feeds(n):  # no module needs its representations
                 tally.frozen += 1
                 continue
             sample = images.read() if n == 0 else buffers[n - 1].read()
-            if sample is None:  # all that is there was read as often as allowed
+            if sample is None:  # every mini-batch in the buffer was read as often as allowed
                 tally.skipped += 1
                 continue
             if turns.learns(n):
@@ -131,9 +131,9 @@ def main():
                 run.step(loss, optimizers[n])  # zero_grad, backward, step
                 representation = representation.detach()  # no gradient crosses to another module
                 age = turns.learned[n - 1] - sample.step if n > 0 else None
-                tally.learned(loss, logits, sample.labels, age, sample.uses)
+                tally.add(loss, logits, sample.labels, age, sample.uses)
                 turns.learned[n] += 1
-                if turns.learned[n] % len(images) == 0:
+                if turns.learned[n] % len(images) == 0:  # an epoch of this module is over
                     schedules[n].step()
             else:
                 tally.frozen += 1

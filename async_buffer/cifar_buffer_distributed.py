@@ -1,14 +1,14 @@
 """Asynchronous Decoupled Greedy Learning with replay, in real time: Algorithm 2 of
-the paper's Sec. 5.6, with a process for each module or for some modules.
+the paper's Sec. 5.6. Each process has one module or several consecutive ones.
 
     torchrun --nproc-per-node 6 async_buffer/cifar_buffer_distributed.py \\
         --buffer 30 --slow 3:1.5
 
 Each process learns at its own pace. What the process below sends goes into a
-replay buffer as it comes; the process learns from the buffer, again and again
-when the process below is slow. Nobody waits for a slow process. --slow slows a
-process down, and --turn makes all others equally fast: together they measure in
-real time the Fig. 5 that cifar_buffer.py simulates in one process.
+replay buffer when it arrives. The process learns from the buffer, and from the
+same mini-batches again while the process below is slow: no process waits for
+another. --slow slows a process down, and --turn makes all others equally fast:
+together they measure in real time what cifar_buffer.py simulates for Fig. 5.
 
 All processes meet when the slowest has finished an epoch, to evaluate, and when
 the run is saved or stopped; everything that was sent is then in the buffers. A
@@ -35,7 +35,7 @@ from decoupled.training.flags import integer, number
 from decoupled.training.run import Run
 
 
-def slow_down(text):
+def rank_and_factor(text):
     """An argparse type: "3:1.5" → (3, 1.5)."""
     rank, _, factor = text.partition(":")
     try:
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--slow",
-        type=slow_down,
+        type=rank_and_factor,
         metavar="RANK:FACTOR",
         help="a turn of process RANK takes FACTOR times as long as it would",
     )
@@ -74,24 +74,46 @@ def parse_args(argv=None):
         metavar="M",
         help="mini-batches in the buffer of each process",
     )
-    async_flags.add_reading(group)
+    async_flags.add_buffers(group)
     args = parser.parse_args(argv)
     async_flags.check_network(parser, args)
     return args
 
 
 def make_buffer(args, run, net):
-    """The replay buffer of this process."""
+    """The replay buffer of this process; None in the lowest."""
+    if net.lowest:
+        return None
     options = async_flags.buffer_options(args, run.device)
     options |= {"dtype": net.input_format.dtype}
     (buffer,), _ = make_buffers(args.buffer, args.batch_size, [net.input_format.shape], **options)
     return buffer
 
 
-def forward_only(run, module, representation):
-    """The representation (B, C, s, s) that a module makes after its last epoch, with fixed batch norm statistics."""
+def buffers_by_module(net, buffer, device):
+    """What a checkpoint saves as the buffer of each module of this process: ``buffer`` for the lowest. The others learn
+    from the module below in the same turn, as in Algorithm 1, and need none: theirs is an empty HandOver.
+    """
+    buffers = [HandOver(device) for _ in net.modules_here]
+    if buffer is not None:
+        buffers[0] = buffer
+    return buffers
+
+
+def slow_down(args, rank):
+    """The factor by which --slow slows down process ``rank``."""
+    if args.slow is None:
+        return 1.0
+    slow_rank, factor = args.slow
+    return factor if rank == slow_rank else 1.0
+
+
+def forward_only(run, modules, representation):
+    """The representation (B, C, s, s) that ``modules`` make after their last epoch. Batch norm statistics are fixed."""
     with run.autocast(), torch.no_grad():
-        return module.eval().body(representation)
+        for module in modules:
+            representation = module.eval().body(representation)
+    return representation
 
 
 def main():
@@ -99,9 +121,11 @@ def main():
     run = Run(args, distributed=True, free_on_resume=("slow", "turn"))
     size = run.processes.size
     if size == 1:
-        raise InputError("one process has nobody to be asynchronous with: start it with torchrun --nproc-per-node 2 …")
+        raise InputError(
+            "asynchronous learning needs at least 2 processes: start it with torchrun --nproc-per-node 2 …"
+        )
     if args.slow and args.slow[0] >= size:
-        raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g} names no process: there are {size}, from 0")
+        raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g}: the processes are 0 to {size - 1}")
     train, test, classes = run.data(drop_last=True)
     net = run.distribute(build(args, classes), kind=ReplayStage)  # the modules of this process
     optimizers = [
@@ -110,53 +134,48 @@ def main():
     # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     pace = Pace(net.lengths, len(train), args.epochs)
-    images = ImageStream(train) if net.lowest else train
-    buffer = None if net.lowest else make_buffer(args, run, net)
-    slow_rank, factor = args.slow or (None, 1.0)
-    if run.processes.rank != slow_rank:
-        factor = 1.0
+    images = ImageStream(train) if net.lowest else train  # without images above the lowest process
+    buffer = make_buffer(args, run, net)
+    factor = slow_down(args, run.processes.rank)
     net.connect(pace, images, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
     tallies = [Tally() for _ in net.modules_here]
-    # A checkpoint has the state of each module. All modules of a process have its pace, and the lowest its buffer: the
-    # others get their mini-batches in the same turn, as in Algorithm 1.
-    paces = [pace for _ in net.modules_here]
-    buffers = [HandOver(run.device) for _ in net.modules_here]
-    if buffer is not None:
-        buffers[0] = buffer
 
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
-    state |= {"pace": paces, "tallies": tallies, "buffers": buffers}
-    for epoch in run.epochs(**state):  # over when the slowest process has finished its own
+    # A checkpoint has one entry for each module, and the modules here share their pace.
+    state |= {"pace": [pace for _ in net.modules_here], "tallies": tallies}
+    state |= {"buffers": buffers_by_module(net, buffer, run.device)}
+    for epoch in run.epochs(**state):  # over when the slowest process has finished an epoch of its own
         net.train()
-        for _ in run.progress(net.turns(epoch), resumes=True):
-            sample, age = net.read()  # images in the lowest process; in the others from the replay buffer
-            if sample is None:  # nothing has come yet, everything was read as often as allowed, or nobody needs more
+        for _ in run.progress(net.turns(epoch), resumes=True):  # one turn of this process
+            sample, age = net.read()  # the next images in the lowest process, in the others from the replay buffer
+            if sample is None:  # nothing to do in this turn
                 continue
-            representation, labels = sample.representation, sample.labels
-            for module, optimizer, tally in zip(net.modules_here, optimizers, tallies, strict=True):
-                tally.turns += 1
-                if not pace.learns:
-                    tally.frozen += 1
-                    representation = forward_only(run, module, representation)
-                    continue
-                with run.autocast():
-                    representation, logits = module(representation)  # (B, C, s, s), (B, classes)
-                loss = F.cross_entropy(logits.float(), labels)
-                run.step(loss, optimizer)  # zero_grad, backward, step
-                representation = representation.detach()  # no gradient crosses to the module below
-                tally.learned(loss, logits, labels, age, sample.uses)
+            representation = sample.representation
+            labels = sample.labels
             if pace.learns:
+                for module, optimizer, tally in zip(net.modules_here, optimizers, tallies, strict=True):
+                    with run.autocast():
+                        representation, logits = module(representation)  # (B, C, s, s), (B, classes)
+                    loss = F.cross_entropy(logits.float(), labels)
+                    run.step(loss, optimizer)  # zero_grad, backward, step
+                    representation = representation.detach()  # no gradient crosses to the module below
+                    tally.turns += 1
+                    tally.add(loss, logits, labels, age, sample.uses)
                 pace.learned += 1
-                if pace.learned % pace.length == 0:
+                if pace.learned % pace.length == 0:  # an epoch of these modules is over
                     for schedule in schedules:
                         schedule.step()
             else:
+                representation = forward_only(run, net.modules_here, representation)
+                for tally in tallies:
+                    tally.turns += 1
+                    tally.frozen += 1
                 pace.frozen += 1
-            net.send(representation, labels)  # into the replay buffer of the process above
+            net.end_turn(representation, labels)  # into the replay buffer of the process above
 
         heads = net.ensembles(probabilities=False) if args.ensemble else net.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(test, totals=args.ensemble)))
+            scores = evaluate(heads, run.evaluation(net.inputs(test, with_ensemble_sum=args.ensemble)))
         log(run, net, epoch, tallies, pace, [score.top1 for score in scores])
 
 
@@ -164,13 +183,13 @@ def log(run, net, epoch, tallies, pace, scores):
     """Logs the modules of all processes. ``scores``: test top-1 of this process's heads, then of their ensembles."""
     count = len(tallies)
     ensembles = scores[count:] or [float("nan")] * count
-    entries = []  # (line, comments)
+    entries = []  # (line, comments) of each module here
     for index, tally in enumerate(tallies):
         n = net.first + index
         line = logs.async_line(n, epoch, pace.own_epochs, tally.top1, scores[index], ensembles[index])
         entries.append((line, [tally.line(n, epoch)]))
     _, last_comments = entries[-1]
-    last_comments.append(f"# {net.about}")
+    last_comments.append(f"# {net.epoch_summary}")
     for entries_of_process in run.mesh.to_first(entries):
         for line, comments in entries_of_process:
             run.report(line, *comments)

@@ -2,12 +2,12 @@
 
 
 class Noticeboard:
-    """The notes of all ``processes`` (decoupled.parallel.processes.Processes). They are gone after a restart."""
+    """The notes of all ``processes`` (decoupled.parallel.processes.Processes). A restart begins without any."""
 
     def __init__(self, processes):
         self.store = processes.store
-        self.heartbeats = [f"heartbeat {rank}" for rank in range(processes.size)]
-        self.own_heartbeat = self.heartbeats[processes.rank]
+        self.heartbeat_names = [f"heartbeat {rank}" for rank in range(processes.size)]
+        self.own_heartbeat_name = self.heartbeat_names[processes.rank]
 
     def post(self, name, value=""):
         """Leaves a note with this ``name`` and ``value``."""
@@ -24,10 +24,11 @@ class Noticeboard:
         return self.store.get(name).decode()
 
     def beat(self):
-        """Shows the others that this process is alive. Returns the number of heartbeats of each process; an empty list
-        until all processes have had one.
-        """
-        self.store.add(self.own_heartbeat, 1)
-        if not self.store.check(self.heartbeats):
+        """Shows the others that this process is alive."""
+        self.store.add(self.own_heartbeat_name, 1)
+
+    def heartbeat_counts(self):
+        """How often each process has called ``beat``; an empty list until all have."""
+        if not self.store.check(self.heartbeat_names):
             return []
-        return [int(count) for count in self.store.multi_get(self.heartbeats)]
+        return [int(count) for count in self.store.multi_get(self.heartbeat_names)]

@@ -28,7 +28,7 @@ class PlainStorage:
     """Memory for ``capacity`` representations (B, C, h, w), channels-last and in their own ``dtype``. Reading from the
     same ``device`` copies nothing.
 
-    ``pinned``: in main memory that a GPU reads and writes by itself, in the order of its other work; nobody waits.
+    ``pinned``: in page-locked main memory, which a GPU reads and writes asynchronously, in the order of its other work.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned):
@@ -114,8 +114,8 @@ class ReplayBuffer:
     A read takes, among the slots with the fewest uses, the newest (``sampling`` "priority_lifo", the paper's) or the
     oldest ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read again until it is overwritten.
 
-    Memory for values of ``dtype``, or of ``bits`` bits each, is allocated once, on ``storage_device``; reads arrive on
-    ``device``. What a read returns is valid until the next write: it may be the stored memory itself.
+    Memory for values of ``dtype``, or of ``bits`` bits each, is allocated once, on ``storage_device``; reads return
+    tensors on ``device``. They are valid until the next write, because they may be views of the stored memory.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ReplayBuffer:
 
     @property
     def filled(self):
-        """The slots that have been written."""
+        """The slots that have been written: the first ones, and after ``capacity`` writes all."""
         return self.slots[: self.writes]
 
     def write(self, representation, labels, step=0):
@@ -198,7 +198,7 @@ class ReplayBuffer:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def state_dict(self):
-        """Everything, as it is stored; slots that have not been written are left out."""
+        """Everything as it is stored, without the tensors of slots that have not been written."""
         self.wait()
         filled = len(self.filled)
         tensors = {}
@@ -219,7 +219,9 @@ class ReplayBuffer:
 
     def latest_write(self, index):
         """The number of the latest write, from 0, that went to slot ``index``."""
-        return self.writes - 1 - (self.writes - 1 - index) % self.capacity
+        latest = self.writes - 1  # of all slots
+        writes_since = (latest - index) % self.capacity
+        return latest - writes_since
 
     def wait(self):
         """Waits for the GPU to finish with main memory before the CPU reads or writes it."""
@@ -228,8 +230,8 @@ class ReplayBuffer:
 
 
 class HandOver:
-    """What stands between two modules of synchronous DGL (``--buffer 0``): the mini-batch itself, read once right after
-    it was written.
+    """The buffer between two modules of synchronous DGL (``--buffer 0``): one mini-batch, not copied, which is read
+    once right after it was written.
     """
 
     nbytes = 0
@@ -256,9 +258,9 @@ class HandOver:
 
 
 def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=None, **options):
-    """(a buffer for each of the representations' ``shapes`` (C, h, w), the lines that say what memory they take).
+    """(a buffer for each of the representations' ``shapes`` (C, h, w), lines for the log about the memory they take).
 
-    Raises InputError, before anything is allocated, when that is more than is free.
+    Raises InputError, before anything is allocated, when there is not enough free memory.
     """
     if capacity == 0:
         return [HandOver(options["device"]) for _ in shapes], ["buffers: none, synchronous"]
@@ -302,8 +304,8 @@ WAYS_OUT = "choose a smaller --buffer, --batch_size or --feature_size, --compres
 
 
 def check_memory(total, device):
-    """Raises InputError when buffers of ``total`` bytes on ``device``, and the same again in main memory for
-    checkpoints, are more than is free.
+    """Raises InputError when there is not enough free memory for buffers of ``total`` bytes on ``device``, and as much
+    again in main memory for checkpoints.
     """
     cpu = torch.device("cpu")
     needs = {device: total}
@@ -316,7 +318,7 @@ def check_memory(total, device):
 
 
 def free_memory(device):
-    """Free bytes on ``device``; None where the system does not tell."""
+    """Free bytes on ``device``; None if that is unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free

@@ -1,5 +1,5 @@
-"""Processes that learn at their own pace: each from a replay buffer, which a thread fills with what the process below
-sends (Sec. 5.6, Algorithm 2).
+"""Processes that learn at their own pace (Sec. 5.6, Algorithm 2). Each learns from a replay buffer, which a thread
+fills with what the process below sends.
 
  process r − 1                          process r                                  process r + 1
  learns ─▶ newest ──────▶ Inbox ─▶ replay buffer ─▶ learns ─▶ newest ──────▶ Inbox ─▶ …
@@ -9,6 +9,7 @@ sends (Sec. 5.6, Algorithm 2).
 import threading
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from noticeboard import Noticeboard
@@ -19,21 +20,31 @@ from turns import check_epochs
 from decoupled import InputError
 from decoupled.parallel.stages import Stage
 
-# Messages instead of a mini-batch's step
-MEET = -1  # all that was sent before has come
-END = -2  # nothing more will come
+# What an Outbox sends instead of a mini-batch, in the place of its step
+MEET = -1  # everything sent before this has arrived
+END = -2  # nothing will follow
 
-EPOCH_OVER = -1  # why all meet, besides what Run.pending_request asks for: the slowest has finished an epoch
+# Reasons to meet: this one, and those of Run.pending_request, which are positive
+EPOCH_OVER = -1  # all processes have finished the epoch
 
-IDLE_SECONDS = 0.005  # pause of a process that has nothing to learn from
+IDLE_SECONDS = 0.005  # pause of a process that has nothing to do
 HEARTBEAT_SECONDS = 1.0
-CLOSING_SECONDS = 3.0  # until a thread that does not end is left alone
-FOREVER = timedelta(days=365)  # a process below may be as slow as it likes; heartbeats find one that hangs
+CLOSING_SECONDS = 3.0  # how long ``close`` waits for each thread
+FOREVER = timedelta(days=365)  # a process below may be as slow as it likes; heartbeats detect one that hangs
+
+
+class Traffic(NamedTuple):
+    """How many mini-batches a process has learned from, received, sent and dropped."""
+
+    learned: int
+    received: int
+    sent: int
+    dropped: int
 
 
 class Inbox(threading.Thread):
     """Receives mini-batches of ``batch_size`` samples from process ``other`` and writes each into ``buffer`` as soon as
-    it comes. ``tensor_format`` is that of the representations (decoupled.parallel.balance.TensorFormat).
+    it arrives. ``tensor_format`` is that of the representations (decoupled.parallel.balance.TensorFormat).
     """
 
     def __init__(self, buffer, tensor_format, batch_size, other, group):
@@ -46,7 +57,7 @@ class Inbox(threading.Thread):
         self.labels = torch.empty(batch_size, dtype=torch.int64)
         self.packed = tensor_format.empty(batch_size, "cpu")
         self.lock = threading.Lock()  # of the buffer
-        self.met = threading.Event()  # MEET has come, or there is an error
+        self.met = threading.Event()  # MEET has arrived, or the thread has failed
         self.received = 0  # mini-batches
         self.newest_step = 0
         self.error = None
@@ -59,7 +70,7 @@ class Inbox(threading.Thread):
         self.met.set()
 
     def receive_all(self):
-        """Receives until END comes."""
+        """Receives until END arrives."""
         while True:
             self.receive(self.step, tag=0)
             step = int(self.step)
@@ -78,8 +89,21 @@ class Inbox(threading.Thread):
     def receive(self, tensor, tag):
         distributed.irecv(tensor, self.other, group=self.group, tag=tag).wait()
 
+    def wait_until_met(self, timeout):
+        """Returns when MEET has arrived. Raises RuntimeError when receiving fails or that takes more than ``timeout``
+        seconds.
+        """
+        in_time = self.met.wait(timeout)
+        if self.error is not None:
+            raise self.error
+        if not in_time:
+            raise RuntimeError("timed out")
+        self.met.clear()
+
     def read(self):
-        """(a Sample that no later write changes, its age in steps of the process below), or (None, None)."""
+        """(Sample, its age in steps of the process below), or (None, None) when the buffer has none to read. No later
+        write changes the Sample.
+        """
         with self.lock:
             sample = self.buffer.read()
             if sample is None:
@@ -89,8 +113,8 @@ class Inbox(threading.Thread):
 
 
 class Outbox(threading.Thread):
-    """Sends the newest mini-batch to process ``other`` whenever that is ready for one. A mini-batch that still waits
-    when a newer one is put is dropped, so ``put`` never waits.
+    """Sends the newest mini-batch to process ``other`` whenever the last one has been sent. ``put`` never waits: it
+    replaces a mini-batch that has not been sent yet, which is dropped.
     """
 
     def __init__(self, other, group):
@@ -98,14 +122,16 @@ class Outbox(threading.Thread):
         self.other = other
         self.group = group
         self.changed = threading.Condition()
-        self.next = None  # the message that waits
-        self.busy = False  # sending a message
+        self.next = None  # the message to send next
+        self.busy = False  # whether a message is being sent
         self.sent = 0  # mini-batches
         self.dropped = 0
         self.error = None
 
     def put(self, step, *tensors):
-        """Hands over a mini-batch: its step, labels and packed representation. Or MEET or END, alone."""
+        """Sends a mini-batch (step, labels, packed representation), or MEET or END in the place of the step, without
+        tensors.
+        """
         with self.changed:
             if self.next is not None:
                 self.dropped += 1
@@ -122,29 +148,33 @@ class Outbox(threading.Thread):
 
     def send_all(self):
         """Sends until END is sent."""
-        message = (torch.tensor(0),)
-        while message[0] != END:
+        while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.next is not None)
                 message = self.next
                 self.next = None
                 self.busy = True
+            step, *tensors = message
             for tag, tensor in enumerate(message):
                 distributed.isend(tensor, self.other, group=self.group, tag=tag).wait()
             with self.changed:
                 self.busy = False
-                if len(message) > 1:
+                if tensors:  # neither MEET nor END
                     self.sent += 1
                 self.changed.notify_all()
+            if step == END:
+                return
 
     def wait_until_empty(self, timeout):
-        """Returns when all is sent. Raises RuntimeError when that fails or takes more than ``timeout`` seconds."""
+        """Returns when everything is sent. Raises RuntimeError when that fails or takes more than ``timeout``
+        seconds.
+        """
 
-        def is_over():
+        def failed_or_empty():
             return self.error is not None or (self.next is None and not self.busy)
 
         with self.changed:
-            in_time = self.changed.wait_for(is_over, timeout)
+            in_time = self.changed.wait_for(failed_or_empty, timeout)
         if self.error is not None:
             raise self.error
         if not in_time:
@@ -152,10 +182,11 @@ class Outbox(threading.Thread):
 
 
 class Pace:
-    """How far the modules of this process have come: the mini-batches they have ``learned`` from, out of ``epochs`` ×
-    ``length``, and the turns since then, in which they were ``frozen``.
+    """The progress of this process's modules, which all learn in the same turns.
 
-    ``modules_per_process``: the number of modules in each process, which a resumed run must have again.
+    learned              mini-batches that they have learned from, out of ``epochs`` × ``length``
+    frozen               turns since then, in which they only made representations
+    modules_per_process  a list with the number of modules in each process; a resumed run must have the same
     """
 
     def __init__(self, modules_per_process, length, epochs):
@@ -172,7 +203,7 @@ class Pace:
 
     @property
     def own_epochs(self):
-        """The epochs that are finished."""
+        """The number of epochs that these modules have finished."""
         return self.learned // self.length
 
     def state_dict(self):
@@ -188,7 +219,7 @@ class Pace:
         if before != self.modules_per_process:
             modules = ",".join(map(str, before))
             raise InputError(
-                f"the run had {modules} modules in its {len(before)} processes, and its buffers between these: "
+                f"the run had {modules} modules in its {len(before)} processes, and saved the buffers between them: "
                 f"resume with --nproc-per-node {len(before)} and --modules-per-stage {modules}"
             )
         check_epochs(state["epochs"], self.epochs, frozen=state["frozen"] > 0)
@@ -197,21 +228,21 @@ class Pace:
 
 
 class ReplayStage(Stage):
-    """A Stage that does not wait for the others while it learns. All meet only when the slowest has finished an epoch,
-    to evaluate, and when the run is saved or stopped: then everything that was sent is in the buffers. In evaluation,
-    representations stream through all processes.
+    """A Stage that does not wait for the others while it learns. The processes meet only when the slowest has finished
+    an epoch, to evaluate, and when the run is saved or stopped: everything that was sent is then in the buffers.
+    Evaluation is that of Stage.
 
-    After ``connect``: ``waited``, the seconds in which there was nothing to learn from; ``about``, the log's line about
-    the last epoch.
+    In a script, a turn is ``read``, a step of each module, and ``end_turn``. ``epoch_summary`` is the log's line about
+    the latest epoch.
     """
 
     def connect(self, pace, images, buffer, batch_size, min_seconds=0.0, slow_down=1.0):
-        """Prepares this process. All processes must call this.
+        """Connects this process with those below and above. All processes must call this.
 
-        images       the ImageStream that the lowest process reads
-        buffer       the replay buffer that the others read; None in the lowest
-        min_seconds  that a turn takes at least
-        slow_down    factor by which a turn takes longer than it would
+        images       the ImageStream that the lowest process learns from; the others do not use it
+        buffer       the replay buffer that the others learn from; None in the lowest
+        min_seconds  the least duration of a turn
+        slow_down    factor by which a turn of this process takes longer
         """
         self.pace = pace
         self.images = images
@@ -221,17 +252,17 @@ class ReplayStage(Stage):
         self.rank = self.processes.rank
         self.size = self.processes.size
         self.noticeboard = Noticeboard(self.processes)
-        self.learning = False  # or evaluating
+        self.learning = False  # whether this process is within its turns of an epoch
         self.epoch = 0
-        self.meetings = 0
-        self.about = ""
-        self.counts_before = None  # at the end of the last epoch
-        self.heartbeats = {}  # rank → (number of heartbeats, time of the last)
+        self.meetings = 0  # number of meetings so far
+        self.epoch_summary = ""
+        self.traffic_before = None  # Traffic at the end of the last epoch
+        self.seen_alive = {}  # rank → (number of heartbeats, when it last rose)
         self.last_beat = 0.0
         self.connect_threads(buffer)
 
     def connect_threads(self, buffer):
-        """Makes the Inbox and the Outbox, where there is a process below and above."""
+        """Makes the Inbox, if there is a process below, and the Outbox, if there is one above."""
         groups = []
         for lower in range(self.size - 1):
             groups.append(distributed.new_group([lower, lower + 1], backend="gloo", timeout=FOREVER))
@@ -247,27 +278,34 @@ class ReplayStage(Stage):
 
     def turns(self, epoch):
         """Yields once for each turn of this process, until all processes have finished ``epoch`` of their own."""
-        if self.counts_before is None:  # the first turns: the buffer holds what the checkpoint held
-            self.counts_before = self.counts()
+        if self.traffic_before is None:  # the run begins: a checkpoint's mini-batches are already in the buffer
+            self.traffic_before = self.traffic()
             for thread in self.threads:
                 thread.start()
         self.learning = True
         self.epoch = epoch
-        self.heartbeats = {}
-        self.waited = 0.0
+        self.seen_alive = {}
+        self.waited = 0.0  # seconds in which there was nothing to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
-        while self.learning:
+        while self.learning:  # until take_tag, which Run.progress calls after each turn, finds that the epoch is over
             self.turn_began = time.perf_counter()
             yield
 
     def read(self):
-        """(Sample, its age in steps of the process below): the next images in the lowest process (age None), else from
-        the replay buffer. (None, None), after a moment, when there is nothing to do.
+        """(Sample, its age in steps of the process below) for this turn: from the replay buffer, or in the lowest
+        process the next images, with age None.
+
+        (None, None), after a short pause, when there is nothing to do: nothing has arrived yet, every mini-batch was
+        read as often as allowed, or the modules here and above have learned all their epochs.
         """
-        sample, age = None, None
+        sample = None
+        age = None
         if self.pace.learns or self.feeds():
-            sample, age = (self.images.read(), None) if self.lowest else self.inbox.read()
+            if self.lowest:
+                sample = self.images.read()
+            else:
+                sample, age = self.inbox.read()
         if sample is None:
             time.sleep(IDLE_SECONDS)
             self.waited += time.perf_counter() - self.turn_began
@@ -275,18 +313,19 @@ class ReplayStage(Stage):
 
     def feeds(self):
         """Whether a process above still learns."""
-        return not self.last and not self.noticeboard.has(*(f"done {rank}" for rank in range(self.rank + 1, self.size)))
+        if self.last:
+            return False
+        above = range(self.rank + 1, self.size)
+        return not self.noticeboard.has(*(f"done {rank}" for rank in above))
 
-    def send(self, representation, labels, *ensemble_sum):
-        """Sends what this turn has made to the replay buffer of the process above, and ends the turn. In evaluation:
-        see Stage.
+    def end_turn(self, representation, labels):
+        """Makes the turn last as long as it should, and then sends the mini-batch, ``representation`` (B, …) and
+        ``labels`` (B,), to the replay buffer of the process above, if there is one.
         """
-        if not self.learning:
-            super().send(representation, labels, *ensemble_sum)
-            return
         self.post_progress()
         taken = time.perf_counter() - self.turn_began
-        time.sleep(max(0, self.slow_down * max(taken, self.min_seconds) - taken))
+        duration = self.slow_down * max(taken, self.min_seconds)
+        time.sleep(duration - taken)
         if self.outbox is not None:
             packed = self.output_format.pack(representation).cpu()
             self.outbox.put(self.pace.learned, labels.cpu(), packed)
@@ -301,16 +340,18 @@ class ReplayStage(Stage):
     # Meetings
 
     def take_tag(self):
-        """What the run is to do after this turn, as Stage.take_tag; if it is anything, all processes have met."""
+        """As Stage.take_tag: what the run is to do after this turn, 0 for nothing. Meets the other processes when there
+        is a reason to.
+        """
         if not self.learning:
             return super().take_tag()
-        self.look_after_others()
+        self.check_threads()
+        self.check_heartbeats()
         reason = self.reason_to_meet()
         if reason:
             self.meet()
         if reason == EPOCH_OVER:
-            self.learning = False
-            self.about = self.describe_epoch()
+            self.end_epoch()
             return 0
         return reason
 
@@ -327,7 +368,7 @@ class ReplayStage(Stage):
         return reason
 
     def meet(self):
-        """Returns when all that was sent to this process is in its buffer, and all that it has sent has come."""
+        """Returns when all that was sent to this process is in its buffer, and all that it has sent has arrived."""
         timeout = self.processes.timeout.total_seconds()
         if self.outbox is not None:
             with self.processes.waiting(self.outbox.other):
@@ -336,36 +377,34 @@ class ReplayStage(Stage):
                 self.outbox.wait_until_empty(timeout)
         if self.inbox is not None:
             with self.processes.waiting(self.inbox.other):
-                in_time = self.inbox.met.wait(timeout)
-                if self.inbox.error is not None:
-                    raise self.inbox.error
-                if not in_time:
-                    raise RuntimeError("timed out")
-            self.inbox.met.clear()
+                self.inbox.wait_until_met(timeout)
         self.meetings += 1
-        self.heartbeats = {}
+        self.seen_alive = {}
 
-    def look_after_others(self):
-        """Raises InputError when a thread has failed, or a process has taken no turn for ``timeout`` seconds."""
+    def check_threads(self):
+        """Raises InputError when a thread of this process has failed."""
         for thread in self.threads:
             if thread.error is not None:
                 with self.processes.waiting(thread.other):
                     raise thread.error
+
+    def check_heartbeats(self):
+        """Shows that this process is alive. Raises InputError when one has taken no turn for ``timeout`` seconds."""
         now = time.monotonic()
         if now - self.last_beat < HEARTBEAT_SECONDS:
             return
         self.last_beat = now
-        for rank, count in enumerate(self.noticeboard.beat()):
-            count_before, _ = self.heartbeats.get(rank, (None, None))
-            if count != count_before:
-                self.heartbeats[rank] = (count, now)
-            _, since = self.heartbeats[rank]
+        self.noticeboard.beat()
+        for rank, count in enumerate(self.noticeboard.heartbeat_counts()):
+            if rank not in self.seen_alive or self.seen_alive[rank][0] != count:
+                self.seen_alive[rank] = (count, now)
+            _, since = self.seen_alive[rank]
             if now - since > self.processes.timeout.total_seconds():
                 with self.processes.waiting(rank):
                     raise RuntimeError("timed out")
 
     def close(self):
-        """Ends the threads, before the processes part."""
+        """Ends the threads. Call this before the process group is destroyed."""
         alive = [thread for thread in self.threads if thread.is_alive()]
         if self.outbox in alive:
             self.outbox.put(END)
@@ -374,27 +413,31 @@ class ReplayStage(Stage):
 
     # The log
 
-    def counts(self):
-        """Mini-batches that this process has learned from, received, sent and dropped since it began."""
+    def traffic(self):
+        """The Traffic of this process since it began."""
         received = self.inbox.received if self.inbox else 0
         sent = self.outbox.sent if self.outbox else 0
         dropped = self.outbox.dropped if self.outbox else 0
-        return self.pace.learned, received, sent, dropped
+        return Traffic(self.pace.learned, received, sent, dropped)
 
-    def describe_epoch(self):
-        """The log's line about this process's epoch: its speed, and the mini-batches that went in and out."""
+    def end_epoch(self):
+        """Ends the turns of this epoch, and sums them up for the log."""
+        self.learning = False
         seconds = time.perf_counter() - self.epoch_began
-        counts = self.counts()
-        differences = [now - before for now, before in zip(counts, self.counts_before, strict=True)]
-        self.counts_before = counts
-        learned, received, sent, dropped = differences
-        speed = learned * self.batch_size / seconds
+        traffic = self.traffic()
+        differences = [now - before for now, before in zip(traffic, self.traffic_before, strict=True)]
+        self.traffic_before = traffic
+        self.epoch_summary = self.describe_epoch(seconds, Traffic(*differences))
+
+    def describe_epoch(self, seconds, traffic):
+        """The log's line about an epoch of so many ``seconds`` with the Traffic ``traffic``."""
+        speed = traffic.learned * self.batch_size / seconds
         line = (
             f"process {self.rank}, epoch {self.epoch}: {speed:.1f} images/s, "
-            f"waited {self.waited:.2f} s of {seconds:.2f}, learned from {learned}"
+            f"waited {self.waited:.2f} s of {seconds:.2f}, learned from {traffic.learned}"
         )
         if not self.lowest:
-            line += f", received {received}"
+            line += f", received {traffic.received}"
         if not self.last:
-            line += f", sent {sent}, dropped {dropped}"
+            line += f", sent {traffic.sent}, dropped {traffic.dropped}"
         return line

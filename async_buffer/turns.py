@@ -1,5 +1,5 @@
-"""Whose turn it is, what it found, and how far each module has come: the bookkeeping of the asynchronous simulation
-(Sec. 5.6).
+"""The bookkeeping of asynchronous learning (Sec. 5.6): whose turn it is, how far each module has come, and what it has
+learned from.
 """
 
 import re
@@ -12,15 +12,14 @@ from decoupled import InputError
 from decoupled.networks.evaluation import Meter
 
 SEQUENCES = ("random", "sequential")
-WARM_UP = 2  # turns of each module, from the lowest up, before the first draw: then every buffer holds something
+WARM_UP = 2  # turns of each module, from the lowest up, before the first draw, so that no buffer is empty
 
 
 class Turns:
-    """Decides whose turn is next, and counts the mini-batches that each module has learned from.
+    """Decides whose turn is next in the simulation, and counts the mini-batches that each module has learned from.
 
     ``weights``: a module is drawn with a probability proportional to its weight, by a random generator of its own;
-    None: the modules take turns in order. ``length``: mini-batches per epoch. A module learns for ``epochs`` of its own
-    epochs.
+    None: the modules take turns in order. A module learns for ``epochs`` epochs of its own, of ``length`` mini-batches.
     """
 
     def __init__(self, modules, length, epochs, *, weights=None, warm_up=True, seed=0):
@@ -61,7 +60,7 @@ class Turns:
         return any(self.learns(above) for above in range(module + 1, self.modules))
 
     def own_epochs(self, module):
-        """The epochs that ``module`` has finished."""
+        """The number of epochs that ``module`` has finished."""
         return self.learned[module] // self.length
 
     def state_dict(self):
@@ -118,8 +117,8 @@ class ImageStream:
 
 
 class Tally:
-    """What one module did in an epoch of the log: a Meter of its learning, its turns, and the staleness and reuse of
-    the mini-batches that it learned from.
+    """What one module has done in an epoch of the log: its train loss and top-1 (a Meter), its turns, and the staleness
+    and reuse of the mini-batches that it has learned from.
 
     Staleness is the number of steps that the module below has taken since it wrote a mini-batch; reuse is how often the
     mini-batch had been read before.
@@ -156,8 +155,8 @@ class Tally:
         self.staleness = state["staleness"]
         self.reuse = state["reuse"]
 
-    def learned(self, loss, logits, labels, staleness, reuse):
-        """Adds a mini-batch that the module learned from; ``staleness`` is None for images."""
+    def add(self, loss, logits, labels, staleness, reuse):
+        """Adds a mini-batch that the module has learned from; ``staleness`` is None for images."""
         self.meter.update(loss, logits, labels)
         if staleness is not None:
             self.staleness.append(staleness)
@@ -169,7 +168,7 @@ class Tally:
         return self.meter.top1 if self.meter.count else float("nan")
 
     def line(self, n, epoch):
-        """The log's line; with staleness and reuse where the module has learned from a buffer."""
+        """The log's line about module ``n``; with staleness and reuse if it has learned from a buffer."""
         text = f"# module {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
         return text + mean_and_max("staleness", self.staleness) + mean_and_max("reuse", self.reuse)
 
@@ -189,9 +188,9 @@ TALLY = re.compile(  # earlier versions called a module a layer
 )
 
 
-def tallies(comments):
-    """A data frame with a row for each line of Tally among a log's ``comments``; staleness and reuse are nan where the
-    line has none.
+def read_tallies(comments):
+    """A data frame with a row for each line of a Tally among a log's ``comments``; staleness and reuse are nan where
+    the line has none.
     """
     rows = []
     for comment in comments:

@@ -167,13 +167,13 @@ def script_sgd(module):
 def greedy(args, net, autocast, mesh):
     """DGL's steps by the modules of this process: a Result."""
     stage = Stage(net, torch.zeros(2, 3, 32, 32), mesh, queue=args.queue, autocast=autocast)
-    modules = mesh.parallel(stage.modules_here)
+    modules = mesh.data_parallel(stage.modules_here)
     optimizers = [ScaledOptimizer(script_sgd(module)) for module in stage.modules_here]
     clock = Clock(stage, len(modules))
     sent = 0
     stage.train()
     every = mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)
-    train, *_ = mesh.data(lambda: (every, every, 10))
+    train, *_ = mesh.load_data(lambda: (every, every, 10))
     for representation, labels in clock.measure(stage.inputs(train)):
         for index, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             started = time.process_time()
@@ -215,7 +215,7 @@ def loss_of(logits, labels):
 def end_to_end(args, net, autocast, mesh):
     """Back-propagation in one process, or in replicas: a Result."""
     part = Part(net, autocast)
-    (module,) = mesh.parallel([part])
+    (module,) = mesh.data_parallel([part])
     optimizer = script_sgd(part)
     clock = Clock()
     for images, labels in clock.measure(mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)):

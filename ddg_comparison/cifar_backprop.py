@@ -61,11 +61,13 @@ def parse_args():
 
 
 def forward_without_activations(part, representation):
-    """part(representation), without keeping the activations in ``part``: the backward pass computes them again. Batch
-    norm counts the mini-batch once.
+    """part(representation), without keeping the activations in ``part``: the backward pass recomputes them.
+
+    Batch norm's running statistics count the mini-batch once.
     """
 
-    def contexts():  # of the forward pass now, and of the second one
+    def contexts():
+        """Context managers for the forward pass and for its recomputation."""
         return nullcontext(), frozen_statistics(part)
 
     return checkpoint(part, representation, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

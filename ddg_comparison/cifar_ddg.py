@@ -10,19 +10,20 @@ an earlier mini-batch x_s, s = t − (K−1−k):
 
     w_k^(t+1) = w_k^t − lr · ∂f(x_s; w^s)/∂w_k    and  w_k^t while s < 0
 
-(momentum and weight decay as in SGD, with the current weights). A module hands
-the gradient by its inputs to the module below, for its next iteration. The
-activations and weights in that gradient are those of iteration s. So the graph
-of its forward pass is kept, on a copy of the module's weights, since the
-optimizer changes those in place: module k keeps K−1−k mini-batches, and one
-more within an iteration. Running the forward pass again, with w^t, would be a
-different method: Features Replay (Huo, Gu, Huang; NeurIPS 2018; arXiv
-1807.04511), which needs less memory and more computation.
+(momentum and weight decay as in SGD, with the current weights). The module also
+passes the gradient with respect to its inputs down to the module below, which
+uses it in the next iteration. The activations and weights in these gradients
+are those of iteration s. So each module keeps the graph of its forward pass,
+built on a copy of its weights, since the optimizer changes the weights
+themselves in place: module k keeps K−1−k mini-batches, and one more within an
+iteration. Running the forward pass again, with w^t, would be a different
+method: Features Replay (Huo, Gu, Huang; NeurIPS 2018; arXiv 1807.04511), which
+needs less memory and more computation.
 
-Mini-batches stay in flight across the end of an epoch: the next epoch's first
-iterations step by them, at its learning rate. A checkpoint has their inputs and
-weights, from which a resumed run rebuilds their graphs. The last K−1 mini-
-batches of a run move only the upper modules.
+Mini-batches stay in flight across the end of an epoch: the first steps of the
+next epoch use their gradients, at that epoch's learning rate. A checkpoint
+contains their inputs and weights, from which a resumed run rebuilds the graphs.
+The last K−1 mini-batches of a run update only the upper modules.
 
 The paper has 93.41 % for ResNet-110 in 2 modules after 300 epochs, as DDG's
 authors report. A training image costs 1.52 GFLOP, an epoch 76 TFLOP: as much as
@@ -69,14 +70,14 @@ class MiniBatch(NamedTuple):
     """A mini-batch x_s that has passed a module forward and waits for its gradient."""
 
     inputs: Tensor  # (B, C, h, w), from the module below
-    weights: dict  # copies of the module's weights w^s by name; empty where the module still has them
+    weights: dict  # copies of the module's weights w_k^s by name; empty in the last module, which steps at once
     output: Tensor  # with its graph: (B, C', h', w') or, in the last module, the loss
 
 
 class InFlight:
     """The mini-batches in flight in module ``k`` of ``net``, oldest first: ``delay`` of them between iterations.
 
-    gradient  of the loss by the oldest one's output, (B, C', h', w'), once the module above has computed it
+    gradient  of the loss with respect to the oldest one's output, (B, C', h', w'), from the module above
     loss      of the latest mini-batch, in the last module
     """
 
@@ -90,8 +91,8 @@ class InFlight:
         self.loss = None
 
     def copy_weights(self):
-        """Copies of the module's weights that later steps do not change, for a forward pass; their gradients reach the
-        module's own weights. Without delay none are needed.
+        """Copies of the module's weights for a forward pass: later steps do not change them, and the backward pass
+        reaches the module's own weights through them. Without delay none are needed.
         """
         if self.delay == 0:
             return {}
@@ -123,13 +124,12 @@ class InFlight:
             self.batches.append(MiniBatch(inputs, weights, output))
 
 
-def module_iteration(run, module, optimizer, in_flight, inputs, labels):
-    """One module's part of iteration t: the forward pass of x_t, then a step by the gradient of x_s, s = t − (K−1−k).
+def forward(run, module, in_flight, inputs, labels):
+    """Passes x_t forward through one module, with its weights w_k^t, and adds it to the mini-batches in flight.
 
-    inputs (B, C, h, w) from the module below and labels (B,) → output (B, C', h', w') or, of the last module, logits
-    (B, classes); gradient by the inputs of x_s, for the module below: None in the lowest module and while s < 0.
+    inputs (B, C, h, w) from the module below and labels (B,) → output (B, C', h', w') or, in the last module, logits
+    (B, classes), detached.
     """
-    # Forward now: x_t, with the weights w^t
     inputs = inputs.detach().requires_grad_(not in_flight.is_lowest)
     weights = in_flight.copy_weights()
     with run.autocast():
@@ -141,22 +141,28 @@ def module_iteration(run, module, optimizer, in_flight, inputs, labels):
         in_flight.loss = loss.detach()
         in_flight.gradient = torch.ones_like(loss)
         in_flight.batches.append(MiniBatch(inputs, weights, loss))
+    return output.detach()
 
-    # Backward for the delayed mini-batch: x_s, through its graph of iteration s; in the first K−1−k iterations s < 0
+
+def delayed_step(run, optimizer, in_flight):
+    """One module's step by the gradient of x_s, the oldest mini-batch ``in_flight``, through its graph of iteration s.
+
+    Returns the gradient with respect to the module's inputs, (B, C, h, w), for the module below; None in the lowest.
+    """
+    delayed = in_flight.batches.popleft()
+    # In fp16 each module has its own loss scale; the gradients passed down are unscaled
+    scaler = run.scaler(optimizer)
+    # Of shape (1,): an fp16 gradient divided by a scalar would stay fp16
+    scale = scaler.scale(torch.ones(1, device=delayed.output.device))
+    optimizer.zero_grad()
+    gradient = in_flight.gradient * scale
+    delayed.output.backward(gradient.view_as(delayed.output).to(delayed.output.dtype))
     gradient_below = None
-    if len(in_flight.batches) > in_flight.delay:
-        delayed = in_flight.batches.popleft()
-        # In fp16 each module has its own loss scale; the gradients handed down are unscaled
-        scaler = run.scaler(optimizer)
-        scale = scaler.scale(torch.ones(1, device=labels.device))  # (1,), not a scalar: fp16 divided by it is fp32
-        optimizer.zero_grad()
-        gradient = (in_flight.gradient * scale).view_as(delayed.output).to(delayed.output.dtype)
-        delayed.output.backward(gradient)
-        if not in_flight.is_lowest:
-            gradient_below = delayed.inputs.grad / scale
-        scaler.step(optimizer)
-        scaler.update()
-    return output.detach(), gradient_below
+    if not in_flight.is_lowest:
+        gradient_below = delayed.inputs.grad / scale
+    scaler.step(optimizer)
+    scaler.update()
+    return gradient_below
 
 
 def build(args, classes):
@@ -168,7 +174,7 @@ def main():
     args = parse_args()
     run = Run(args)
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), graphs=False)  # no CUDA graphs: several mini-batches are in flight
+    net = run.prepare(build(args, classes), cuda_graphs=False)  # several mini-batches are in flight
     for module in net:
         if not list(module.parameters()):
             raise InputError(f"--splits {args.splits} leaves a module without weights to learn: choose fewer")
@@ -196,11 +202,11 @@ def main():
             # The modules run one after the other here. On K devices their backward passes would run at the same time:
             # all that a module needs from another one in the same iteration is the representation from below.
             for k, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
-                representation, gradient_below = module_iteration(
-                    run, module, optimizer, in_flight[k], representation, labels
-                )
-                if gradient_below is not None:
-                    in_flight[k - 1].gradient = gradient_below  # for the next iteration of the module below
+                representation = forward(run, module, in_flight[k], representation, labels)  # x_t, with w_k^t
+                if len(in_flight[k].batches) > in_flight[k].delay:  # s = t − (K−1−k) ≥ 0
+                    gradient_below = delayed_step(run, optimizer, in_flight[k])  # by the gradient of x_s
+                    if k > 0:
+                        in_flight[k - 1].gradient = gradient_below  # for the next iteration of the module below
             loss = in_flight[-1].loss
             logits = representation
             run.watch(loss, len(net))

@@ -110,14 +110,14 @@ def chained_resnet(depth, splits, classes, width=16):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block batch norm normalizes by the batch, as in training, but leaves its running statistics alone: for
-    the second forward pass of a batch.
+    """Inside the block batch norm normalizes by the batch, as in training, but does not update its running statistics:
+    for the second forward pass of a batch.
     """
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-        norm.num_batches_tracked = None
+        norm.num_batches_tracked = None  # then batch norm does not count
     try:
         yield
     finally:

@@ -1,23 +1,28 @@
-"""What ends a script in one line: InputError, and failures to write a file."""
+"""Errors that end a script with a one-line message: bad input, and files that cannot be written."""
 
 import contextlib
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names it and says how to fix it; scripts
-    exit with code 2.
+    """Something that the user gave cannot be used. The message is one line, which names it and says how to fix it.
+    Scripts print it and exit with code 2.
     """
 
 
 def one_line(text):
-    """``text`` with line breaks, and whatever else cannot be printed, as escapes."""
+    """``text`` with line breaks and other unprintable characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def last_line(error):
+    """The last line of an exception's message."""
+    return str(error).strip().split("\n")[-1].strip()
+
+
 @contextlib.contextmanager
-def writing(path, way_out="make room or access there, then --resume"):
-    """Turns a failure to write ``path`` into an InputError; ``way_out`` says how to fix it."""
+def writing(path, fix="make room or access there, then --resume"):
+    """Within the block, an OSError becomes an InputError: ``path`` cannot be written. ``fix`` says what to do."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): {way_out}") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): {fix}") from error

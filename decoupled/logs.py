@@ -1,10 +1,14 @@
-"""Per-epoch logs: one line per head per epoch, in the format of the authors' published logs, which ``read_log`` reads
-too; and how the files of a run are named.
+"""Logs of runs, with one line for each head and epoch in the format of the authors' published logs, and the names of a
+run's files. ``read_log`` also reads the published logs.
 
-Fields: n, the head (from 1; from 0 in async_buffer and imagenet_dgl); epoch (from 1; the authors' DGL log of the dni
-experiment counts from 0); loss, the mean training cross-entropy; accuracies in %. A log starts with the run's arguments
-as ``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where and how the run was made and how long
-each epoch took; the authors' notebooks skip them, like every other line they do not know.
+n      the head, from 1; from 0 in async_buffer and imagenet_dgl
+epoch  from 1; from 0 in the authors' DGL log of the dni experiment
+loss   the mean training cross-entropy
+top1   and other accuracies, in %
+
+A log starts with the run's arguments as ``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where
+and how the run was made and how long each epoch took. The authors' notebooks skip them, like all lines that they do
+not know.
 """
 
 import ast
@@ -24,7 +28,7 @@ class RunName(NamedTuple):
 
     prefix  the script and --name, joined by "-"
     time    when the run started, "20260131-235959"
-    number  0; 1, 2, … for further runs that started in the same second
+    number  0, or 1, 2, … for further runs that started in the same second
     """
 
     prefix: str
@@ -38,7 +42,7 @@ EDITED = re.compile(r"\.edited(-\d+)?\.log$", re.ASCII)
 
 
 def parse_run_name(path):
-    """The RunName of the log or checkpoint ``path``; None for a file that no run has named."""
+    """The RunName of the log or checkpoint ``path``; None if it does not have the form of one."""
     match = RUN_NAME.fullmatch(Path(path).stem)
     if match is None:
         return None
@@ -47,8 +51,8 @@ def parse_run_name(path):
 
 
 def started_at(path):
-    """When the run of the log or checkpoint ``path`` started, by its name: (time, number), which sort in the order of
-    the runs. A file without a time in its name comes before all others.
+    """A sort key for logs and checkpoints: (time, number), from the name of ``path``. Files without a time in their
+    name come first.
     """
     name = parse_run_name(path)
     if name is None:
@@ -57,14 +61,14 @@ def started_at(path):
 
 
 def newest(paths):
-    """The one of ``paths`` whose run started last, by the times in their names; of files without one, the last
-    modified. None where there is no path.
+    """The path in ``paths`` whose run started last, by the time in its name. If no name has one, the path that was
+    modified last. None if ``paths`` is empty.
     """
     return max(paths, key=lambda path: (started_at(path), path.stat().st_mtime_ns), default=None)
 
 
 def is_edited(path):
-    """Whether ``path`` is a log that someone changed, which its run has kept beside its own as STEM.edited.log."""
+    """Whether ``path`` is an edited log: a run that resumes moves it to STEM.edited.log and rewrites its own."""
     return EDITED.search(Path(path).name) is not None
 
 
@@ -72,7 +76,7 @@ def is_edited(path):
 
 
 class LineFormat(NamedTuple):
-    """A kind of line: the pattern that it matches as a whole, and the columns that the pattern's groups fill."""
+    """A kind of line: the pattern for the whole line, and a column for each group of the pattern."""
 
     pattern: re.Pattern
     columns: tuple
@@ -84,8 +88,8 @@ NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
 
 
 def line_format(template, columns):
-    """The LineFormat of ``template``, in which each ``{}`` is the number of one of ``columns``. Blanks at the end of a
-    line do not matter.
+    """The LineFormat of ``template``, in which ``{}`` stands for the numbers of ``columns``, in that order. Blanks at
+    the end of a line do not matter.
     """
     first, *parts = template.rstrip().split("{}")
     pattern = re.escape(first)
@@ -127,26 +131,26 @@ def head_line(n, epoch, loss, train, test):
 
 
 def lower_head_line(n, epoch, loss, train, test):
-    """The line of head ``n`` where the published log has the last head only: a comment, since the authors' notebooks
-    would take any line of their own format for the last head's.
+    """The line of head ``n`` where the published log only has the last head. It is a comment, as the authors' notebooks
+    would take any line in their own format for the last head's.
     """
     return LOWER_HEAD.format(n, epoch, f"{loss:.5f}", round(train, 4), round(test, 4))
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
-    """The line of head ``n`` in async_buffer; ``own_epoch``: the epochs its module has finished. Accuracies in %."""
+    """The line of head ``n`` in async_buffer. Its module has finished ``own_epoch`` epochs. Accuracies in %."""
     scores = f"train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)}"
     return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, {scores} "
 
 
 def loss_line(n, epoch, loss):
-    """The line of module ``n``'s training loss in imagenet: a comment, since the published lines there have no loss."""
+    """The line of module ``n``'s training loss in imagenet. It is a comment, as the published lines have no loss."""
     return f"# n: {n}, epoch {epoch}, loss: {loss:.5f}"
 
 
 def imagenet_line(n, epoch, train, test, ensemble):
-    """The line of head ``n`` in imagenet_dgl: (top-1, top-5) in % in training, in evaluation, and of the ensemble of
-    heads up to ``n`` in evaluation.
+    """The line of head ``n`` in imagenet_dgl. ``train``, ``test`` and ``ensemble``, of the heads up to ``n``, are
+    (top-1, top-5) in %.
     """
     ensemble_top1, ensemble_top5 = ensemble
     scores = f"top1ens:{round(ensemble_top1, 4)} top5ens:{round(ensemble_top5, 4)}"
@@ -154,14 +158,14 @@ def imagenet_line(n, epoch, train, test, ensemble):
 
 
 def imagenet_backprop_line(lr, epoch, train, test):
-    """The line of an epoch of back-propagation in imagenet: its learning rate; (top-1, top-5) in % in training and in
-    evaluation.
+    """The line of an epoch of back-propagation in imagenet, with its learning rate. ``train`` and ``test`` are (top-1,
+    top-5) in %.
     """
     return f"lr: {lr:g}, epoch {epoch}, {train_and_test(train, test)}"
 
 
 def train_and_test(train, test):
-    """What the two lines of imagenet have in common, from (top-1, top-5) each."""
+    """The part that both lines of imagenet have in common, from (top-1, top-5) each."""
     train_top1, train_top5 = train
     test_top1, test_top5 = test
     training = f"train top1:{round(train_top1, 4)}(top5:{round(train_top5, 4)})"
@@ -171,21 +175,20 @@ def train_and_test(train, test):
 # Reading
 
 
-def read_log(path, empty=False):
-    """Reads the log at ``path`` into a pandas frame with a row for each line of results, and the line's fields as
-    columns (see the module's docstring).
+def read_log(path, allow_empty=False):
+    """Reads the log at ``path`` into a pandas frame, with a row for each line of results and a column for each field.
 
-    A column "loss" comes from ``loss_line`` where the lines of results have none; back-propagation counts as n = 1.
-    ``frame.attrs`` holds
+    Back-propagation counts as n = 1. If the lines of results have no loss, it is taken from lines of ``loss_line``.
+    ``frame.attrs`` has
 
     arguments  the run's arguments, a dict
-    comments   the ``#`` lines, without the sign
-    seconds    the wall time of each epoch, where logged
-    damaged    the numbers of lines that are left out: they start as results do but do not end so, or were cut off in
-               writing
+    comments   the lines that start with ``#``, without it
+    seconds    the wall time of each epoch, if logged
+    damaged    the numbers of the lines that are left out: they start like results but do not match any format, or were
+               cut off while they were written
 
-    Raises InputError when the file cannot be read, holds more than one log or, unless ``empty`` allows that, holds no
-    results.
+    Raises InputError if the file cannot be read, if it has more than one log, and if it has no results, unless
+    ``allow_empty``.
     """
     lines, damaged_end = read_lines(path)
     results = {}  # (n, epoch): {column: number}
@@ -215,7 +218,7 @@ def read_log(path, empty=False):
         if match := LOSS_LINE.pattern.fullmatch(line):
             n, epoch, loss = map(float, match.groups())
             losses[n, epoch] = loss
-    if not results and not empty:
+    if not results and not allow_empty:
         raise InputError(f"the log {path} holds no line of results")
     if losses:
         for key, result in results.items():
@@ -231,10 +234,10 @@ def read_log(path, empty=False):
 
 
 def read_lines(path):
-    """The lines of the log at ``path``, and a list with the number of the last one where that is left out.
+    """The lines of the log at ``path``, and a list with the number of the last line if that one is left out.
 
-    A last line without a line break counts if it ends with the blank that the published formats end with. Any other may
-    have been cut off in the middle of a number, which cannot be told from a whole one.
+    A last line without a line break is left out, as it may have been cut off within a number, which cannot be seen. It
+    is complete if it ends with a blank, as the published formats do.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
@@ -250,15 +253,15 @@ def read_lines(path):
 
 def parse_result(line):
     """{column: number} of a line of results; None for any other line."""
-    for form in RESULT_LINES:
-        if match := form.pattern.fullmatch(line):
+    for line_form in RESULT_LINES:
+        if match := line_form.pattern.fullmatch(line):
             numbers = map(float, match.groups())
-            return {"n": 1.0} | dict(zip(form.columns, numbers, strict=True))
+            return {"n": 1.0} | dict(zip(line_form.columns, numbers, strict=True))
     return None
 
 
 def parse_namespace(line):
-    """The arguments in a line ``Namespace(k=v, …)``, as a dict; values that are no Python literals stay text."""
+    """The arguments in a line ``Namespace(k=v, …)``, as a dict. Values that are not Python literals stay text."""
     try:
         call = ast.parse(line.strip(), mode="eval").body
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
@@ -267,7 +270,7 @@ def parse_namespace(line):
 
 
 def result_frame(results):
-    """A frame of ``results``, a list of {column: number}, with integers where all results have one."""
+    """A frame of ``results``, a list of {column: number}. INTEGER_COLUMNS without a gap are integers."""
     if not results:
         return pd.DataFrame(columns=["n", "epoch"], dtype=int)
     frame = pd.DataFrame(results)
@@ -278,5 +281,5 @@ def result_frame(results):
 
 
 def final(frame):
-    """The result of each head: its row at the last epoch, never the best one. The index is n."""
+    """The final result of each head, with n as the index: its row at the last epoch, not at the best one."""
     return frame.sort_values("epoch", kind="stable").groupby("n").tail(1).sort_values("n").set_index("n")

@@ -6,14 +6,15 @@ methods that DGL is compared with in the paper's Sec. 5.1, Fig. 2.
     python dni/cifar_cnn_dni.py --dni --context    cDNI
 
 In DNI each block learns from synthetic gradients; in cDNI the synthesizers also
-see the labels.
+see the labels. The CNN and the synthesizers are those of the DNI paper
+(Jaderberg et al. 2017, App. C.1).
 
-The CNN and synthesizers of the DNI paper (Jaderberg et al. 2017, App. C.1).
 After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and
 80.86 % (the last after 1,990), after 10 epochs 60.91, 35.52 and 49.05 %. A
 training image costs 0.31 GFLOP, an epoch 15 TFLOP, with --dni 1.03 and 51.
-Synthesizers learn the scale of the gradients, which fp16's changing loss scale
-would move: --half is not available on CUDA here.
+
+--half is not available on CUDA here: synthesizers learn the scale of the
+gradients, which changes with fp16's loss scale.
 """
 
 from dni_backbone import ConvSynthesizer, backbone
@@ -78,9 +79,9 @@ def main():
     args = parse_args()
     run = Run(args)
     if args.half and run.device.type == "cuda":
-        raise InputError("--half is fp16 on CUDA, whose loss scale the synthesizers would have to follow: leave it out")
+        raise InputError("--half is fp16 on CUDA, and synthesizers cannot follow its loss scale: leave it out")
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), graphs=False)  # no CUDA graphs: all blocks go forward before one backward
+    net = run.prepare(build(args, classes), cuda_graphs=False)  # all blocks go forward before one backward
     if args.sgd:
         optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:
@@ -101,8 +102,8 @@ def main():
             run.watch(loss, N)
             meter.update(loss, logits, labels)
             if run.batch % args.log_interval == 0:
-                loss = run.latest_losses()[0]
-                run.console.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {loss:.5f}")
+                latest_loss = run.latest_losses()[0]
+                run.console.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, loss: {latest_loss:.5f}")
         with run.autocast():
             (score,) = evaluate(net, run.evaluation(test))
         run.log(N, epoch, meter, score)

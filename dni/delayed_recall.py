@@ -35,14 +35,14 @@ from decoupled.training.environment import environment
 
 
 class Method(NamedTuple):
-    segments: int = 1  # length of its segments, in --segment
+    segment_factor: int = 1  # its segments have this many times the length --segment
     synthetic: bool = False  # synthetic gradients at the end of a segment
     context: bool = False  # the synthesizer sees the bits yet to be recalled
 
 
 METHODS = {
     "truncation": Method(),
-    "long truncation": Method(segments=8),
+    "long truncation": Method(segment_factor=8),
     "DNI": Method(synthetic=True),
     "cDNI": Method(synthetic=True, context=True),
 }
@@ -81,33 +81,39 @@ def parse_args():
     return parser.parse_args()
 
 
+class RecurrentNetwork(nn.Module):
+    """A GRU reads a bit per step, a linear layer recalls one."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.cell = nn.GRUCell(1, hidden)
+        self.readout = nn.Linear(hidden, 1)
+
+    def forward(self, hidden, read, wanted):
+        """Unrolls a segment: hidden state (B, H), bits to read and bits to recall (B, steps) → last hidden state, loss
+        summed over the segment, number of bits recalled.
+        """
+        loss = 0
+        recalled = 0
+        for bit, target in zip(read.unbind(1), wanted.unbind(1), strict=True):
+            hidden = self.cell(2 * bit[:, None] - 1, hidden)
+            logit = self.readout(hidden).squeeze(1)
+            loss = loss + F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
+            recalled += ((logit > 0) == target).sum()
+        return hidden, loss, recalled
+
+
 def learn(method, lr, seed, args):
     """Yields one run's curve: pairs of the GFLOP used so far and the % of bits recalled since the previous point."""
     torch.manual_seed(seed)
-    segment = args.segment * method.segments
-    cell = nn.GRUCell(1, args.hidden)
-    readout = nn.Linear(args.hidden, 1)
-    parameters = [*cell.parameters(), *readout.parameters()]
+    segment = args.segment * method.segment_factor
+    network = RecurrentNetwork(args.hidden)
+    parameters = [*network.parameters()]
     if method.synthetic:
         synthesizer = dni.BasicSynthesizer(args.hidden, n_hidden=1, context_dim=args.delay if method.context else None)
         interface = dni.BackwardInterface(synthesizer)
         parameters += interface.parameters()
     optimizer = Adam(parameters, lr=lr)
-
-    def unroll(hidden, bits):
-        """(last hidden state, loss summed over the segment, number of bits recalled). ``bits`` (B, delay + segment):
-        the last ``segment`` of them are read, the first ``segment`` recalled.
-        """
-        loss = 0
-        recalled = 0
-        read = bits[:, args.delay :].unbind(1)
-        wanted = bits[:, :segment].unbind(1)
-        for bit, target in zip(read, wanted, strict=True):
-            hidden = cell(2 * bit[:, None] - 1, hidden)
-            logit = readout(hidden).squeeze(1)
-            loss = loss + F.binary_cross_entropy_with_logits(logit, target, reduction="sum")
-            recalled += ((logit > 0) == target).sum()
-        return hidden, loss, recalled
 
     def context(bits, start):
         """Shows the synthesizer the bits (B, delay) to be recalled from step ``start`` of the segment on."""
@@ -115,13 +121,16 @@ def learn(method, lr, seed, args):
         return dni.synthesizer_context(2 * wanted - 1 if method.context else None)
 
     def step(hidden, bits):
+        """Learns from a segment. ``bits`` (B, delay + segment): the last ``segment`` of them are read, the first
+        ``segment`` recalled.
+        """
         optimizer.zero_grad()
         with dni.defer_backward():
             hidden = hidden.detach()
             if method.synthetic:
                 with context(bits, 0):
                     hidden = interface.make_trigger(hidden)
-            hidden, loss, recalled = unroll(hidden, bits)
+            hidden, loss, recalled = network(hidden, read=bits[:, args.delay :], wanted=bits[:, :segment])
             dni.backward(loss)
             if method.synthetic:
                 with context(bits, segment):
@@ -131,18 +140,19 @@ def learn(method, lr, seed, args):
 
     stream = torch.Generator().manual_seed(seed)
     hidden = torch.zeros(args.batch_size, args.hidden)
-    # What was read in the last `delay` steps and is yet to be recalled, then what is read in this segment
+    # The bits read in the last `delay` steps, which are yet to be recalled, then those to be read in this segment
     bits = torch.randint(2, (args.batch_size, args.delay + segment), generator=stream).float()
     flops = count_flops(lambda: step(hidden, bits))  # also the first update
     updates = max(1, round(args.gflop * 1e9 / flops / POINTS))  # between two points
     for point in range(1, POINTS + 1):
-        total = 0
+        total_recalled = 0
         for _ in range(updates):
-            new = torch.randint(2, (args.batch_size, segment), generator=stream).float()
-            bits = torch.cat([bits[:, segment:], new], dim=1)
+            new_bits = torch.randint(2, (args.batch_size, segment), generator=stream).float()
+            bits = torch.cat([bits[:, segment:], new_bits], dim=1)
             hidden, recalled = step(hidden, bits)
-            total += recalled
-        yield point * updates * flops / 1e9, 100 * total.item() / (updates * segment * args.batch_size)
+            total_recalled += recalled
+        gflop = point * updates * flops / 1e9
+        yield gflop, 100 * total_recalled.item() / (updates * segment * args.batch_size)
 
 
 def write_curves(args, file):

@@ -11,8 +11,8 @@ def backbone(channels, classes):
     """([block, block, block], head): a block is 5×5 convolution, BN, ReLU, 3×3 pooling of stride 3.
 
     (B, 3, 32, 32) → (B, C, 10, 10) → (B, C, 3, 3) → (B, C, 1, 1) → logits (B, classes). Make it before synthesizers and
-    auxiliaries: then all methods start from the same weights with the same seed. Batch norm weights are drawn as in the
-    published runs, the synthesizer's too.
+    auxiliaries, so that all methods start from the same weights with the same seed. Batch norm weights are drawn as in
+    the published runs.
     """
     blocks = [
         block(3, channels, nn.MaxPool2d(3)),

@@ -2,8 +2,8 @@
 part go on without waiting for the other.
 
 Interfaces are active in training mode with gradients enabled. In eval mode and under torch.no_grad they are identities
-and train nothing. Triggers and messages are tensors (B, …) with B ≥ 1, otherwise ValueError or TypeError is raised.
-Synthesizers read them detached: a synthesizer affects other layers by its output only.
+and train nothing. Triggers and messages are tensors (B, …) with B ≥ 1; anything else raises TypeError or ValueError.
+Synthesizers read them detached: a synthesizer affects other layers only through its output.
 """
 
 import torch
@@ -24,26 +24,33 @@ def _synthesize(synthesizer, trigger):
     with cached copies of the weights that have no graph, and the synthesizer would silently not learn in its next run
     (https://github.com/pytorch/pytorch/issues/158232, in PyTorch 2.9).
     """
-    return synthesizer(_tensor(trigger, "trigger").detach(), current_context())
+    _check_tensor(trigger, "trigger")
+    return synthesizer(trigger.detach(), current_context())
 
 
-def _tensor(value, name):
+def _check_tensor(value, name):
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"a {name} is one tensor (B, …), not {type(value).__name__}: join the state (h, c) of an LSTM with "
             "torch.cat((h, c), dim=-1), and split it again after the interface"
         )
-    return value
 
 
-def _batch(value, name):
-    """``value``, a tensor with samples: the mean over none would be NaN."""
-    _tensor(value, name)
+def _check_batch(value, name):
+    """Raises ValueError for a tensor without samples: their mean would be NaN."""
+    _check_tensor(value, name)
     if value.dim() == 0 or value.numel() == 0:
         raise ValueError(
             f"a {name} of shape {tuple(value.shape)} has no samples (B, …) to learn from: skip empty batches"
         )
-    return value
+
+
+def _check_gradient(synthetic, trigger):
+    if synthetic.shape != trigger.shape:
+        raise RuntimeError(
+            f"the synthesizer returned a gradient of shape {tuple(synthetic.shape)} for a trigger of "
+            f"shape {tuple(trigger.shape)}"
+        )
 
 
 class _TrueGradient(torch.autograd.Function):
@@ -66,15 +73,6 @@ class _TrueGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         (synthetic,) = ctx.saved_tensors
         return gradient, (synthetic - gradient) * (2 / len(gradient))
-
-
-def _same_shape(synthetic, trigger):
-    if synthetic.shape != trigger.shape:
-        raise RuntimeError(
-            f"the synthesizer returned a gradient of shape {tuple(synthetic.shape)} for a trigger of "
-            f"shape {tuple(trigger.shape)}"
-        )
-    return synthetic
 
 
 class UnidirectionalInterface(nn.Module):
@@ -102,7 +100,7 @@ class UnidirectionalInterface(nn.Module):
     def _regress(self, message, trigger):
         """Runs the synthesizer once, trains it, and returns its message, detached."""
         refuse_transforms()
-        _batch(message, "message")
+        _check_batch(message, "message")
         synthetic = _synthesize(self.synthesizer, trigger)
         if synthetic.shape != message.shape:
             raise RuntimeError(
@@ -133,8 +131,8 @@ class ForwardInterface(UnidirectionalInterface):
 class BackwardInterface(UnidirectionalInterface):
     """Passes synthetic gradients down, so that the layers below learn without waiting for those above.
 
-    ``synthesizer(trigger, context)`` predicts the gradient of the loss by the trigger, which is the representation
-    (B, …) that crosses the interface.
+    ``synthesizer(trigger, context)`` predicts the gradient of the loss with respect to the trigger, which is the
+    representation (B, …) that crosses the interface.
     """
 
     def backward(self, trigger, factor=1):
@@ -144,9 +142,9 @@ class BackwardInterface(UnidirectionalInterface):
         if not _is_active(self):
             return
         refuse_transforms()
-        _batch(trigger, "trigger")
+        _check_batch(trigger, "trigger")
         if trigger.requires_grad:
-            self._teach(trigger, _synthesize(self.synthesizer, trigger), factor)
+            self._teach_below(trigger, _synthesize(self.synthesizer, trigger), factor)
 
     def make_trigger(self, trigger):
         """A copy of ``trigger`` that trains the synthesizer when the true gradient g comes back through it.
@@ -156,8 +154,8 @@ class BackwardInterface(UnidirectionalInterface):
         """
         if not _is_active(self):
             return trigger
-        _batch(trigger, "trigger")
-        return self._learn(trigger, _synthesize(self.synthesizer, trigger))
+        _check_batch(trigger, "trigger")
+        return self._learning_trigger(trigger, _synthesize(self.synthesizer, trigger))
 
     def forward(self, trigger):
         """Back-propagates the synthetic gradient into the layers below, and returns the detached trigger that trains
@@ -166,19 +164,21 @@ class BackwardInterface(UnidirectionalInterface):
         if not _is_active(self):
             return trigger
         refuse_transforms()
-        _batch(trigger, "trigger")
+        _check_batch(trigger, "trigger")
         synthetic = _synthesize(self.synthesizer, trigger)
         if trigger.requires_grad:
-            self._teach(trigger, synthetic)
-        return self._learn(trigger.detach(), synthetic)
+            self._teach_below(trigger, synthetic)
+        return self._learning_trigger(trigger.detach(), synthetic)
 
     @staticmethod
-    def _teach(trigger, synthetic, factor=1):
-        backward(trigger, factor * _same_shape(synthetic, trigger).detach())
+    def _teach_below(trigger, synthetic, factor=1):
+        _check_gradient(synthetic, trigger)
+        backward(trigger, factor * synthetic.detach())
 
     @staticmethod
-    def _learn(trigger, synthetic):
-        return _TrueGradient.apply(trigger, _same_shape(synthetic, trigger))
+    def _learning_trigger(trigger, synthetic):
+        _check_gradient(synthetic, trigger)
+        return _TrueGradient.apply(trigger, synthetic)
 
 
 class BidirectionalInterface(nn.Module):

@@ -1,10 +1,9 @@
 """ResNets of bottlenecks (He et al. 2016) for DGL on ImageNet (paper, Sec. 5.5), split into K modules."""
 
-from greedy_vgg import SMALLEST, with_auxiliaries
+from greedy_vgg import check_image_size, with_auxiliaries
 from torch import nn
 from torchvision.models.resnet import Bottleneck, conv1x1
 
-from decoupled import InputError
 from decoupled.networks.modules import split_evenly
 
 # Bottlenecks at 56×56, 28×28, 14×14, 7×7
@@ -46,8 +45,7 @@ def pieces(arch, width=64):
 
 def initialize(net):
     """Initializes ``net``, auxiliaries included, as published, and returns it: convolutions (which have no biases)
-    Kaiming normal by fan-out; BN weights 1, but those of the auxiliaries' BN1d from U(0, 1); BN biases 0; Linear layers
-    as PyTorch does.
+    Kaiming normal by fan-out, the weights of the auxiliaries' BN1d from U(0, 1), everything else as PyTorch does.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -66,13 +64,10 @@ def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, conv
     instead of 4×4). Other arguments as in greedy_vgg. Raises InputError for more splits than pieces and for images that
     are too small.
     """
-    if image_size < SMALLEST:
-        raise InputError(
-            f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
-        )
+    check_image_size(image_size, arch)
     bodies = [nn.Sequential(*group) for group in split_evenly(pieces(arch, width), splits)]
 
-    def classifier(shape):
+    def make_last_head(shape):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], classes))
 
-    return initialize(with_auxiliaries(bodies, classifier, classes, image_size, convs, hidden_layers))
+    return initialize(with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_layers))

@@ -2,11 +2,13 @@
 per module.
 """
 
+import itertools
+
 from torch import nn
 
 from decoupled import InputError
 from decoupled.networks.auxiliary import mlp_sr_auxiliary
-from decoupled.networks.layerwise import conv_layer, flatten
+from decoupled.networks.layerwise import conv_layer
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group_layers, output_shape
 
 # Convolutions at each size
@@ -16,12 +18,13 @@ STAGES = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-SMALLEST = 32  # image size of which five halvings leave one pixel
+SMALLEST = 32  # image size that five halvings reduce to one pixel
 
 
 def layers(arch, width=64):
-    """A list of layers per convolution: 2×2 max pool where the size halves, convolution with bias, BN, ReLU. The stages
-    have 1, 2, 4, 8, and 8 × ``width`` channels.
+    """One list of layers per convolution: 2×2 max pool where the size halves, convolution with bias, BN, ReLU.
+
+    The stages have 1, 2, 4, 8, and 8 × ``width`` channels.
     """
     convolutions = []
     in_channels = 3
@@ -66,15 +69,23 @@ def initialize(net):
     return net
 
 
-def with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layers):
-    """A DecoupledNetwork of ``bodies``, not initialized yet: the last has the head ``last_head(shape)`` of its output's
-    shape, the others have MLP-SR auxiliaries.
+def check_image_size(image_size, arch):
+    """Raises InputError for images too small for five halvings."""
+    if image_size < SMALLEST:
+        raise InputError(
+            f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
+        )
+
+
+def with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_layers):
+    """A DecoupledNetwork of ``bodies``, not initialized yet: the last has the head ``make_last_head(shape)`` for its
+    output's shape (C, h, w), the others have MLP-SR auxiliaries.
     """
     modules = []
     shape = (3, image_size, image_size)
     for body in bodies:
         shape = output_shape(body, shape)
-        head = last_head(shape) if body is bodies[-1] else mlp_sr_auxiliary(shape, classes, convs, hidden_layers)
+        head = make_last_head(shape) if body is bodies[-1] else mlp_sr_auxiliary(shape, classes, convs, hidden_layers)
         modules.append(DecoupledModule(body, head))
     return DecoupledNetwork(modules)
 
@@ -87,14 +98,11 @@ def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3
     number of channels of the first layer; all others are proportional to it. Raises InputError for an impossible block
     size and for images too small for five halvings.
     """
-    if image_size < SMALLEST:
-        raise InputError(
-            f"--image-size {image_size} is too small for {arch}, which halves it five times: choose at least {SMALLEST}"
-        )
+    check_image_size(image_size, arch)
     blocks = group_layers(layers(arch, width), block_size)
-    bodies = [nn.Sequential(*flatten(block)) for block in blocks]
+    bodies = [nn.Sequential(*itertools.chain(*block)) for block in blocks]
 
-    def last_head(shape):
+    def make_last_head(shape):
         return classifier(shape, classes, hidden=64 * width)
 
-    return initialize(with_auxiliaries(bodies, last_head, classes, image_size, convs, hidden_layers))
+    return initialize(with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_layers))

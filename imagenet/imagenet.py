@@ -13,13 +13,14 @@ the greedy one has none.
 """
 
 import imagenet_flags
+from greedy_vgg import check_image_size
 from imagenet_flags import TOPK, log_progress, sgd
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 from torchvision import models
 
-from decoupled import InputError, logs
+from decoupled import logs
 from decoupled.networks.evaluation import Meter, evaluate
 from decoupled.parallel.mesh import all_reduce_meters
 from decoupled.training import flags
@@ -35,11 +36,7 @@ def build(args, classes):
     """torchvision's network, initialized as in torchvision, as the only module. Raises InputError for images too small
     for five halvings.
     """
-    if args.image_size < 32:
-        raise InputError(
-            f"--image-size {args.image_size} is too small for {args.arch}, which halves it five "
-            "times: choose at least 32"
-        )
+    check_image_size(args.image_size, args.arch)
     return nn.Sequential(models.get_model(args.arch, weights=None, num_classes=classes))
 
 
@@ -58,7 +55,7 @@ def main():
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward (gradients are averaged over the processes), step
             meter.update(loss, logits, labels)
-        run.mesh.same_buffers(net.modules_here)
+        run.mesh.broadcast_buffers(net.modules_here)
         with run.autocast():
             scores = evaluate(net.heads, run.evaluation(val), topk=TOPK)
         trained, score = all_reduce_meters([meter, *scores], run.mesh)

@@ -54,13 +54,13 @@ def parse_args():
     group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions per auxiliary")
     group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers per auxiliary")
     group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads")
-    parser.dropped(
+    parser.add_dropped(
         "--ncnn",
         "--feature_size",
         "--ds-type",
         why="the network is --arch, split by --block_size (VGG) or --splits (ResNet)",
     )
-    parser.dropped(
+    parser.add_dropped(
         "--start_epoch", "--resume_epoch", "--resume_feat", why="--resume continues where its checkpoint was saved"
     )
     args = imagenet_flags.parse(parser)
@@ -111,10 +111,10 @@ def main():
                 representation = representation.detach()  # no gradient crosses to the module below
                 meter.update(loss, logits, labels)
             net.send(representation, labels)  # to the module above, if another process has it
-        run.mesh.same_buffers(net.modules_here)
+        run.mesh.broadcast_buffers(net.modules_here)
         heads = net.ensembles() if args.ensemble else net.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(val, totals=args.ensemble)), topk=TOPK)
+            scores = evaluate(heads, run.evaluation(net.inputs(val, with_ensemble_sum=args.ensemble)), topk=TOPK)
         head_scores = scores[: len(meters)]
         ensemble_scores = scores[len(meters) :]
         if not args.ensemble:

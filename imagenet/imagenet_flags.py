@@ -138,9 +138,10 @@ def parse(parser):
         parser.error("--debug 1 leaves no checkpoint to --resume: leave one out")
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
-    if launched()[1] == 1 and args.local_batch_norm:
+    processes = launched().size
+    if processes == 1 and args.local_batch_norm:
         parser.error("--local-batch-norm is for several processes: start the script with torchrun --nproc-per-node N")
-    if launched()[1] == 1 and args.backend:
+    if processes == 1 and args.backend:
         parser.error("--backend is for several processes: start the script with torchrun --nproc-per-node N")
     if args.stages == 1 and args.modules_per_stage:
         parser.error("--modules-per-stage is for several stages: add --stages K")
@@ -205,7 +206,7 @@ def setup(args, build):
             val_samples=args.val_samples,
             rank=mesh.replica,
             processes=mesh.replicas,
-            least=2 if args.local_batch_norm else 1,
+            min_share=2 if args.local_batch_norm else 1,
             limit=DEBUG_BATCHES if args.debug else None,
             device=run.device,
         )
@@ -220,7 +221,7 @@ def setup(args, build):
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
     net = run.distribute(net)
-    modules = mesh.parallel(net.modules_here, args.local_batch_norm)
+    modules = mesh.data_parallel(net.modules_here, args.local_batch_norm)
     return Setup(run, train, val, net, modules)
 
 

@@ -84,14 +84,15 @@ def load(
     val_samples=None,
     rank=0,
     processes=1,
-    least=1,
+    min_share=1,
     limit=None,
 ):
     """Returns (train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of
     folder/val, cropped in the center.
 
-    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``least`` images of it; an
-    epoch of training has at most ``limit`` mini-batches. Raises InputError for folders or numbers that will not do.
+    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``min_share`` images of it; an
+    epoch of training has at most ``limit`` mini-batches. Raises InputError for missing or bad folders, for more samples
+    than there are, and for batches too small for the processes or batch norm.
     """
     folder = Path(folder)
     train = list_images(folder / "train", LAYOUT)
@@ -99,7 +100,7 @@ def load(
     check_classes(folder, ("train", "val"), (train, val))
     train_images = spread(train.samples, train_samples, "--train-samples")
     val_images = spread(val.samples, val_samples, "--val-samples")
-    check_batches(len(train_images), batch_size, max(2, processes * least))
+    check_batches(len(train_images), batch_size, max(2, processes * min_share))
     if len(val_images) < processes:
         raise InputError(
             f"{folder}/val has {len(val_images)} images, fewer than the {processes} processes: start fewer"
@@ -129,13 +130,14 @@ def load(
 
 
 def spread(samples, count, flag):
-    """``count`` of the samples, evenly spaced, so that many classes are among them; all of them for None. Raises
-    InputError for too many.
+    """``count`` of the samples, evenly spaced, so that they are of many classes; all samples for None.
+
+    Raises InputError if there are fewer.
     """
     if count is None:
         return samples
     if count > len(samples):
-        raise InputError(f"{flag} {count} is more than the {len(samples)} images there are")
+        raise InputError(f"{flag} {count} is more than the {len(samples)} images in the folder")
     return [samples[index * len(samples) // count] for index in range(count)]
 
 

@@ -3,12 +3,11 @@ curves of the paper's Sec. 5.3, Figs. 3 and 4.
 
     python learning_curves/cifar_sequential_greedy.py
 
-One module after the other is trained for all epochs, each with the learning
-rate from its start, on top of the finished modules below: these are frozen,
-batch norm statistics included, and cost a forward pass of their bodies. After
-50 epochs each the authors' published log has test top-1 78.55 / 85.77 / 88.28 /
-89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1
-to 4.
+One module after the other is trained for all epochs, with its own learning rate
+schedule. The finished modules below are frozen, batch norm statistics included:
+they only take a forward pass, without their heads. After 50 epochs each the
+authors' published log has test top-1 78.55 / 85.77 / 88.28 / 89.13 % for heads
+1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
 """
 
 import torch
@@ -39,7 +38,7 @@ def main():
     train, test, classes = run.data()
     net = run.prepare(build(args, classes))
     optimizers = [SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net]
-    # At each module's epochs 16, 31, 46, …
+    # From each module's epochs 16, 31, 46, … on
     schedules = [StepLR(optimizer, step_size=15, gamma=0.2) for optimizer in optimizers]
     meter = Meter()
 

@@ -157,7 +157,7 @@ def parse_flags(script, flags):
 
 def read_run_log(path):
     """The Log at ``path``. Raises InputError for a log that does not say how its run was made."""
-    frame = read_log(path, empty=True)
+    frame = read_log(path, allow_empty=True)
     comments = {}
     commits = []
     for line in frame.attrs["comments"]:

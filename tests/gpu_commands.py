@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from decoupled.data import datasets
+from decoupled.data.folders import DataSet, Split
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import eval_mode
 from decoupled.training.precision import Steps
@@ -27,22 +28,22 @@ DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", 
 # The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
 # layer; for DDG of the first epoch, in which the lowest module takes its first step late, and of another.
 COMMANDS = {
-    (PARALLEL, *TOY, *NARROW): [446],
-    (SEQUENTIAL, *TOY, *NARROW): [130, 136, 141, 104],
-    (AUX, *TOY, *NARROW): [684],
-    (AUX, *TOY, *NARROW, "--type_aux", "cnn"): [439],
-    ("dni/cifar_dgl.py", *TOY, *NARROW): [224],
-    (DNI, *TOY, *NARROW): [56],
-    (DNI, *TOY, *NARROW, "--dni", "--context"): [132],
-    (DGL, *RESNET): [398],
-    (DDG, *RESNET): [248, 246],
-    (BACKPROP, *RESNET[:-2]): [184],
-    (BACKPROP, *RESNET, "--checkpointing"): [236],
-    (ASYNC, *BUFFER[:-2]): [535],
-    (ASYNC, *BUFFER): [545],
-    (ASYNC, *BUFFER, "--buffer-device", "cpu"): [550],
-    (ASYNC, *BUFFER, "--compress", 8): [625],
-    (ASYNC, *BUFFER, "--compress", 4, "--buffer-device", "cpu"): [670],
+    (PARALLEL, *TOY, *NARROW): [447],
+    (SEQUENTIAL, *TOY, *NARROW): [131, 137, 142, 105],
+    (AUX, *TOY, *NARROW): [685],
+    (AUX, *TOY, *NARROW, "--type_aux", "cnn"): [440],
+    ("dni/cifar_dgl.py", *TOY, *NARROW): [225],
+    (DNI, *TOY, *NARROW): [57],
+    (DNI, *TOY, *NARROW, "--dni", "--context"): [133],
+    (DGL, *RESNET): [399],
+    (DDG, *RESNET): [249, 247],
+    (BACKPROP, *RESNET[:-2]): [185],
+    (BACKPROP, *RESNET, "--checkpointing"): [237],
+    (ASYNC, *BUFFER[:-2]): [536],
+    (ASYNC, *BUFFER): [546],
+    (ASYNC, *BUFFER, "--buffer-device", "cpu"): [551],
+    (ASYNC, *BUFFER, "--compress", 8): [626],
+    (ASYNC, *BUFFER, "--compress", 4, "--buffer-device", "cpu"): [671],
     (*VGG, "--static-loss-scale", 64): [399],
     (IMAGENET, *FOLDERS, "--arch", "resnet50", "--channels", 2, "--dynamic-loss-scale"): [669],
     (IMAGENET, *FOLDERS, "--arch", "shufflenet_v2_x0_5"): [695],
@@ -74,11 +75,13 @@ def called(command):
     return " ".join([script.removesuffix(".py"), *map(str, flags[len(common) :])])
 
 
-def few_images(dataset, folder):
-    """A reader of 32 images for training, one of each class and two for testing."""
+def few_images():
+    """In place of read_digits: 32 images for training, one of each class and two for testing."""
     images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(44) % 10
-    return (images[:32], labels[:32]), (images[32:], labels[32:]), [str(n) for n in range(10)], "random"
+    train = Split(images[:32], labels[:32])
+    test = Split(images[32:], labels[32:])
+    return DataSet(train, test, classes=list("0123456789"), source="random")
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +97,7 @@ def image_folders(tmp_path_factory):
 @pytest.fixture
 def on_gpu(run_script, image_folders, monkeypatch):
     """on_gpu(command, *flags): what its script leaves with small networks and few images, on cuda."""
-    monkeypatch.setitem(datasets.READERS, "digits", few_images)
+    monkeypatch.setattr(datasets, "read_digits", few_images)
 
     def run(command, *flags):
         script, *own = command

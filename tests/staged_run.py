@@ -8,9 +8,10 @@ JSON: a list of runs, which are started one after the other. Each is a dict:
 processes   how many
 restarts    torchrun's --max-restarts (0)
 words       the script and its flags
-faults      {rank: [call, fault, attempt]}: what process ``rank`` does in that call of Stage.send, which ends each
-            mini-batch, in that attempt of torchrun (0): "SIGKILL" or "SIGSTOP", sent to itself; "SIGTERM" or "SIGINT",
-            sent to torchrun; "error", an InputError; "slow", from there on each call takes 50 ms longer
+faults      {rank: [call, fault, attempt]}: what process ``rank`` does in that call of Stage.send, or of
+            ReplayStage.end_turn, which end each mini-batch, in that attempt of torchrun (0): "SIGKILL" or "SIGSTOP",
+            sent to itself; "SIGTERM" or "SIGINT", sent to torchrun; "error", an InputError; "slow", from there on each
+            call takes 50 ms longer
 held        a path: process ``rank`` writes to held.rank what it held in memory, see watch
 
 After each run a line "outcome: …" on stderr: "finished", the exit codes of the processes that failed, or, after a
@@ -119,9 +120,10 @@ def worker(words, faults, held):
     script, *flags = words
     sys.argv = [str(ROOT / script), *flags]
     module = load_script(script)
-    kind = getattr(module, "ReplayStage", Stage)
-    if rank in faults:
-        kind.send = failing(kind.send, *faults[rank])
+    if rank in faults and hasattr(module, "ReplayStage"):
+        module.ReplayStage.end_turn = failing(module.ReplayStage.end_turn, *faults[rank])
+    elif rank in faults:
+        Stage.send = failing(Stage.send, *faults[rank])
     start(module.main)
     if held:
         Path(f"{held}.{rank}").write_text(json.dumps(most))

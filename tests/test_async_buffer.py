@@ -19,7 +19,7 @@ SCRIPT = "async_buffer/cifar_buffer.py"
 script = load_script(SCRIPT)  # its folder can be imported from now on
 import buffer_results  # noqa: E402
 from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
-from turns import ImageStream, Turns, tallies  # noqa: E402
+from turns import ImageStream, Turns, read_tallies  # noqa: E402
 
 NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
 DATA = ("--dataset", "digits", "--train-samples", 100, "--batch_size", 32)
@@ -234,7 +234,7 @@ def test_without_a_buffer_it_is_synchronous_dgl_bit_for_bit(run_script):
                 F.cross_entropy(logits, labels).backward()
                 optimizer.step()
     assert_weights(net, left)
-    counted = tallies(read_log(left.log).attrs["comments"])
+    counted = read_tallies(read_log(left.log).attrs["comments"])
     assert (
         (counted.turns == LENGTH).all()
         and not counted[["skipped", "frozen"]].any().any()
@@ -303,7 +303,7 @@ def test_it_is_algorithm_2(run_script, flags):
             buffers[n].write((values.detach().clone(memory_format=torch.preserve_format), labels, learned[n]))
     assert learned == [3 * LENGTH] * 3
     assert_weights(net, left)
-    counted = tallies(read_log(left.log).attrs["comments"])
+    counted = read_tallies(read_log(left.log).attrs["comments"])
     assert counted.turns.sum() == 9 * LENGTH + sum(frozen) + skipped and counted.skipped.sum() == skipped
     assert counted.groupby("n").frozen.sum().tolist() == frozen
     assert (counted.staleness_max.max(), counted.reuse_max.max()) == (max(stale), max(reused))

@@ -14,7 +14,7 @@ from running import PARALLEL, ROOT, load_script
 
 from decoupled import InputError
 from decoupled.training import flags
-from decoupled.training.checkpoint import Checkpoint
+from decoupled.training.checkpoint import RunFiles
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -123,11 +123,11 @@ def test_other_names_work_and_are_found_again(run_script, name):
 
 def test_a_name_does_not_find_another_names_run(tmp_path):
     names = ("", "a", "a-b", "20260101-000000")
-    paths = {name: tmp_path / f"{Checkpoint(tmp_path, 'script', name).prefix}20270101-000000.pt" for name in names}
+    paths = {name: tmp_path / f"{RunFiles(tmp_path, 'script', name).prefix}-20270101-000000.pt" for name in names}
     for path in paths.values():
         path.touch()
     for name, path in paths.items():
-        assert Checkpoint(tmp_path, "script", name).newest() == path
+        assert RunFiles(tmp_path, "script", name).newest_checkpoint() == path
 
 
 @pytest.mark.parametrize("name", ["a\nn: 1, epoch 9", os.fsdecode(b"caf\xe9")])

@@ -92,15 +92,15 @@ def test_modules_in_turn_and_unknown_numbers_of_mini_batches(run_script, open_sc
 def test_last_words_and_what_resumes_have_lines_of_their_own(run_script, open_screen, monkeypatch, moment):
     screen = open_screen()
     calls = []
-    real = runs.Run.checkpoint_or_stop
+    real = runs.Run.save_or_stop
 
-    def checkpoint_or_stop(run):
+    def save_or_stop(run):
         calls.append(run.batch)
         if len(calls) == moment:
             os.kill(os.getpid(), signal.SIGTERM)
         real(run)
 
-    monkeypatch.setattr(runs.Run, "checkpoint_or_stop", checkpoint_or_stop)
+    monkeypatch.setattr(runs.Run, "save_or_stop", save_or_stop)
     with pytest.raises(SystemExit):
         run_script(PARALLEL, *FLAGS, "--epochs", 1)
     before, after = screen.getvalue().split(f"{PARALLEL}: stopped")

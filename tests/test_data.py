@@ -156,7 +156,7 @@ def test_a_checkpoint_of_other_images_is_refused():
     saved = Batches(*numbered(70), 32, **STATISTICS).state_dict()
     images, labels = numbered(70)
     images[3, 4, 5, 0] += 1
-    with pytest.raises(InputError, match="other images"):
+    with pytest.raises(InputError, match="--data-dir"):
         Batches(images, labels, 32, **STATISTICS).load_state_dict(saved)
 
 

@@ -177,13 +177,14 @@ def test_ddg_holds_the_mini_batches_it_needs_and_no_more(monkeypatch, tmp_path):
         for k, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
             delay = 3 - k
             before = [weight.detach().clone() for weight in module.parameters()]
-            representation, gradient = script.module_iteration(
-                run, module, optimizer, in_flight[k], representation, labels
-            )
-            assert (gradient is not None) == (k > 0 and t > delay)
-            if gradient is not None:
-                in_flight[k - 1].gradient = gradient
+            representation = script.forward(run, module, in_flight[k], representation, labels)
             batches = in_flight[k].batches
+            assert (len(batches) > delay) == (t > delay)
+            if t > delay:
+                gradient = script.delayed_step(run, optimizer, in_flight[k])
+                assert (gradient is not None) == (k > 0)
+                if k > 0:
+                    in_flight[k - 1].gradient = gradient
             assert [len(batch.inputs) for batch in batches] == sizes[max(t - delay, 0) :]
             if delay:
                 copies[k] += [weakref.ref(weight) for weight in batches[-1].weights.values()]

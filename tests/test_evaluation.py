@@ -92,7 +92,7 @@ def test_meter_keeps_no_graph():
     logits = torch.randn(4, 10, requires_grad=True)
     meter = Meter()
     meter.update(F.cross_entropy(logits, torch.zeros(4, dtype=torch.long)), logits, torch.zeros(4, dtype=torch.long))
-    assert not any(value.requires_grad for value in (meter.losses, *meter.hits))
+    assert not any(value.requires_grad for value in (meter.summed_loss, *meter.hits))
 
 
 def lambda_module(function):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from decoupled.data.datasets import load
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import run as runs
-from decoupled.training.precision import Steps, compile_graphs, compile_modules
+from decoupled.training.precision import Steps, compile_modules, compile_to_cuda_graphs
 
 SHORT = (
     *("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--test-batch-size", 400, "--epochs", 2),
@@ -203,7 +203,7 @@ def test_what_leaves_a_replayed_module_is_a_copy(monkeypatch):
     (module,) = network(depth=1, downsample=(), auxiliary="cnn")
     module.eval()
     expected = [module(torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)]
-    compile_graphs(module)
+    compile_to_cuda_graphs(module)
     made = [module(torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)]
     assert all(
         torch.equal(a, b) for now, then in zip(made, expected, strict=True) for a, b in zip(now, then, strict=True)

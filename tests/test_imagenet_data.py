@@ -151,7 +151,7 @@ def test_bad_folders(own, kind):
         ({"val_samples": VAL + 1}, "--val-samples"),
         ({"batch_size": TRAIN + 1}, "-b"),
         ({"batch_size": 20}, "batch of 1"),
-        ({"processes": 3, "least": 2}, "at least 6"),
+        ({"processes": 3, "min_share": 2}, "at least 6"),
         ({"processes": 3, "val_samples": 2}, "own/val"),
     ],
 )

@@ -151,7 +151,7 @@ def test_what_is_no_log(tmp_path):
     (tmp_path / "empty").write_text("Namespace(a=1)\n")
     with pytest.raises(InputError, match="empty holds no line of results"):
         read_log(tmp_path / "empty")
-    frame = read_log(tmp_path / "empty", empty=True)  # a run in its first epoch
+    frame = read_log(tmp_path / "empty", allow_empty=True)  # a run in its first epoch
     assert frame.empty and "epoch" in frame and frame.attrs["arguments"] == {"a": 1}
 
 

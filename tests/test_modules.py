@@ -1,13 +1,15 @@
 """Networks and auxiliary networks: the layers and parameter counts of the paper's experiments."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from decoupled import InputError
 from decoupled.analysis.costs import peak_memory
-from decoupled.networks.auxiliary import AveragePool, auxiliary
-from decoupled.networks.layerwise import flatten, layerwise_cnn
+from decoupled.networks.auxiliary import AveragePool, make_auxiliary
+from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import (
     DecoupledModule,
     DecoupledNetwork,
@@ -47,7 +49,7 @@ def test_aux_nets_network_has_the_released_parameter_counts():
     ],
 )
 def test_auxiliary_parameter_counts(name, expected):
-    assert count(auxiliary(name, (64, 32, 32), 10)) == expected
+    assert count(make_auxiliary(name, (64, 32, 32), 10)) == expected
 
 
 def kinds(module):
@@ -56,9 +58,9 @@ def kinds(module):
 
 def test_auxiliary_layers_are_those_of_the_paper():
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
-    assert kinds(auxiliary("mlp", (8, 32, 32), 10)) == ["AveragePool"] * 2 + ["Flatten", *hidden * 3, "Linear"]
+    assert kinds(make_auxiliary("mlp", (8, 32, 32), 10)) == ["AveragePool"] * 2 + ["Flatten", *hidden * 3, "Linear"]
     conv = ["Conv2d", "BatchNorm2d", "ReLU"]
-    assert kinds(auxiliary("mlp-sr", (8, 32, 32), 10)) == [
+    assert kinds(make_auxiliary("mlp-sr", (8, 32, 32), 10)) == [
         "AveragePool",
         *conv * 3,
         "AveragePool",
@@ -66,7 +68,7 @@ def test_auxiliary_layers_are_those_of_the_paper():
         *hidden * 3,
         "Linear",
     ]
-    assert kinds(auxiliary("cnn", (8, 32, 32), 10)) == [
+    assert kinds(make_auxiliary("cnn", (8, 32, 32), 10)) == [
         *conv * 2,
         "AveragePool",
         "BatchNorm2d",
@@ -123,7 +125,7 @@ def test_average_pools_backward_pass_makes_no_tensor_larger_than_its_inputs_grad
 @pytest.mark.parametrize("name", ["mlp", "mlp-sr"])
 def test_pooled_sizes(name, size, reduced):
     sizes = []
-    net = auxiliary(name, (4, *size), 10)
+    net = make_auxiliary(name, (4, *size), 10)
     net[0].register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
     assert net(torch.randn(2, 4, *size)).shape == (2, 10)
     assert sizes == [reduced]
@@ -131,7 +133,7 @@ def test_pooled_sizes(name, size, reduced):
 
 def test_cnn_auxiliary_works_at_full_size():
     sizes = []
-    net = auxiliary("cnn", (4, 7, 9), 10)
+    net = make_auxiliary("cnn", (4, 7, 9), 10)
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
@@ -193,7 +195,7 @@ def test_layers_in_groups():
     for splits in range(1, 59):
         groups = split_evenly(list(range(58)), splits)
         assert len(groups) == splits
-        assert flatten(groups) == list(range(58))
+        assert list(itertools.chain(*groups)) == list(range(58))
     for splits in (0, 6):
         with pytest.raises(InputError):
             split_evenly(list("abcde"), splits)

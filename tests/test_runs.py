@@ -20,7 +20,7 @@ from decoupled import InputError
 from decoupled.logs import read_log
 from decoupled.training import flags
 from decoupled.training import run as runs
-from decoupled.training.checkpoint import Checkpoint
+from decoupled.training.checkpoint import RunFiles
 from decoupled.training.flags import start
 from decoupled.training.precision import Steps, allocate_momentum, has_bf16_instructions, pick_device
 
@@ -55,7 +55,7 @@ def fp16_steps(monkeypatch, folder, fused):
 
     def main():
         run = toy_run()
-        run.steps.scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        run.steps.new_scaler = lambda: torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         net = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
         optimizers = [Momentum(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, fused=fused) for m in net]
@@ -440,10 +440,10 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_resumes(run_script, whole,
 
 
 def test_a_line_that_does_not_fit_is_not_in_the_log(tmp_path):
-    files = Checkpoint(tmp_path, "script")
-    files.create("x" * 600 + "\n")
+    files = RunFiles(tmp_path, "script")
+    files.create_log("x" * 600 + "\n")
     with largest_file(1000), pytest.raises(InputError, match=re.escape(str(files.path(".log")))):
-        files.append("y" * 600 + "\n")
+        files.append_to_log("y" * 600 + "\n")
     assert files.path(".log").read_text() == files.log_text == "x" * 600 + "\n"
     files.close()
 

@@ -23,10 +23,10 @@ def follow(monkeypatch):
     epochs, real = [], Run.progress
 
     def start(gpu):
-        def progress(run, batches):
+        def progress(run, batches, **options):
             epochs.append([])
             before = None
-            for batch in real(run, batches):
+            for batch in real(run, batches, **options):
                 now = Counter(gpu.operations), Counter(gpu.syncs)
                 if before is not None:
                     epochs[-1].append([after - then for after, then in zip(now, before, strict=True)])

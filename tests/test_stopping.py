@@ -12,12 +12,12 @@ from killed_run import run_forked
 from running import PARALLEL, SEQUENTIAL, Finished, assert_same_run, tensors
 
 from decoupled import InputError
-from decoupled.training.checkpoint import Checkpoint, read_checkpoint
+from decoupled.training.checkpoint import RunFiles, read_checkpoint
 from decoupled.training.run import Run
 
 TOY = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 100 --device cpu"  # 5 batches; test: 4
 SMALL = (*TOY.split(), "--channels", "2")
-SCRIPTS = [  # script, flags, calls of checkpoint_or_stop in an epoch
+SCRIPTS = [  # script, flags, calls of save_or_stop in an epoch
     (PARALLEL, f"{TOY} --epochs 2 --channels 2 --precise-statistics", 10),
     (SEQUENTIAL, f"{TOY} --epochs 1 --channels 2", 10),
     ("aux_nets/cifar_dgl.py", f"{TOY} --epochs 2 --channels 2 --depth 3 --lr-step 1", 10),
@@ -37,19 +37,19 @@ SCRIPTS = [  # script, flags, calls of checkpoint_or_stop in an epoch
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """at_call(call, act): from now on, ``act(run)`` is called in call number ``call`` of checkpoint_or_stop."""
-    real = Run.checkpoint_or_stop
+    """at_call(call, act): from now on, ``act(run)`` is called in call number ``call`` of save_or_stop."""
+    real = Run.save_or_stop
 
     def begin(call, act):
         calls = []
 
-        def checkpoint_or_stop(run):
+        def save_or_stop(run):
             calls.append(run.batch)
             if len(calls) == call:
                 act(run)
             real(run)
 
-        monkeypatch.setattr(Run, "checkpoint_or_stop", checkpoint_or_stop)
+        monkeypatch.setattr(Run, "save_or_stop", save_or_stop)
 
     return begin
 
@@ -120,8 +120,8 @@ def test_one_process_writes_a_run_and_a_dead_one_does_not_count(fails, run_scrip
     child = os.fork()
     if child == 0:
         try:
-            files = Checkpoint(begun.folder, "")
-            files.use(begun.checkpoint)
+            files = RunFiles(begun.folder, "")
+            files.select(begun.checkpoint)
             files.acquire()
             os.kill(os.getpid(), signal.SIGSTOP)
         finally:
@@ -138,12 +138,12 @@ def test_one_process_writes_a_run_and_a_dead_one_does_not_count(fails, run_scrip
 
 
 def test_runs_of_one_second_have_files_of_their_own(tmp_path):
-    checkpoints = [Checkpoint(tmp_path, "name") for _ in range(120)]
-    for number, checkpoint in enumerate(checkpoints):
-        checkpoint.create(f"{number}\n")
-    assert [checkpoint.path(".log").read_text() for checkpoint in checkpoints] == [f"{n}\n" for n in range(120)]
-    for checkpoint in checkpoints:
-        checkpoint.close()
+    runs = [RunFiles(tmp_path, "name") for _ in range(120)]
+    for number, files in enumerate(runs):
+        files.create_log(f"{number}\n")
+    assert [files.path(".log").read_text() for files in runs] == [f"{n}\n" for n in range(120)]
+    for files in runs:
+        files.close()
     assert len([*tmp_path.iterdir()]) == 120
 
 
@@ -152,9 +152,9 @@ def test_the_newest_run_is_the_one_of_that_name_that_began_last(tmp_path):
     for name in names:
         (tmp_path / f"{name}.pt").touch()
     os.utime(tmp_path / f"{names[0]}.pt", (2e9, 2e9))
-    assert Checkpoint(tmp_path, "a").newest().name == f"{names[2]}.pt"
-    assert Checkpoint(tmp_path, "a", "b").newest().name == f"{names[3]}.pt"
-    assert Checkpoint(tmp_path, "[a]*").newest() is None
+    assert RunFiles(tmp_path, "a").newest_checkpoint().name == f"{names[2]}.pt"
+    assert RunFiles(tmp_path, "a", "b").newest_checkpoint().name == f"{names[3]}.pt"
+    assert RunFiles(tmp_path, "[a]*").newest_checkpoint() is None
 
 
 def test_every_flipped_bit_is_found_or_harmless(begun):

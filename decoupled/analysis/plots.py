@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from decoupled.errors import InputError, writing
 from decoupled.logs import final, is_edited, newest, parse_run_name, read_log
 from decoupled.training import flags
-from decoupled.training.run import FLAGS_FREE_ON_RESUME
+from decoupled.training.run import FREE_ON_RESUME
 
 LABELS = {
     "loss": "training loss",
@@ -199,7 +199,7 @@ def describe_run(frame):
     if match := re.search(r"([\w-]+)/(\w+)\.py", comments.get("command", "")):
         run["experiment"], run["script"] = match.groups()
     for flag, value in frame.attrs["arguments"].items():
-        if flag not in (*FLAGS_FREE_ON_RESUME, "device"):
+        if flag not in (*FREE_ON_RESUME, "device"):
             run[flag] = str(value)
     run["name"] = without_seed(run["name"])
     return run

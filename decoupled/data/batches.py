@@ -28,6 +28,7 @@ An InputForm as ``form`` lets ``python -m decoupled predict`` read images for th
 
 import copy
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,21 @@ from torch.nn import functional as F
 from decoupled.errors import InputError
 
 PADDING = 4  # of the random crop
+
+
+class Augmentation(NamedTuple):
+    """What is drawn at random for an epoch, or the part of it for one mini-batch: tensors (N,) on the images' device.
+
+    order  the indices of the images
+    tops   offset of the crop in the padded image, 0 to 8
+    lefts  the same, horizontally
+    flips  whether the crop is mirrored
+    """
+
+    order: torch.Tensor
+    tops: torch.Tensor
+    lefts: torch.Tensor
+    flips: torch.Tensor
 
 
 class Batches:
@@ -51,7 +67,7 @@ class Batches:
 
     ``mean`` and ``std`` are of each channel, in [0, 1]. ``description`` names the images in the log, ``form`` is the
     InputForm that other images need for the same network. Iterating begins an epoch. So does ``begin``; ``rest`` then
-    iterates over what is left of it. Raises InputError for images of another type or shape.
+    iterates over the rest of it. Raises InputError for images of another type or shape.
     """
 
     def __init__(
@@ -71,7 +87,7 @@ class Batches:
         device=None,
     ):
         check_images(images, labels)
-        # Guards a resumed run against other images under the same name
+        # Keeps a run from resuming with other images of the same name
         self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
         self.height, self.width = images.shape[1:3]
         self.images = images.to(device)
@@ -87,12 +103,12 @@ class Batches:
         self.scale = 1 / (255 * torch.tensor(std, device=self.images.device))
         self.shift = torch.tensor(mean, device=self.images.device) * 255
         self.generator = torch.Generator().manual_seed(seed)
-        self.place = len(self)  # mini-batches of the epoch that are done: all, before the first begins
-        self.start = None  # the generator's state before the epoch; None before the first
+        self.place = len(self)  # mini-batches of the epoch that are done: all of them before the first epoch begins
+        self.generator_state = None  # at the beginning of the epoch; None before the first
 
     def __len__(self):
-        full, rest = divmod(len(self.labels), self.batch_size)
-        if rest > 0 and not self.drop_last:
+        full, remainder = divmod(len(self.labels), self.batch_size)
+        if remainder > 0 and not self.drop_last:
             return full + 1
         return full
 
@@ -102,40 +118,40 @@ class Batches:
 
     def begin(self):
         """Begins a new epoch."""
-        self.start = self.generator.get_state()
+        self.generator_state = self.generator.get_state()
         self.place = 0
         if self.augment:
-            self.drawn = self.draw()
+            self.augmentation = self.draw()
 
     def rest(self):
-        """Iterates over what is left of the epoch that has begun."""
+        """Iterates over the rest of the epoch that has begun."""
         while self.place < len(self):
             rows = slice(self.place * self.batch_size, (self.place + 1) * self.batch_size)
             self.place += 1
             if self.augment:
-                order, tops, lefts, flips = (values[rows] for values in self.drawn)
-                yield self.normalize(self.crop(order, tops, lefts, flips)), self.labels[order]
+                drawn = Augmentation(*(values[rows] for values in self.augmentation))
+                yield self.normalize(self.crop(drawn)), self.labels[drawn.order]
             else:
                 yield self.normalize(self.images[rows]), self.labels[rows]
 
     def draw(self):
-        """Draws an epoch: order, top and left offsets in 0..8, flips, each (N,) on the images' device."""
+        """Draws the Augmentation of an epoch."""
         count = len(self.labels)
         device = self.images.device
         order = torch.randperm(count, generator=self.generator)
         tops, lefts = torch.randint(2 * PADDING + 1, (2, count), generator=self.generator)
-        flips = torch.randint(2, (count,), generator=self.generator).bool() & self.flip
-        return order.to(device), tops.to(device), lefts.to(device), flips.to(device)
+        flips = torch.randint(2, (count,), generator=self.generator).bool()
+        if not self.flip:
+            flips = torch.zeros_like(flips)
+        return Augmentation(order.to(device), tops.to(device), lefts.to(device), flips.to(device))
 
-    def crop(self, order, tops, lefts, flips):
-        """The images ``order`` (B,), cropped at ``tops`` and ``lefts`` of the padded images and mirrored where
-        ``flips``: uint8 (B, h, w, 3).
-        """
+    def crop(self, drawn):
+        """The images of a mini-batch's Augmentation, cropped and mirrored: uint8 (B, h, w, 3)."""
         down = torch.arange(self.height, device=self.images.device)
         across = torch.arange(self.width, device=self.images.device)
-        rows = tops[:, None] + down
-        columns = lefts[:, None] + torch.where(flips[:, None], self.width - 1 - across, across)
-        return self.images[order[:, None, None], rows[:, :, None], columns[:, None, :]]
+        rows = drawn.tops[:, None] + down
+        columns = drawn.lefts[:, None] + torch.where(drawn.flips[:, None], self.width - 1 - across, across)
+        return self.images[drawn.order[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def normalize(self, images):
         """uint8 (B, h, w, 3) → float32 (B, 3, h, w) in channels-last memory, zero mean and unit variance."""
@@ -153,7 +169,7 @@ class Batches:
 
     @property
     def outline(self):
-        """The first arguments of an Outline of these mini-batches."""
+        """What another process needs for an Outline of these mini-batches: its first three arguments."""
         return len(self.labels), self.batch_size, len(self)
 
     @property
@@ -166,13 +182,13 @@ class Batches:
         return f"{len(self.labels)} images of {self.description}"
 
     def state_dict(self):
-        begun = self.start is not None
-        start = self.start if begun else self.generator.get_state()
+        begun = self.generator_state is not None
+        start = self.generator_state if begun else self.generator.get_state()
         return {"start": start, "begun": begun, "place": self.place, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was trained on other images than these {self}: point --data-dir to its data set")
+            raise InputError(f"the run was not trained on these {self}: point --data-dir to its data set")
         if not 0 <= state["place"] <= len(self):
             raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.generator.set_state(state["start"])
@@ -194,9 +210,9 @@ def check_images(images, labels):
 class Outline:
     """What a process without data knows of the mini-batches: how large each one is, and its place among them.
 
-    ``count`` samples come in ``length`` mini-batches of ``batch_size``; this process learns from share ``replica`` of
-    ``replicas`` of each. ``example`` is a mini-batch of two samples. ``weight`` is the weight of the latest share's
-    mean loss in the mean over replicas.
+    ``count`` samples come in ``length`` mini-batches of ``batch_size``. Each is divided into ``replicas`` shares, and
+    this process learns from share ``replica``. ``example`` is a mini-batch of two samples. ``weight`` is the weight of
+    the latest share's mean loss in the mean over replicas.
     """
 
     def __init__(self, count, batch_size, length, replica=0, replicas=1, example=None):
@@ -205,8 +221,8 @@ class Outline:
         self.whole = [min(batch_size, count - first) for first in range(0, count, batch_size)][:length]
         self.shares = []
         for size in self.whole:
-            share, rest = divmod(size, replicas)
-            self.shares.append(share + 1 if replica < rest else share)
+            share, remainder = divmod(size, replicas)
+            self.shares.append(share + 1 if replica < remainder else share)
         self.common = sum(size >= replicas for size in self.whole)  # mini-batches that every replica has a share of
         self.place = length
         self.weight = 1.0
@@ -224,7 +240,7 @@ class Outline:
 
     @property
     def left(self):
-        """The sizes of the shares that are left in this epoch, empty ones excepted."""
+        """The sizes of this process's remaining shares in the epoch, without empty ones."""
         return [size for size in self.shares[self.place :] if size]
 
     def advance(self):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from decoupled.data.batches import Batches
 from decoupled.data.folders import DataSet, Split, read_folders
-from decoupled.data.images import SIDE, InputForm
+from decoupled.data.images import SIDE, InputForm, first_line
 from decoupled.errors import InputError, one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
@@ -54,9 +54,9 @@ def load(
     """Returns (train, test, number of classes): Batches on ``device``, the training split augmented.
 
     ``validation`` holds out that many training images, the same for all seeds, which then take the place of the test
-    split. ``train_samples`` keeps that many of the remaining images, the first; those of image folders come one from
-    each class in turn, so that the first are of every class. Raises InputError for an unknown data set, missing or
-    damaged files, files that are not the set's, or an impossible number of samples.
+    split. ``train_samples`` keeps the first so many of the remaining images; image folders are read one image per class
+    in turn, so that these are of all classes. Raises InputError for an unknown data set, missing or damaged files,
+    files of another data set, or an impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
@@ -144,8 +144,8 @@ def channel_statistics(dataset, images):
 def hold_out(data, count):
     """Moves ``count`` training images, drawn at random, to the test split. Both keep their order."""
     train = data.train
-    held = torch.zeros(len(train.labels), dtype=torch.bool)
     chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
     held[chosen] = True
     return DataSet(
         train=Split(train.images[~held], train.labels[~held], train.note),
@@ -163,7 +163,7 @@ def read(dataset, data_dir):
     if dataset == "digits":
         return read_digits()
     if dataset == "folder":
-        return read_own(data_dir)
+        return read_own_images(data_dir)
     if dataset == "fashion-mnist":
         return read_fashion_mnist(data_dir)
     for folder in (data_dir / dataset, data_dir):
@@ -172,10 +172,10 @@ def read(dataset, data_dir):
     return read_cifar_files(dataset, data_dir)
 
 
-def read_own(data_dir):
-    """Anyone's images, from ``data_dir``/{train, test or val}/<class>/*, resized to 32×32."""
+def read_own_images(data_dir):
+    """The user's own images, from ``data_dir``/{train, test or val}/<class>/*, resized to 32×32."""
     if not data_dir.is_dir():
-        raise InputError(f"--data-dir {data_dir} is no folder: --dataset folder reads {IMAGE_FOLDERS} there")
+        raise InputError(f"--data-dir {data_dir} is not a folder: --dataset folder reads {IMAGE_FOLDERS} there")
     test = "test"
     if (data_dir / "val").is_dir() and not (data_dir / "test").is_dir():
         test = "val"
@@ -189,36 +189,38 @@ def read_cifar_folders(dataset, folder):
     expected = CIFAR_CLASSES[dataset]
     if len(data.classes) != expected:
         raise InputError(
-            f"{folder} has {len(data.classes)} classes, and {dataset} has {expected}: --dataset folder takes images of "
-            "one's own"
+            f"{folder} has {len(data.classes)} classes, but {dataset} has {expected}: for your own images choose "
+            "--dataset folder"
         )
     return data
 
 
 def read_cifar_files(dataset, data_dir):
-    """CIFAR-10 or -100 from the published files in ``data_dir``, or of it where it is their folder. Where they are
-    missing they are unpacked from their archive in ``data_dir``, or downloaded.
+    """CIFAR-10 or -100 from the published files.
+
+    ``data_dir`` is either their own folder, such as cifar-10-batches-py, or the one that contains it. Missing files are
+    unpacked from the archive in ``data_dir``, or downloaded.
     """
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     root = data_dir
-    if data_dir.name == kind.base_folder and data_dir.is_dir():
+    if data_dir.name == cifar.base_folder and data_dir.is_dir():
         root = data_dir.parent
-    names = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
-    files = {root / kind.base_folder / name: md5 for name, md5 in names}
+    names = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    files = {root / cifar.base_folder / name: md5 for name, md5 in names}
     download_missing(
         dataset,
         root,
-        fetch=lambda: kind(root, download=True),
+        fetch=lambda: cifar(root, download=True),
         files=files,
-        archives={root / kind.filename: kind.tgz_md5},
-        otherwise=f"{kind.filename} (from {kind.url}) or {IMAGE_FOLDERS}",
+        archives={root / cifar.filename: cifar.tgz_md5},
+        otherwise=f"{cifar.filename} (from {cifar.url}) or {IMAGE_FOLDERS}",
     )
     for path, md5 in files.items():
         check_md5(path, read_bytes(path), md5)
-    train = kind(root, train=True)
-    test = kind(root, train=False)
+    train = cifar(root, train=True)
+    test = cifar(root, train=False)
     return DataSet(
         train=Split(torch.from_numpy(train.data), torch.tensor(train.targets)),
         test=Split(torch.from_numpy(test.data), torch.tensor(test.targets)),
@@ -262,7 +264,9 @@ def read_idx_pair(folder, split):
 
 
 def read_idx(folder, name):
-    """The bytes of Fashion-MNIST's file ``name``, or of its .gz, unpacked. They are those that were published."""
+    """The contents of Fashion-MNIST's file ``name``, plain or .gz: uint8 (bytes,). Raises InputError for a file that is
+    missing or not as published.
+    """
     path = folder / name
     if not path.is_file():
         path = folder / f"{name}.gz"
@@ -273,7 +277,7 @@ def read_idx(folder, name):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is damaged ({error}): {AGAIN}") from error
+            raise InputError(f"{path} is damaged ({error}): {FETCH_AGAIN}") from error
     check_md5(path, data, FASHION_MNIST_FILES[name])
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -308,20 +312,23 @@ def grey_to_rgb(images):
 # Published files
 
 
-AGAIN = "remove it and fetch it again"
+FETCH_AGAIN = "remove it and fetch it again"
 
 
 def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
-    """Calls ``fetch()``, which downloads, where one of ``files`` is missing. Of several processes one does.
+    """Calls ``fetch()``, which downloads the data set, if one of ``files`` is missing; of several processes, only one
+    does.
 
-    ``files`` and ``archives`` are {path: MD5}. Raises InputError where the data set cannot be had: it names a damaged
-    file, or says what to put into ``data_dir`` instead (``otherwise``).
+    ``files`` and ``archives`` are {path: MD5}. Raises InputError if the download fails: it names a damaged file, or
+    says what to put into ``data_dir`` instead (``otherwise``).
     """
+    # A file that exists may be incomplete: another process may be unpacking it
     if all(is_intact(path, md5) for path, md5 in files.items()):
         return
-    if not data_dir.is_dir() and str(data_dir) != "data":
+    is_default = str(data_dir) == "data"
+    if not data_dir.is_dir() and not is_default:
         raise InputError(
-            f"--data-dir {data_dir} is no folder: create it to download {dataset} there, or name the one that holds it"
+            f"--data-dir {data_dir} is not a folder: create it to download {dataset} there, or name the one that has it"
         )
     created = not data_dir.exists()
     lock = data_dir / ".download.lock"
@@ -336,9 +343,9 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
         for path, md5 in (files | archives).items():
             if path.is_file():
                 check_md5(path, read_bytes(path), md5)
-        lines = str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__]
+        reason = first_line(getattr(error, "reason", error)).rstrip(":")  # urllib's errors say more in ``reason``
         raise InputError(
-            f"{dataset} is not in {data_dir} and cannot be downloaded ({lines[0].rstrip(':')}): put {otherwise} there; "
+            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put {otherwise} there; "
             "--dataset digits needs no download"
         ) from error
     finally:
@@ -354,10 +361,10 @@ def is_intact(path, md5):
 
 
 def check_md5(path, data, expected):
-    """Raises InputError where ``data``, the contents of ``path``, are not those that were published."""
+    """Raises InputError if ``data``, the contents of ``path``, is not what was published."""
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise InputError(f"{path} is damaged (MD5 {found}, published {expected}): {AGAIN}")
+        raise InputError(f"{path} is damaged (MD5 {found}, published {expected}): {FETCH_AGAIN}")
 
 
 def read_bytes(path):

@@ -5,6 +5,7 @@ Training, testing, predict and ImageNet all list labeled images with ``list_imag
 
 import os
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ SYSTEM_NAMES = {
     "lost+found",
 }
 
-NAMED = 3  # of the files left out, so many are named in the log
+MAX_NAMED = 3  # files left out that the log names
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Listing:
 
     classes   their names, sorted, in Unicode's composed form (NFC): systems store one name in different forms
     samples   [(path, class index)], in the order of class folders, subfolders and file names
-    left_out  paths of the files that are not read: those outside the class folders or with a suffix of no image
-              format, then hidden files and files of the operating system
+    left_out  paths of the files that are not read: those outside the class folders or without an image's suffix, then
+              hidden files and files of the operating system
     """
 
     classes: list
@@ -44,11 +45,11 @@ class Listing:
     left_out: list
 
     def describe_left_out(self, folder):
-        """What to add to a description of the images: how many files were left out, and the first of them."""
+        """A note for the description of the images: how many files were left out, and the first of them."""
         if not self.left_out:
             return ""
-        names = [one_line(os.path.relpath(path, folder)) for path in self.left_out[:NAMED]]
-        if len(self.left_out) > NAMED:
+        names = [one_line(os.path.relpath(path, folder)) for path in self.left_out[:MAX_NAMED]]
+        if len(self.left_out) > MAX_NAMED:
             names.append("…")
         files = "1 file" if len(self.left_out) == 1 else f"{len(self.left_out)} files"
         return f"; {files} left out: {', '.join(names)}"
@@ -57,8 +58,8 @@ class Listing:
 def list_images(path, layout):
     """Lists the images ``path``/<class>/<image>; images in subfolders of a class folder belong to that class.
 
-    ``layout`` says in error messages how the folders should lie. Raises InputError where ``path`` is missing or cannot
-    be read, has no class folders, a class has no image, or a link leads to a folder that is listed already.
+    ``layout`` describes the expected folders, for error messages. Raises InputError if ``path`` is missing or cannot be
+    read or has no class folders, if a class has no image, or if a link leads to a folder that is listed already.
     """
     from torchvision.datasets.folder import make_dataset
 
@@ -67,14 +68,14 @@ def list_images(path, layout):
     names = class_folders(path, layout, left_out)
     classes = sorted(set(names.values()))
     indices = {name: index for index, name in enumerate(classes)}
-    choice = Choice(path, left_out)
+    image_filter = ImageFilter(path, left_out)
     samples = make_dataset(
         path,
         {folder: indices[name] for folder, name in names.items()},
-        is_valid_file=choice.is_image,
+        is_valid_file=image_filter.accepts,
         allow_empty=True,
     )
-    left_out.sort(key=lambda file: (is_any_of_system(file, path), file))
+    left_out.sort(key=lambda file: (is_inside_hidden(file, path), file))
     listing = Listing(classes, samples, left_out)
     with_images = {index for _, index in samples}
     for index, name in enumerate(classes):
@@ -94,7 +95,7 @@ def class_folders(path, layout, left_out):
         raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     names = {}
     for entry in entries:
-        if entry.is_dir() and not is_of_system(entry.name):
+        if entry.is_dir() and not is_hidden(entry.name):
             names[entry.name] = unicodedata.normalize("NFC", entry.name)
         else:
             left_out.append(entry.path)
@@ -103,51 +104,52 @@ def class_folders(path, layout, left_out):
     return names
 
 
-def is_of_system(name):
+def is_hidden(name):
     """Whether a file or folder is hidden or the operating system's: .DS_Store, ._0.png, __MACOSX."""
     return name.startswith(".") or name in SYSTEM_NAMES
 
 
-def is_any_of_system(path, root):
-    """Whether ``path``, or a folder between it and ``root``, is."""
-    return any(is_of_system(part) for part in Path(path).relative_to(root).parts)
+def is_inside_hidden(path, root):
+    """Whether ``path`` itself or a folder between it and ``root`` is hidden or the operating system's."""
+    return any(is_hidden(part) for part in Path(path).relative_to(root).parts)
 
 
-class Choice:
-    """Chooses the images among the files under ``root``, and adds the others to ``left_out``."""
+class ImageFilter:
+    """Accepts the images among the files under ``root``, and adds all other files to ``left_out``."""
 
     def __init__(self, root, left_out):
         self.root = root
         self.left_out = left_out
-        self.read = {}  # whether a folder's files are read
-        self.real = {}  # the folders' paths, by their real paths
+        self.accepted_folders = {}  # whether files in a folder are accepted, by its path
+        self.listed = {}  # the path under which each folder is listed, by its real path
 
-    def is_image(self, path):
+    def accepts(self, path):
         folder, name = os.path.split(path)
-        if folder not in self.read:
-            self.read[folder] = self.is_read(folder)
-        image = self.read[folder] and not is_of_system(name) and Path(name).suffix.lower() in suffixes()
-        if not image:
+        if folder not in self.accepted_folders:
+            self.accepted_folders[folder] = self.accepts_folder(folder)
+        has_suffix = Path(name).suffix.lower() in suffixes()
+        accepted = self.accepted_folders[folder] and has_suffix and not is_hidden(name)
+        if not accepted:
             self.left_out.append(path)
-        return image
+        return accepted
 
-    def is_read(self, folder):
-        """Whether images in ``folder`` are. Raises InputError where a link leads to a folder that is listed already."""
-        first = self.real.setdefault(os.path.realpath(folder), folder)
+    def accepts_folder(self, folder):
+        """Whether images in ``folder`` are read. Raises InputError where a link leads to a folder listed already."""
+        first = self.listed.setdefault(os.path.realpath(folder), folder)
         if first != folder:
             raise InputError(f"{first} and {folder} are the same folder: remove the link")
-        return not is_any_of_system(folder, self.root)
+        return not is_inside_hidden(folder, self.root)
 
 
 def check_classes(folder, splits, listings):
-    """Raises InputError where the two ``splits`` of ``folder`` have not the same classes, or one class only."""
+    """Raises InputError if the two ``splits`` of ``folder`` have different classes, or only one class."""
     train, test = listings
-    odd = sorted(set(train.classes) ^ set(test.classes))
-    if odd:
-        raise InputError(f"{folder}: class folder {odd[0]!r} is in only one of {' and '.join(splits)}")
+    in_one_only = sorted(set(train.classes) ^ set(test.classes))
+    if in_one_only:
+        raise InputError(f"{folder}: class folder {in_one_only[0]!r} is in only one of {' and '.join(splits)}")
     if len(train.classes) == 1:
         raise InputError(
-            f"{folder} has one class only, {train.classes[0]!r}, and nothing can be learned from that: unpacked one "
+            f"{folder} has only one class, {train.classes[0]!r}, but at least two are needed: was it unpacked one "
             "folder too deep?"
         )
 
@@ -177,13 +179,18 @@ class DataSet(NamedTuple):
 def read_folders(folder, splits=("train", "test"), resize=False):
     """Decodes ``folder``/{train,test}/<class>/* to a DataSet of 32×32 images, one image of each class in turn.
 
-    Images of another size are an error; with ``resize`` they are cropped to a square in the center, and resized.
+    Images of another size are an error; with ``resize`` their central square is resized.
     """
     layout = f"image folders are {{{','.join(splits)}}}/<class>/<image>"
     listings = [list_images(folder / split, layout) for split in splits]
     check_classes(folder, splits, listings)
-    train, test = (read_split(folder / split, listing, resize) for split, listing in zip(splits, listings, strict=True))
-    return DataSet(train, test, listings[0].classes, source=describe_kinds(listings[0].samples))
+    train, test = listings
+    return DataSet(
+        train=read_split(folder / splits[0], train, resize),
+        test=read_split(folder / splits[1], test, resize),
+        classes=train.classes,
+        source=describe_kinds(train.samples),
+    )
 
 
 def read_split(folder, listing, resize):
@@ -202,14 +209,13 @@ def describe_kinds(samples):
 
 
 def in_turn(samples):
-    """[(path, label), …] ordered by place in the class, then class."""
-    places = {}
-    turns = []
+    """[(path, label), …] ordered by the image's number within its class, then by class."""
+    counts = Counter()  # images of each class so far
+    numbered = []
     for path, label in samples:
-        place = places.get(label, 0)
-        places[label] = place + 1
-        turns.append((place, label, path))
-    return [(path, label) for _, label, path in sorted(turns)]
+        numbered.append((counts[label], label, path))
+        counts[label] += 1
+    return [(path, label) for _, label, path in sorted(numbered)]
 
 
 def decode(samples, resize):

@@ -12,8 +12,8 @@ from decoupled.errors import InputError
 
 SIDE = 32  # every data set here is brought to 32×32
 
-# Pillow's formats that are no images: scientific containers, vector graphics, video
-NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Pillow's formats that are not images: scientific containers, vector graphics, video
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 # Pillow's modes that can be converted to RGB without loss
 EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
@@ -66,8 +66,8 @@ class InputForm(NamedTuple):
         if self.grey:
             image = image.convert("L")
         square = (self.crop, self.crop)
-        if self.resize == self.crop and image.size != square:  # as image folders of small images are read
-            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
+        if self.resize == self.crop and image.size != square:
+            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)  # as folders.decode does for training
         pixels = transforms.pil_to_tensor(image)
         pixels = transforms.center_crop(transforms.resize(pixels, self.resize, antialias=True), self.crop)
         border = (self.size - self.crop) // 2
@@ -75,36 +75,43 @@ class InputForm(NamedTuple):
 
 
 def read_image(path):
-    """Reads the image at ``path`` as it looks: Pillow's RGB, 8 bits per channel.
+    """Reads the image at ``path`` as a viewer shows it: Pillow's RGB, 8 bits per channel.
 
     The image is turned upright by its EXIF orientation; a white background shows through transparency. Color profiles
-    and gamma are ignored. Raises InputError, naming the file, where it is missing, damaged or no image, or has more
-    than 8 bits per channel, a color mode that cannot be converted, several frames, or too many pixels for Pillow.
+    and gamma are ignored. Raises InputError, naming the file, if it is missing, damaged or not an image, or if it has
+    more than 8 bits per channel, a color mode that cannot be converted, several frames, or too many pixels for Pillow.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # about large images, odd transparency, damaged metadata
             with Image.open(file, formats=formats()) as image:
                 check_kind(image, path)
-                return as_it_looks(image)
+                return render(image)
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has more pixels than Pillow reads ({error}): make it smaller") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is damaged or no image: replace it") from error
+        raise InputError(f"{path} is damaged or not an image: replace it") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{path} cannot be read ({error.strerror}): name a readable image file") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is damaged ({reason}): replace it") from error
+        raise InputError(f"{path} is damaged ({first_line(error)}): replace it") from error
+
+
+def first_line(error):
+    """The first line of an error's message, or the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 @functools.cache
 def formats():
     """The image formats that are read, by Pillow's names."""
     Image.init()
-    return [name for name in Image.ID if name not in NO_IMAGES]
+    return [name for name in Image.ID if name not in NOT_IMAGES]
 
 
 @functools.cache
@@ -115,31 +122,31 @@ def suffixes():
 
 
 def check_kind(image, path):
-    """Raises InputError for an opened image that would not be read as it looks."""
+    """Raises InputError for an opened image that ``render`` would not return as a viewer shows it."""
     if image.mode in ("I", "F") or image.mode.startswith("I;") or has_more_than_8_bits(image):
         raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
     if image.mode not in EIGHT_BIT_MODES:
         raise InputError(f"{path} has the color mode {image.mode}: convert it to RGB")
     if image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4") and "transparency" in image.info:
         # Pillow scales the gray values to 8 bits, but not the transparent one
-        raise InputError(f"{path} is of transparent gray of fewer than 8 bits: convert it to 8 bits")
+        raise InputError(f"{path} is transparent gray with fewer than 8 bits: convert it to 8 bits")
     if getattr(image, "is_animated", False) and image.format not in FIRST_FRAME_ONLY:
         raise InputError(f"{path} has {image.n_frames} frames: save the one to learn from as an image of its own")
 
 
 def has_more_than_8_bits(image):
-    """Whether the file of an opened image has more bits per channel. Pillow silently cuts color to 8 bits."""
+    """Whether the file of an opened image has more than 8 bits per channel, which Pillow may silently cut off."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
     if image.format == "JPEG2000":
-        return jpeg_2000_bits(contents(image)) > 8
+        return jpeg_2000_bits(read_contents(image)) > 8
     if image.format == "AVIF":
-        return avif_bits(contents(image)) > 8
+        return avif_bits(read_contents(image)) > 8
     for codec, _, _, arguments in image.tile:
         if not isinstance(arguments, tuple):
             arguments = (arguments,)
         if image.format == "PPM" and isinstance(arguments[-1], int):
-            return arguments[-1] > 255  # the greatest value
+            return arguments[-1] > 255  # the greatest value a pixel may have
         if codec == "SGI16" or SIXTEEN_BITS.fullmatch(str(arguments[0])):
             return True
         if image.format == "DDS" and str(arguments[-1]).startswith("BC6"):  # floating point
@@ -147,7 +154,7 @@ def has_more_than_8_bits(image):
     return False
 
 
-def contents(image):
+def read_contents(image):
     """The bytes of an opened image's file."""
     position = image.fp.tell()
     image.fp.seek(0)
@@ -170,8 +177,8 @@ def avif_bits(data):
     return 10 if any(high_bit_depth) else 8
 
 
-def as_it_looks(image):
-    """An opened image upright, on the background, in RGB."""
+def render(image):
+    """An opened image as a viewer shows it: upright, on the background, in RGB."""
     image.load()
     method = TRANSPOSE.get(orientation(image))
     if method is not None:
@@ -185,7 +192,7 @@ def as_it_looks(image):
 
 
 def orientation(image):
-    """The EXIF orientation of an image; 1 (upright) where the metadata cannot be read, as viewers show it."""
+    """The EXIF orientation of an image; like viewers, 1 (upright) where the metadata cannot be read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata may raise anything

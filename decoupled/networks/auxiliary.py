@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from decoupled.errors import InputError
 
 
-class EvenWindows(torch.autograd.Function):
+class EvenAveragePool(torch.autograd.Function):
     """Average pooling (B, C, h, w) → (B, C, *size) where ``size`` divides (h, w).
 
     The backward pass repeats the gradient over each window: bit-identical to PyTorch's where a window has 2^n elements,
@@ -22,7 +22,7 @@ class EvenWindows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, representation, size):
-        ctx.window = tuple(side // part for side, part in zip(representation.shape[-2:], size, strict=True))
+        ctx.window = tuple(side // parts for side, parts in zip(representation.shape[-2:], size, strict=True))
         channels_last = representation.is_contiguous(memory_format=torch.channels_last)
         ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return F.adaptive_avg_pool2d(representation, size)
@@ -46,9 +46,9 @@ class AveragePool(nn.AdaptiveAvgPool2d):
         if isinstance(size, int):
             size = (size, size)
         even = all(side % parts == 0 for side, parts in zip(representation.shape[-2:], size, strict=True))
-        # A single window is left to PyTorch, which takes a mean.
+        # PyTorch computes a single window as a mean, whose backward pass repeats the gradient already
         if even and size != (1, 1) and representation.requires_grad:
-            return EvenWindows.apply(representation, size)
+            return EvenAveragePool.apply(representation, size)
         return super().forward(representation)
 
 
@@ -98,29 +98,34 @@ def cnn_auxiliary(shape, classes, convs=2):
 
 
 def head(channels, classes, hidden_layers=2):
-    """The last module's head in the layer-wise CNNs, with any auxiliary below: average pool to 2×2, MLP of width 4C."""
+    """The last module's head in the layer-wise CNNs, whatever the auxiliaries: average pool to 2×2, MLP of width 4C."""
     return nn.Sequential(AveragePool(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
 
 
 AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxiliary}
 
 
-def auxiliary(name, shape, classes, **options):
+def make_auxiliary(name, shape, classes, **options):
     """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, C, h, w) of the ``shape`` (C, h, w);
-    or, where ``name`` is a callable, what it makes of the same arguments.
+    if ``name`` is a callable, what it returns for the same arguments.
 
     Raises InputError for any other name.
     """
     if callable(name):
         return name(shape, classes, **options)
+    check_name(name)
+    return AUXILIARIES[name](shape, classes, **options)
+
+
+def check_name(name):
+    """Raises InputError for a name that is not in AUXILIARIES."""
     if name not in AUXILIARIES:
         raise InputError(f"unknown auxiliary network {name!r}: choose from {', '.join(AUXILIARIES)}")
-    return AUXILIARIES[name](shape, classes, **options)
 
 
 def token_auxiliary(name, channels, tokens, classes, convs=3, hidden_layers=3):
     """MLP-aux ("mlp") or MLP-SR-aux ("mlp-sr") for tokens (B, C, N), N = ``tokens``. As for maps, but the last pooling
-    averages all tokens, so the MLP has width C. With N = 1 it is an MLP on a vector.
+    averages all tokens, so the MLP has width C. With N = 1 the auxiliary reads a single vector.
     """
     layers = []
     if name == "mlp":
@@ -146,13 +151,14 @@ def auxiliary_for(name, shape, layout, classes, **options):
 
     Raises InputError for any other name or number of dimensions, and for cnn on anything but maps.
     """
+    check_name(name)
     channels_last = layout == "channels_last" and len(shape) > 1
     if channels_last:
         *size, channels = shape
     else:
         channels, *size = shape
-    if len(shape) == 3 or name not in AUXILIARIES:
-        net = auxiliary(name, (channels, *size), classes, **options)
+    if len(shape) == 3:
+        net = make_auxiliary(name, (channels, *size), classes, **options)
     elif len(shape) > 3 or name == "cnn":
         raise InputError(
             f"no auxiliary {name} for representations {shape}: choose mlp or mlp-sr for tokens and vectors, or pass a "

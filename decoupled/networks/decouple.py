@@ -3,29 +3,27 @@ module but the last, which keeps the model's own head.
 """
 
 import copy
-import difflib
+import itertools
+import warnings
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import fx, nn
+from torch import nn
 
 from decoupled.errors import InputError
-from decoupled.networks import graph as tracing
 from decoupled.networks.auxiliary import auxiliary_for
-from decoupled.networks.graph import Flow, Untraceable, listing, same
+from decoupled.networks.body import make_bodies
+from decoupled.networks.choose_cuts import GUIDE, choose_balanced, explain_shared, find_named
+from decoupled.networks.graph import listing
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
+from decoupled.networks.places import trace_model
+from decoupled.networks.token_auxiliary import auxiliary_for_each_token
+from decoupled.networks.tracing import Untraceable, first_line, logits_of
 
 LAYOUTS = ("channels_first", "channels_last")
-
-
-TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
-
-
-ADAPTER = "write a module whose forward calls its parts in order, from one tensor to logits (README, Your own network)"
-
-
-INSIDE = "to cut inside one of its parts, " + ADAPTER
+UNBALANCED = 1.5  # how many times its share of the FLOPs the largest module may have without a warning
 
 
 def cuts(model, example_input):
@@ -35,14 +33,14 @@ def cuts(model, example_input):
     the representation of one input there; flops, the share of the model's FLOPs below it. Arguments and errors as in
     decouple; ``model`` stays as it is.
     """
-    flow, places = examine(model, example_input)
-    total = max(1, flow.flops[flow.output])
-    rows = [(flow.names[node][0], tuple(flow.values[node].shape[1:]), flow.flops[node] / total) for node in places]
+    traced = trace(examine(model, example_input))
+    total = max(1, traced.end.flops)
+    rows = [(place.name, place.shape, place.flops / total) for place in traced.places.values()]
     return pd.DataFrame(rows, columns=["cut", "shape", "flops"]).set_index("cut")
 
 
 def decouple(
-    model, example_input, *, splits=None, at=None, classes=None, auxiliary="mlp-sr", layout=None, **auxiliary_options
+    model, example_input, *, splits=None, at=None, classes=None, auxiliary=None, layout=None, **auxiliary_options
 ):
     """``model`` as a DecoupledNetwork: of ``splits`` modules of about equal FLOPs, or cut after those named ``at`` (see
     cuts).
@@ -50,62 +48,117 @@ def decouple(
     The modules are made of the model's own parts: training them trains the model in place, whose forward, state_dict
     and pretrained weights stay as they were. The last module's body has the model's own head; its auxiliary is an
     identity.
-      model          any module that maps a tensor (B, …) to logits (B, classes), in train and eval mode alike
+      model          any module that maps a tensor (B, …) to logits (B, classes), or (B, N, classes) for sequences, or
+                     to an object or dictionary with such ``logits``. Other arguments keep their defaults
       example_input  a batch of inputs, on the model's device; two are used. On the meta device nothing is computed, and
-                     shapes alone are checked
+                     only shapes are checked
       classes        number of classes of the model's head, checked; by default read from it
-      auxiliary      mlp, mlp-sr or cnn, with ``auxiliary_options`` (see decoupled.networks.auxiliary), or a callable:
-                     (shape without B, classes, **auxiliary_options) → module, (B, *shape) → (B, classes)
+      auxiliary      mlp, mlp-sr (the default) or cnn, with ``auxiliary_options`` (decoupled.networks.auxiliary); for
+                     sequences linear or mlp (the default), which classify each token (token_auxiliary); or a callable:
+                     (shape of the representation without B, classes, **auxiliary_options) → module that returns logits
+                     of the model's shape
       layout         of the representations: channels_first, (B, C, h, w), or channels_last, (B, h, w, C) and (B, N, C);
                      needed only where shapes do not tell: maps of square inputs are square, rank 3 is tokens (B, N, C)
-    The largest module is the smallest possible by forward FLOPs, auxiliaries left out, or up to 10 % larger where that
-    lets the cut be between larger parts of the model. Checked at each call: the modules together compute what the model
-    does, bit for bit, in train and in eval mode, batch norm's buffers included, and no two have a parameter in common.
-    Raises InputError, which says the way out, for too few cuts, a name that is no cut, a forward that cannot be traced.
+    The largest module is the smallest possible by forward FLOPs, auxiliaries not included, or up to 10 % larger where
+    that lets the cut be between larger parts of the model. Checked at each call: the modules together compute what the
+    model does, bit for bit, in train and in eval mode, batch norm's buffers included, and no two share a parameter.
+
+    A head that shares its matrix with the embedding gets one of its own, in ``model`` too, with a warning; so do
+    unbalanced modules and forward hooks that will not fire. Raises InputError where the model cannot be traced or cut.
 
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
     """
     if (splits is None) == (at is None):
         raise InputError("say how many modules (splits=K) or where to cut (at=[names]): one of the two")
+    if splits is not None and (not isinstance(splits, int) or splits < 1):
+        raise InputError(f"splits must be an integer ≥ 1, not {splits!r}")
     if layout not in (None, *LAYOUTS):
         raise InputError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
-    flow, places = examine(model, example_input)
-    heads = flow.logits.shape[1]
-    if classes not in (None, heads):
-        raise InputError(f"the head of {flow.kind} has {heads} classes, not {classes}: build the model with {classes}")
-    nodes = balanced(flow, places, splits) if at is None else named(flow, places, [at] if isinstance(at, str) else at)
-    check(flow, nodes)
-    modules = []
-    for node, body in zip((*nodes, None), pieces(flow, model, nodes), strict=True):
-        head = learner(flow, node, places, auxiliary, layout, auxiliary_options) if node else nn.Identity()
-        modules.append(DecoupledModule(body, head))
-    return DecoupledNetwork(modules)
+    model = original_of_compiled(model)
+    subject = examine(model, example_input)
+    if classes not in (None, subject.classes):
+        build = f"build the model with {classes}"
+        raise InputError(f"the head of {subject.kind} has {subject.classes} classes, not {classes}: {build}")
+    traced = trace(subject)
+    if at is None:
+        places = choose_balanced(subject.kind, traced, splits)
+    else:
+        places = find_named(subject.kind, traced, [at] if isinstance(at, str) else at)
+    cut = traced.cut(places)
+    check(subject, traced, cut)
+    learners = [make_auxiliary(subject, traced, place, auxiliary, layout, auxiliary_options) for place in places]
+    if at is None:
+        warn_if_unbalanced(subject, traced, places)
+    warn_of_silent_hooks(model, subject.kind, cut)
+    if places:
+        untie(model, subject.tied)
+        warn_of_untied(subject)
+    bodies = make_bodies(cut.graphs, model, constants=traced.model)
+    heads = [*learners, nn.Identity()]
+    return DecoupledNetwork(DecoupledModule(body, head) for body, head in zip(bodies, heads, strict=True))
+
+
+# The model and its input
+
+
+class Subject(NamedTuple):
+    """A model to be cut, and what it does with an example."""
+
+    kind: str  # its class
+    model: nn.Module  # a copy, to trace and to run
+    inputs: torch.Tensor  # two
+    output: object  # what it returns in eval mode
+    logits: torch.Tensor  # that, or its logits
+    tied: dict  # {name of a parameter of a head: name of the embedding that shared it}
+
+    @property
+    def classes(self):
+        """Of logits (B, classes), (B, N, classes) or (B, classes, h, w)."""
+        return self.logits.shape[1 if self.logits.dim() == 4 else -1]
+
+
+def original_of_compiled(model):
+    """What torch.compile was given, if ``model`` is what it returned."""
+    return getattr(model, "_orig_mod", model)
 
 
 def examine(model, example_input):
-    """(recorded Flow of a copy of ``model``, the nodes after which it can be cut). Raises InputError."""
+    """A copy of ``model``, run on two inputs in eval mode. Raises InputError."""
     if not isinstance(example_input, torch.Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise InputError("example_input must be a batch of inputs: a tensor (B, …)")
-    inputs = (example_input if len(example_input) > 1 else torch.cat([example_input] * 2))[:2].clone()
+    model = original_of_compiled(model)
     kind = type(model).__name__
+    pair = example_input if len(example_input) > 1 else torch.cat([example_input] * 2)
+    inputs = pair[:2].clone()
     try:
-        twin = copy.deepcopy(model).requires_grad_(False)
+        twin = copy.deepcopy(model)
     except RuntimeError as error:
         raise InputError(f"{kind} holds tensors that autograd made: cut it before it runs, or build it anew") from error
+    for module in twin.modules():
+        module._compiled_call_impl = None  # of model.compile(): each mode would be compiled to be run once
+    tied = find_tied(twin)
+    untie(twin, tied)
     with torch.no_grad(), eval_mode(twin), seeded(inputs):
         try:
-            logits = twin(inputs.clone())
+            output = twin(inputs.clone())
         except Exception as error:  # whatever a model raises
-            raise InputError(f"{kind} fails on inputs {tuple(inputs.shape)}: {tracing.first_line(error)}") from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
-        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise InputError(f"{kind} returns {what}, not logits (B, classes): {ADAPTER}")
+            raise InputError(f"{kind} fails on inputs {tuple(inputs.shape)}: {first_line(error)}") from error
+    logits = logits_of(output)
+    if not isinstance(logits, torch.Tensor):
+        returned = f"a {type(output).__name__} without logits"
+        raise InputError(f"{kind} returns {returned}: it must return logits (B, classes), or an object that has them")
+    if logits.dim() < 2 or len(logits) != len(inputs):
+        raise InputError(f"{kind} returns {tuple(logits.shape)}, not logits (B, classes) of {len(inputs)} inputs")
+    return Subject(kind, twin, inputs, output, logits, tied)
+
+
+def trace(subject):
+    returns_object = not isinstance(subject.output, torch.Tensor)
     try:
-        with seeded(inputs):
-            flow = tracing.expand(twin).record(inputs)
+        with seeded(subject.inputs):
+            return trace_model(subject.model, subject.inputs, returns_object)
     except Untraceable as error:
-        raise InputError(f"the forward of {kind} {error}: {ADAPTER}") from error
-    return flow, [node for node in flow.nodes if flow.obstacle(node) is None]
+        raise InputError(f"the forward of {subject.kind} {error}. {GUIDE}") from error
 
 
 @contextmanager
@@ -116,171 +169,157 @@ def seeded(inputs):
         yield
 
 
-def balanced(flow, places, splits):
-    """The splits − 1 of ``places`` after which decouple cuts. Raises InputError when there are too few."""
-    if not isinstance(splits, int) or splits < 1:
-        raise InputError(f"splits must be an integer ≥ 1, not {splits!r}")
-    most, low = 0, flow.input
-    for high in (*places, flow.output):
-        if teachable(flow, low, high):
-            most, low = most + 1, high
-    if splits > most:
-        where = listing(flow.names[node][0] for node in places)
-        raise InputError(f"{flow.kind} splits into {most} modules at most: it can be cut after {where}; {INSIDE}")
-    best = partition(flow, places, splits)
-    depths = {node: flow.names[node][0].count(".") for node in places}
-    for depth in sorted(set(depths.values())):
-        coarse = partition(flow, [node for node in places if depths[node] <= depth], splits)
-        if coarse and coarse[0][0] <= TOLERANCE * best[0][0]:
-            return coarse[1]
-    return best[1]
+def find_tied(model):
+    """{name of a parameter: name of the embedding's that it is}, as in language models whose head is the embedding."""
+    embeddings = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings[module.weight] = f"{path}.weight"
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter in embeddings and not isinstance(owner, nn.Embedding):
+            tied[name] = embeddings[parameter]
+    return tied
 
 
-def teachable(flow, low, high):
-    """Whether what is above the node ``low`` up to ``high`` has a parameter, and FLOPs if the model has any."""
-    works = flow.flops[high] > flow.flops[low] or flow.flops[flow.output] == 0
-    return works and flow.learns(flow.position[low], flow.position[high])
+def untie(model, names):
+    """Replaces the parameters called ``names`` by copies."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        shared = getattr(owner, attribute)
+        setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
-def partition(flow, places, splits):
-    """(FLOPs of the modules, descending; the nodes after which to cut) for the least such FLOPs in lexical order; of
-    equal cuts, the latest. Each module is teachable. None if there is no such partition.
+def warn_if_unbalanced(subject, traced, places):
+    """Warns where one module has far more than its share of the FLOPs: none of the others can be large then."""
+    ends = [traced.start, *places, traced.end]
+    flops = [high.flops - low.flops for low, high in itertools.pairwise(ends)]
+    largest = flops.index(max(flops))
+    share = flops[largest] / max(1, traced.end.flops)
+    if share > UNBALANCED / len(flops):
+        between = f"between {ends[largest].name} and {ends[largest + 1].name}"
+        module = (
+            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}"
+        )
+        warnings.warn(module + explain_shared(traced, ends[largest], ends[largest + 1]), stacklevel=3)
+
+
+def warn_of_untied(subject):
+    for name, embedding in subject.tied.items():
+        warnings.warn(
+            f"{name} was {embedding}, which is in another module now: it is a copy of its own, in the model too",
+            stacklevel=3,
+        )
+
+
+def warn_of_silent_hooks(model, kind, cut):
+    silent = []
+    for path, module in model.named_modules():
+        if path in cut.opened and (module._forward_hooks or module._forward_pre_hooks):
+            silent.append(path or kind)
+    if silent:
+        warnings.warn(
+            f"forward hooks on {listing(silent)} will not fire: decouple calls the parts of these modules", stacklevel=3
+        )
+
+
+# What comes out
+
+
+def run(network, inputs, training):
+    """The output of a list of modules in turn, in that mode, with random numbers that are the same each time."""
+    with seeded(inputs):
+        value = inputs.clone()
+        for module in network:
+            value = module.train(training)(value)
+        return logits_of(value).detach()
+
+
+def check(subject, traced, cut):
+    """Raises InputError unless the modules of ``cut`` compute what the model does, buffers included, and share no
+    parameter.
     """
-    ends = [flow.input, *places, flow.output]
-    flops = [flow.flops[node] for node in ends]
-    # best[end]: the least (FLOPs, descending; cuts, negative) of the modules up to ends[end]. Adding a module to two
-    # such tuples keeps their order, so that the best of the whole is made of bests.
-    best = {0: ((), ())}
-    for part in range(1, splits + 1):
-        reached = {}
-        for end in range(part, len(ends)) if part < splits else [len(ends) - 1]:
-            options = [
-                (tuple(sorted((*sizes, flops[end] - flops[start]), reverse=True)), (*taken, -start))
-                for start, (sizes, taken) in best.items()
-                if start < end and teachable(flow, ends[start], ends[end])
-            ]
-            if options:
-                reached[end] = min(options)
-        best = reached
-    if not best:
-        return None
-    ((sizes, taken),) = best.values()
-    return sizes, [ends[-start] for start in taken[1:]]
-
-
-def named(flow, places, at):
-    """The nodes whose names are ``at``, in order. Raises InputError for a name that is no cut."""
-    known = {name: node for node in flow.nodes for name in flow.names[node]}
-    for name in at:
-        if known.get(name) not in places:
-            raise InputError(no_cut(flow, places, name))
-    nodes = sorted({known[name] for name in at}, key=flow.position.get)
-    for low, high in zip((flow.input, *nodes), (*nodes, flow.output), strict=True):
-        if not flow.learns(flow.position[low], flow.position[high]):
-            between = f"{flow.names[low][0]} and {flow.names[high][0]}"
-            raise InputError(f"there is no parameter to learn between {between}: leave out one of them")
-    return nodes
-
-
-def no_cut(flow, places, name):
-    """What is wrong with the cut called ``name``, and which are nearest."""
-    every = [flow.names[node][0] for node in places]
-    path = name.split("#")[0]
-    parents = [path[:end] for end, letter in enumerate(path) if letter == "."]
-    try:
-        inside = Flow(flow.model, flow.opened.union(parents))
-    except Untraceable as error:
-        return f"{name} is no place to cut (a forward around it {error}): choose from {listing(every)}"
-    node = next((node for node in inside.nodes if name in inside.names[node]), None)
-    if node is None:
-        near = difflib.get_close_matches(name, every, n=4) or every
-        return f"{flow.kind} calls no part named {name}: it can be cut after {listing(near)}"
-    with seeded(flow.example):
-        reason = inside.record(flow.example).obstacle(node) or "it is inside a part that is kept whole"
-    order = [other for node in inside.nodes for other in inside.names[node] if other in every or other == name]
-    near = [other for other in every if other in order[max(0, order.index(name) - 1) :][:3]]
-    return f"{name} is no place to cut ({reason}): the nearest are {listing(near)}"
-
-
-def pieces(flow, model, at):
-    """The bodies between the nodes ``at`` as modules made of those of ``model``: the flow's, or one it is a copy of."""
-    bodies, start = [], flow.input
-    for end in (*at, flow.output):
-        span = flow.nodes[flow.position[start] + 1 : flow.position[end] + 1]
-        needed = {node for node in span if node in flow.dependent or not node.users}  # in-place calls may have no users
-        for node in reversed(flow.nodes):  # what does not depend on the input is computed where it is used
-            if node in needed:
-                needed.update(source for source in node.all_input_nodes if source not in flow.dependent)
-        graph = fx.Graph()
-        copies = {start: graph.placeholder("representation")}
-        for node in flow.nodes:
-            if node in needed:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        if end is not flow.output:
-            graph.output(copies[end])
-        targets = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
-        owners = {target: flow.model if tracing.CONSTANT in target else model for target in targets}
-        parts = {target: tracing.attribute(owner, target) for target, owner in owners.items()}
-        bodies.append(fx.GraphModule(parts, graph, type(model).__name__))
-        bodies[-1].training = model.training
-        start = end
-    return bodies
-
-
-@torch.no_grad()
-def check(flow, nodes):
-    """Raises InputError unless the pieces cut after ``nodes`` compute what the model does, buffers included."""
-    twin, bodies = flow.model, pieces(flow, flow.model, nodes)
+    twin = subject.model
+    bodies = make_bodies(cut.graphs, twin, constants=traced.model)
     start = [buffer.clone() for buffer in twin.buffers()]
     for training in (True, False):
         outcomes = []
         for network in ([twin], bodies):
-            for buffer, value in zip(twin.buffers(), start, strict=True):
-                buffer.copy_(value)
-            with seeded(flow.example):
-                value = flow.example.clone()
-                for body in network:
-                    value = body.train(training)(value)
-            outcomes.append([value, *(buffer.clone() for buffer in twin.buffers())])
-        if not all(map(same, *outcomes)):
+            restore(twin.buffers(), start)
+            with torch.set_grad_enabled(training or not traced.calls_modules):
+                logits = run(network, subject.inputs, training)
+            outcomes.append([logits, *(buffer.clone() for buffer in twin.buffers())])
+        if not all(map(is_same, *outcomes)):
             mode = "train" if training else "eval"
             raise InputError(
-                f"cut, {flow.kind} computes something else in {mode} mode: its forward depends on values that were "
-                f"fixed while it was traced; {ADAPTER}"
+                f"cut, {subject.kind} computes something else in {mode} mode: its forward depends on values that were "
+                f"fixed while it was traced. {GUIDE}"
             )
+    owners = {}
+    for index, body in enumerate(bodies):
+        for name, parameter in body.named_parameters():
+            if owners.setdefault(parameter, index) != index:
+                raise InputError(f"{name} is used in modules {owners[parameter] + 1} and {index + 1}. {GUIDE}")
 
 
-def learner(flow, node, places, auxiliary, layout, options):
-    """The auxiliary network for the representation at ``node``. Raises InputError."""
-    value, classes, name = flow.values[node], flow.logits.shape[1], flow.names[node][0]
-    shape = tuple(value.shape[1:])
+@torch.no_grad()
+def restore(buffers, values):
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
+
+
+def is_same(one, other):
+    """Whether two tensors are equal bit for bit; on the meta device, where there are no bits, in shape and dtype."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta:
+        return True
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def make_auxiliary(subject, traced, place, auxiliary, layout, options):
+    """The auxiliary network for the representation at ``place``. Raises InputError."""
+    value = traced.eval.values[traced.eval.named[place.name]]
     if callable(auxiliary):
-        net = auxiliary(shape, classes, **options)
+        net = auxiliary(place.shape, subject.classes, **options)
+    elif subject.logits.dim() == 2:
+        layout = layout or guess_layout(traced, place)
+        net = auxiliary_for(auxiliary or "mlp-sr", place.shape, layout, subject.classes, **options)
+    elif subject.logits.dim() == 3:
+        net = auxiliary_for_each_token(auxiliary or "mlp", place.shape, subject.classes, **options)
     else:
-        net = auxiliary_for(auxiliary, shape, layout or guess(flow, node, places), classes, **options)
+        shape = tuple(subject.logits.shape[1:])
+        raise InputError(f"no auxiliary has logits (B, *{shape}): pass a callable (shape, classes) → module")
     net = net.to(value.device, value.dtype)
     with torch.no_grad(), eval_mode(net), seeded(value):
         logits = net(value.clone())
-    if logits.shape != (len(value), classes):
-        raise InputError(f"the auxiliary after {name} returns {tuple(logits.shape)}, not {(len(value), classes)}")
+    if logits.shape != subject.logits.shape:
+        expected = tuple(subject.logits.shape)
+        raise InputError(f"the auxiliary after {place.name} returns {tuple(logits.shape)}, not {expected}")
     return net
 
 
-def guess(flow, node, places):
-    """The layout that the shape of the representation at ``node`` tells, or those of the others. Raises InputError."""
-    square = flow.example.dim() != 4 or flow.example.shape[2] == flow.example.shape[3]
+def guess_layout(traced, place):
+    """The layout that the shape of the representation at ``place`` tells, or those of the others. Raises InputError."""
+    images = traced.example
+    square = images.dim() != 4 or images.shape[2] == images.shape[3]
+    others = {told_layout(other.shape, square) for other in traced.places.values() if len(other.shape) == 3} - {None}
+    layout = told_layout(place.shape, square)
+    if layout is None and len(others) == 1:
+        layout = others.pop()
+    if layout is None:
+        where = f"the shape {place.shape} after {place.name}"
+        raise InputError(f"{where} does not tell channels from space: pass layout={' or '.join(LAYOUTS)}")
+    return layout
 
-    def tell(shape):
-        if len(shape) != 3:
-            return "channels_last"
-        first, middle, last = shape
-        if not square or (first == middle) == (middle == last):
-            return None
-        return "channels_last" if first == middle else "channels_first"
 
-    shape = flow.values[node].shape[1:]
-    others = {tell(flow.values[place].shape[1:]) for place in places if flow.values[place].dim() == 4} - {None}
-    if layout := tell(shape) or (others.pop() if len(others) == 1 else None):
-        return layout
-    where = f"the shape {tuple(shape)} after {flow.names[node][0]}"
-    raise InputError(f"{where} does not tell channels from space: pass layout={' or '.join(LAYOUTS)}")
+def told_layout(shape, square):
+    """The layout of representations (B, *shape), or None; ``square``: maps are."""
+    if len(shape) != 3:
+        return "channels_last"
+    first, middle, last = shape
+    if not square or (first == middle) == (middle == last):
+        return None
+    return "channels_last" if first == middle else "channels_first"

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from decoupled.networks.modules import eval_mode
 
+IGNORED = -100  # the label of tokens that do not count, as in PyTorch's cross-entropy
+
 
 def ranks(logits, labels):
     """How many classes rank before the label, per sample: (B, classes), (B,) → (B,). Top-k is correct where rank < k.
@@ -17,16 +19,20 @@ def ranks(logits, labels):
     Exact with ties: of equal logits the lower class ranks first. A sample with a NaN is never correct.
     """
     target = logits.gather(1, labels[:, None])
+    above = ~(logits <= target)  # and not logits > target: a comparison with NaN is False
     lower_class = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return (~(logits <= target) | (lower_class & (logits == target))).sum(1)
+    tied = lower_class & (logits == target)
+    return (above | tied).sum(1)
 
 
 def count_hits(logits, labels, topk):
     """The number of samples whose top k has the label, for each k in ``topk``: a list of scalars on the device."""
-    if topk == (1,):  # in half as many operations: max returns the first of equal logits, and a NaN where there is one
+    if topk == (1,):
+        # The same in half the operations: max returns the first of equal logits, and NaN if there is one
         highest, predicted = logits.max(1)
-        return [((predicted == labels) & (highest == highest)).sum()]
-    rank = ranks(logits, labels)
+        not_nan = highest == highest
+        return [((predicted == labels) & not_nan).sum()]
+    rank = ranks(logits, labels.clamp(min=0)).masked_fill(labels == IGNORED, logits.shape[1])
     return [(rank < k).sum() for k in topk]
 
 
@@ -44,32 +50,39 @@ class Meter:
     def begin(self):
         """Resets the meter for a new epoch."""
         self.count = 0
-        # Scalars on the CPU: adding them to the first mini-batch's needs no copy to the device, which would wait for it
-        self.losses = torch.zeros(())
+        # Scalars on the CPU are added to the first mini-batch's without a copy to the device, which would synchronize
+        self.summed_loss = torch.zeros(())
         self.hits = [torch.zeros(()) for _ in self.topk]
 
     def update(self, loss, logits, labels):
         """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
 
-        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts.
+        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts. With logits
+        (B, N, classes) and labels (B, N), every token is a sample, except for those with the label −100.
         """
-        if labels.dim() == 2:
+        samples = len(labels)
+        if logits.dim() == 3:
+            logits = logits.flatten(0, 1)
+            labels = labels.flatten()
+            samples = (labels != IGNORED).sum()
+            loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
+        elif labels.dim() == 2:
             labels = labels.argmax(1)
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         hits = count_hits(logits.detach(), labels, self.topk)
-        self.count += len(labels)
-        self.losses = self.losses.to(wide) + loss.detach().float() * len(labels)
+        self.count += samples
+        self.summed_loss = self.summed_loss.to(wide) + loss.detach().float() * samples
         self.hits = [total.to(wide) + more for total, more in zip(self.hits, hits, strict=True)]
 
     def per_sample(self, total):
         if self.count == 0:
             return math.nan
-        return total / self.count
+        return total / int(self.count)
 
     @property
     def loss(self):
         """Mean loss over samples."""
-        return self.per_sample(self.losses.item())
+        return self.per_sample(self.summed_loss.item())
 
     def top(self, k):
         """Top-k accuracy in %."""
@@ -87,8 +100,8 @@ class Meter:
 
     def sums(self):
         """(2 + len(topk),) float64 on the CPU: number of samples, summed loss, hits for each k."""
-        sums = torch.stack([self.losses, *self.hits]).cpu().double()
-        return torch.cat([torch.tensor([self.count]).double(), sums])
+        sums = torch.stack([self.summed_loss, *self.hits]).cpu().double()
+        return torch.cat([torch.tensor([int(self.count)]).double(), sums])
 
     def state_dict(self):
         """{"sums": ``sums()``}, for checkpoints and for adding up the meters of several processes."""
@@ -96,9 +109,9 @@ class Meter:
 
     def load_state_dict(self, state):
         """Restores ``state_dict``. Later mini-batches may be on another device."""
-        count, losses, *hits = state["sums"]
+        count, summed_loss, *hits = state["sums"]
         self.count = int(count)
-        self.losses = losses
+        self.summed_loss = summed_loss
         self.hits = hits
 
 
@@ -106,9 +119,9 @@ class Meter:
 def evaluate(net, batches, heads=None, topk=(1,)):
     """One Meter per head of ``net``, from a single pass over ``batches`` in eval mode: a list.
 
-    ``net(images)`` returns a list of logits (B, classes), as DecoupledNetwork does, or the logits of its only head.
-    With ``heads``, ``net(images, heads)`` returns those of these heads (indices from 0). Afterwards every submodule of
-    ``net`` is in the mode it had.
+    ``net(images)`` returns a list of logits (B, classes), or (B, N, classes) for sequences, as DecoupledNetwork does,
+    or the logits of its only head. With ``heads`` (indices from 0), ``net(images, heads)`` returns the logits of
+    these heads alone. Afterwards every submodule of ``net`` is in the mode it had.
     """
     meters = []
     with eval_mode(net):
@@ -120,32 +133,41 @@ def evaluate(net, batches, heads=None, topk=(1,)):
                 meters = [Meter(topk) for _ in every_logits]
             for meter, logits in zip(meters, every_logits, strict=True):
                 logits = logits.float()
-                meter.update(F.cross_entropy(logits, labels), logits, labels)
+                meter.update(cross_entropy(logits, labels), logits, labels)
     return meters
 
 
-def ensembles(every_output):
+def cross_entropy(logits, labels):
+    """Mean over samples, or over the tokens of logits (B, N, classes) and labels (B, N)."""
+    if logits.dim() == 3:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits, labels)
+
+
+def ensembles(outputs):
     """The ensemble of heads 0 to n for each n: a list of outputs (B, classes), one per head → as many ensembles.
 
     Output i has the weight 2^i / (2^(n+1) − 1). Outputs are probabilities in the ImageNet experiment (Sec. 5.5) and
     logits in the asynchronous one (Sec. 5.6).
     """
-    return means(weighted_sums(every_output))
+    return normalize_sums(weighted_sums(outputs))
 
 
-def weighted_sums(every_output, first=0, total=0):
-    """The sum of 2^i × output i over heads 0 to n, for each n from ``first`` on: a list. ``total`` is the sum over the
-    heads below ``first``, ``every_output`` has those from ``first`` on.
+def weighted_sums(outputs, first=0, sum_below=0):
+    """The sum of 2^i × output i over heads 0 to n, for each n from ``first`` on: a list.
+
+    ``outputs`` are those of the heads from ``first`` on; ``sum_below`` is the sum over the heads below.
     """
     sums = []
-    for index, output in enumerate(every_output, start=first):
+    total = sum_below
+    for index, output in enumerate(outputs, start=first):
         total = total + 2**index * output
         sums.append(total)
     return sums
 
 
-def means(sums, first=0):
-    """The ensembles whose ``weighted_sums`` are ``sums``, from head ``first`` on."""
+def normalize_sums(sums, first=0):
+    """The ensembles from head ``first`` on, given their ``weighted_sums``."""
     return [total / (2 ** (index + 1) - 1) for index, total in enumerate(sums, start=first)]
 
 
@@ -163,7 +185,7 @@ class WithEnsembles(nn.Module):
 
     def forward(self, images):
         every_logits = [logits.float() for logits in self.net(images)]
-        every_output = every_logits
+        outputs = every_logits
         if self.probabilities:
-            every_output = [logits.softmax(1) for logits in every_logits]
-        return [*every_logits, *ensembles(every_output)]
+            outputs = [logits.softmax(1) for logits in every_logits]
+        return [*every_logits, *ensembles(outputs)]

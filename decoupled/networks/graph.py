@@ -1,278 +1,314 @@
-"""A model's forward as a graph, and the places in it where one tensor carries all that the rest needs of the input.
-
-Modules are traced whole (torch.fx) and opened only where there are such places inside, so the graph stays as coarse as
-the model's own parts. One graph serves train and eval mode.
+"""A model's forward as a graph: what each step computes and costs, which values are alive behind it, and the steps
+between two cuts.
 """
 
-import functools
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
-from torch.utils.flop_counter import FlopCounterMode
 
-CONSTANT = "_tensor_constant"  # how torch.fx names a tensor made while tracing
+from decoupled.networks.body import attribute
+from decoupled.networks.flops import flop_counter
+from decoupled.networks.tracing import Untraceable, first_line, follow_device
 
+SIZE = torch.ops.aten.sym_size.int  # how torch.export records x.shape[dimension]
 
-class Untraceable(Exception):
-    """A forward that torch.fx cannot trace, or that takes other steps in train than in eval mode."""
-
-
-class Tracer(fx.Tracer):
-    """Traces a forward of one input, other arguments left at their defaults; every module but those at the paths
-    ``opened`` stays whole. ``modules``: {node: paths of the modules whose output it is, innermost first}.
-    """
-
-    proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
-
-    def __init__(self, opened):
-        super().__init__()
-        self.opened = opened
-        self.modules = defaultdict(list)
-
-    def is_leaf_module(self, module, path):
-        return path not in self.opened
-
-    def call_module(self, module, forward, args, kwargs):
-        output = super().call_module(module, forward, args, kwargs)
-        if isinstance(output, fx.Proxy):
-            self.modules[output.node].append(self.path_of_module(module))
-        return output
-
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        return root_fn, [self.root, self.create_proxy("placeholder", "representation", (), {})]
-
-
-def trace(model, opened=()):
-    """The graph of ``model``'s forward and its Tracer's ``modules``. A constant that is True in train and False in eval
-    mode becomes the attribute ``training``, so that ``F.dropout(x, training=self.training)`` follows the mode.
-
-    ``model`` is left in eval mode. Raises Untraceable.
-    """
-    graphs = []
-    for training in (True, False):
-        model.train(training)
-        tracer = Tracer(opened)
-        try:
-            graphs.append(tracer.trace(model))
-        except Exception as error:  # whatever a forward raises when it is given a proxy
-            raise Untraceable(f"cannot be traced ({first_line(error)})") from error
-    train, graph = graphs
-    flag, twins = None, dict(zip(train.nodes, graph.nodes, strict=False))
-    different = Untraceable("does not trace alike in train and in eval mode")
-    if len(train.nodes) != len(graph.nodes):
-        raise different
-    for before, node in twins.items():
-        ours, theirs, merged = [], [], []
-        map_aggregate((node.args, node.kwargs), ours.append)
-        map_aggregate((before.args, before.kwargs), theirs.append)
-        if node.op != before.op or not same_target(model, node, before) or len(ours) != len(theirs):
-            raise different
-        for here, there in zip(ours, theirs, strict=True):
-            if here is False and there is True:
-                with graph.inserting_before(next(iter(graph.nodes)).next):
-                    flag = flag or graph.create_node("get_attr", "training")
-                here = flag
-            elif (twins.get(there) is not here) if isinstance(here, fx.Node) else (here != there):
-                raise different
-            merged.append(here)
-        values = iter(merged)
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), lambda leaf, values=values: next(values))
-    return graph, tracer.modules
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-
-
-def same_target(model, node, before):
-    """Whether two nodes call the same; a tensor made while tracing has another name in each trace."""
-    if all(CONSTANT in str(target) for target in (node.target, before.target)):
-        return same(attribute(model, node.target), attribute(model, before.target))
-    return node.target == before.target
-
-
-def attribute(model, path):
-    return operator.attrgetter(path)(model)
-
-
-def same(one, other):
-    """Whether two tensors are equal bit for bit; on the meta device, where there are no bits, in shape and dtype."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.is_meta or not one.is_floating_point():
-        return one.is_meta or torch.equal(one, other)
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+# Names of the two ends
+INPUT = "the input"
+OUTPUT = "the output"
 
 
 class Recorder(fx.Interpreter):
     """Runs a graph and keeps each node's value, that value's version when it was new, and the FLOPs up to it."""
 
-    def __init__(self, module, graph, counter):
-        super().__init__(module, garbage_collect_values=False, graph=graph)
+    def __init__(self, model, graph, counter):
+        super().__init__(model, garbage_collect_values=False, graph=graph)
         self.counter = counter
-        self.values, self.versions, self.flops = {}, {}, {}
+        self.values = {}
+        self.versions = {}
+        self.flops = {}
 
     def call_module(self, target, args, kwargs):
-        # The graph's own cannot be changed
+        # A module may change a list that it is given; the graph's own cannot be changed
         args = [list(value) if isinstance(value, list) else value for value in args]
         return super().call_module(target, args, kwargs)
 
     def run_node(self, node):
-        value = self.values[node] = super().run_node(node)
+        value = super().run_node(node)
+        self.values[node] = value
         self.versions[node] = value._version if isinstance(value, torch.Tensor) else None
         self.flops[node] = self.counter.get_total_flops()
         return value
 
 
-class Flow:
-    """What of the input is alive where in ``model``'s forward. ``nodes``, in order; ``position``: {node: place among
-    them}; ``dependent``: nodes that depend on the input; ``names``: {node: its names, the shortest path first};
-    ``crossing``: {dependent node that is used later: other such nodes alive after it}.
+class Forward:
+    """The graph of a model's forward in one mode.
+
+    ``nodes``, in order; ``position``: {node: index among them}; ``dependent``: the nodes whose value depends on the
+    input's values, not on its sizes alone; ``crossing``: {dependent node that is used later: other such nodes whose
+    values are used later, too}; ``names``: {node: its names, the shortest path first}; ``named``: {name: node}.
     """
 
-    def __init__(self, model, opened=()):
-        self.model, self.kind, self.opened = model, type(model).__name__, frozenset(opened)
-        self.graph, modules = trace(model, self.opened)
-        self.nodes = list(self.graph.nodes)
+    def __init__(self, model, trace):
+        self.model = model
+        self.trace = trace
+        self.nodes = list(trace.graph.nodes)
         self.position = {node: position for position, node in enumerate(self.nodes)}
-        self.input, self.output = self.nodes[0], self.nodes[-1]
-        self.dependent, self.crossing, alive = {self.input}, {}, []
-        for position, node in enumerate(self.nodes):
-            if any(source in self.dependent for source in node.all_input_nodes):
-                self.dependent.add(node)
-            alive = [other for other in alive if self.last_use(other) > position]
-            if node in self.dependent and self.last_use(node) > position:
-                self.crossing[node] = list(alive)
-                alive.append(node)
-        self.names = self.name(modules)
+        self.input = next(node for node in self.nodes if node.op == "placeholder")
+        self.output = self.nodes[-1]
+        self.dependent = self.find_dependent()
+        self.crossing = self.find_crossing()
+        self.names = self.find_names()
+        self.named = {name: node for node in self.nodes for name in self.names[node]}
+        self.uses = self.find_uses()
+        self.changes = self.find_changes()
+
+    def find_dependent(self):
+        dependent = {self.input}
+        for node in self.nodes:
+            if node.target is SIZE:
+                continue
+            if is_random(node) or any(other in dependent for other in node.all_input_nodes):
+                dependent.add(node)
+        return dependent
 
     def last_use(self, node):
-        return max(map(self.position.get, node.users), default=-1)
+        """Position of the last node that uses the value of ``node``, not its sizes alone."""
+        positions = [self.position[user] for user in node.users if user.target is not SIZE]
+        return max(positions, default=-1)
 
-    def name(self, modules):
-        """{node: names}: paths of the modules whose output it is, else the function called, with (). The second of a
-        name has #2 behind it.
+    def find_crossing(self):
+        crossing = {}
+        alive = []
+        for position, node in enumerate(self.nodes):
+            alive = [other for other in alive if self.last_use(other) > position]
+            if node in self.dependent and self.last_use(node) > position:
+                crossing[node] = list(alive)
+                alive.append(node)
+        return crossing
+
+    def alive_over(self, node):
+        """The dependent nodes before ``node`` whose values are used both there or before, and later."""
+        position = self.position[node]
+        return [other for other in self.dependent if self.position[other] < position < self.last_use(other)]
+
+    def find_names(self):
+        """{node: names}: the paths of the modules whose output it is, else the function called, with (). The second of
+        a name has #2 behind it.
         """
-        names, times = {self.input: ["the input"], self.output: ["the output"]}, Counter()
-        for node in self.nodes[1:-1]:
-            paths = sorted(modules.get(node, []), key=lambda path: path.count("."))
-            if not paths and node.target is operator.getitem and isinstance(node.args[1], int):
-                paths = [f"{names[node.args[0]][0]}[{node.args[1]}]"]
-            elif not paths:
-                inside = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-                function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-                paths = [".".join([*inside[-1:], f"{function}()"])]
+        names = {}
+        times = Counter()
+        for node in self.nodes:
+            if is_only_item(node):
+                names[node] = names[node.args[0]]
+                continue
+            paths = sorted(self.trace.module_ends.get(node, []), key=lambda path: path.count("."))
+            if not paths:
+                paths = [self.name_call(node, names)]
             times.update(paths)
             names[node] = [path if times[path] == 1 else f"{path}#{times[path]}" for path in paths]
+        names[self.input] = [INPUT]
+        names[self.output] = [OUTPUT]
         return names
 
-    def spine(self):
-        """The modules after which only their own output is alive: their nodes."""
-        return [node for node, others in self.crossing.items() if node.op == "call_module" and not others]
+    def name_call(self, node, names):
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return f"{names[node.args[0]][0]}[{node.args[1]}]"
+        function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+        function = function.split(".")[0]
+        scope = self.trace.scopes[node]
+        return f"{scope}.{function}()" if scope else f"{function}()"
 
-    @torch.no_grad()
-    def record(self, example):
-        """Runs the graph on ``example`` in both modes, which updates the model's buffers. Notes the ``values`` at each
-        node in eval mode, the ``flops`` up to it in train mode (where attention takes no path that is not counted), and
-        in ``mutated`` the nodes whose value a later one changes in place.
-        """
-        module, self.example, self.mutated = fx.GraphModule(self.model, self.graph), example, set()
-        for training in (True, False):
-            module.train(training)
-            with FlopCounterMode(display=False) as counter:
-                recorder = Recorder(module, self.graph, counter)
-                try:
-                    self.logits = recorder.run(example.clone())
-                except Exception as error:  # whatever a model raises
-                    raise Untraceable(f"does not run as traced ({first_line(error)})") from error
-            self.values = recorder.values
-            self.flops = recorder.flops if training else self.flops
-            for node, version in recorder.versions.items():
-                if version is not None and self.values[node]._version != version:
-                    self.mutated.add(node)
-        self.uses = self.parameters()
-        self.learnt = [  # for each position, where the next parameter has had its last use
-            min((last for first, last in self.uses.values() if first >= position), default=len(self.nodes) + 1)
-            for position in range(len(self.nodes) + 1)
-        ]
-        return self
-
-    def parameters(self):
-        """{parameter: (first, last) position of a dependent node that uses it}."""
-        uses, used = {}, {}
+    def find_uses(self):
+        """{parameter: (first, last) position of a dependent node that uses it, or what is computed of it}."""
+        uses = {}
+        used = {}
         for position, node in enumerate(self.nodes):
-            used[node] = set().union(*(used[source] for source in node.all_input_nodes if source not in self.dependent))
+            used[node] = set()
+            for source in node.all_input_nodes:
+                if source not in self.dependent:
+                    used[node].update(used[source])
             if node.op == "call_module":
                 used[node].update(self.model.get_submodule(node.target).parameters())
-            elif node.op == "get_attr" and isinstance(value := attribute(self.model, node.target), nn.Parameter):
-                used[node].add(value)
+            elif node.op == "get_attr":
+                value = attribute(self.model, node.target)
+                if isinstance(value, nn.Parameter):
+                    used[node].add(value)
             if node in self.dependent:
-                uses |= {parameter: (uses.get(parameter, (position,))[0], position) for parameter in used[node]}
+                for parameter in used[node]:
+                    first, _ = uses.get(parameter, (position, position))
+                    uses[parameter] = (first, position)
         return uses
 
-    def learns(self, below, above):
-        """Whether a parameter is used behind position ``below`` and up to ``above``, and only there."""
-        return self.learnt[below + 1] <= above
+    def below(self, node):
+        """The parameters used up to ``node``."""
+        return {parameter for parameter, (first, _) in self.uses.items() if first <= self.position[node]}
+
+    def above(self, node):
+        """The parameters used behind ``node``."""
+        return {parameter for parameter, (_, last) in self.uses.items() if last > self.position[node]}
+
+    @torch.no_grad()
+    def record(self, example, training):
+        """Runs the graph on ``example``, which updates the model's buffers. Notes ``values`` and ``flops`` up to each
+        node, and in ``mutated`` the nodes whose value a later one changes in place.
+        """
+        self.model.train(training)
+        with flop_counter() as counter:
+            recorder = Recorder(self.model, self.trace.graph, counter)
+            try:
+                recorder.run(example.clone())
+            except Exception as error:  # whatever a model raises
+                raise Untraceable(f"does not run as it was traced: {first_line(error)}") from error
+        self.values = recorder.values
+        self.flops = self.weigh_uncounted(recorder.flops, len(example))
+        self.mutated = set()
+        for node, version in recorder.versions.items():
+            if version is not None and self.values[node]._version != version:
+                self.mutated.add(node)
+
+    def weigh_uncounted(self, flops, samples):
+        """``flops`` up to each node. A step that has matrices of parameters and no formula counts 2 for each of their
+        elements and each sample.
+        """
+        weighed = {}
+        extra = 0
+        before = 0
+        for node in self.nodes:
+            if node in self.dependent and flops[node] == before and not looks_up(self.model, node):
+                extra += 2 * samples * sum(value.numel() for value in self.matrices(node))
+            before = flops[node]
+            weighed[node] = flops[node] + extra
+        return weighed
+
+    def matrices(self, node):
+        parameters = set()
+        if node.op == "call_module":
+            parameters.update(self.model.get_submodule(node.target).parameters())
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                parameters.add(attribute(self.model, source.target))
+        return [value for value in parameters if isinstance(value, nn.Parameter) and value.dim() > 1]
 
     def obstacle(self, node):
-        """Why the network cannot be cut after ``node``; None where it can."""
-        if node not in self.crossing or node is self.input or self.output in node.users:
-            return "no layer above it depends on it" if node is not self.input else "it is the input"
+        """Why the network cannot be cut after ``node``, parameters aside; None where it can."""
+        if node is self.input:
+            return "it is the input"
+        if node not in self.crossing or self.output in node.users:
+            return "no layer above it depends on it"
         if self.crossing[node]:
-            return f"{listing(self.names[other][0] for other in self.crossing[node])} crosses there, too"
-        value, batch = self.values[node], len(self.values[self.input])
+            others = listing(self.describe(other) for other in self.crossing[node])
+            return f"{others} crosses there, too"
+        value = self.values[node]
+        batch = len(self.values[self.input])
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             return "it is no floating-point tensor (B, …)"
         if len(value) != batch:
             return f"its shape {tuple(value.shape)} does not begin with the batch size {batch}"
         if node in self.mutated:
             return "a layer above changes it in place: cut behind that one"
-        position = self.position[node]
-        for parameter, (first, last) in self.uses.items():
-            if first <= position < last:
-                name = next(name for name, value in self.model.named_parameters() if value is parameter)
-                return f"{name} is used on both sides of it"
-        sides = {"below": (0, position), "above": (position, len(self.nodes))}
-        return next(
-            (f"there is nothing to learn {side} it" for side, span in sides.items() if not self.learns(*span)), None
-        )
+        if self.lost_sizes(node):
+            return "a size of the input that it does not have is needed above it"
+        return None
+
+    def describe(self, node):
+        """``node`` in terms of the user's code."""
+        if node is self.input:
+            users = sorted(node.users, key=self.position.get)
+            return f"the input, which {self.trace.lines.get(users[-1]) or self.names[users[-1]][0]} reads again,"
+        name = self.names[node][0]
+        line = self.trace.lines.get(node)
+        return f"{name} [{line}]" if line and name.endswith("()") else name
+
+    def lost_sizes(self, node):
+        """The nodes that read a size of the input which is needed above ``node``, whose own shape does not tell it."""
+        untold = [size for size in self.nodes if size.target is SIZE and size_in(size, node) is None]
+        if not untold:
+            return []
+        needed = self.needed(self.nodes[self.position[node] + 1 :])
+        return [size for size in untold if size in needed and self.position[size.args[0]] < self.position[node]]
+
+    def steps_between(self, start, end):
+        """The graph of what is between two nodes, whose input stands for the value of ``start``."""
+        span = self.nodes[self.position[start] + 1 : self.position[end] + 1]
+        needed = self.needed(span)
+        graph = fx.Graph()
+        copies = {start: graph.placeholder("representation")}
+        for node in self.nodes:
+            if node not in needed:
+                continue
+            if node.target is SIZE and node.args[0] not in copies:
+                copies[node] = graph.call_function(SIZE, (copies[start], size_in(node, start)))
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        if end is not self.output:
+            graph.output(copies[end])
+        follow_device(graph)
+        return graph
+
+    def needed(self, span):
+        """The nodes that the steps in ``span`` take, and those that compute what these need and the input's values do
+        not change: that is computed wherever it is used.
+        """
+        needed = {node for node in span if node in self.dependent or not node.users}  # in-place calls may have no users
+        unseen = list(needed)
+        while unseen:
+            for source in unseen.pop().all_input_nodes:
+                if source in self.dependent:
+                    continue
+                for node in (source, *self.changes.get(source, [])):
+                    if node not in needed:
+                        needed.add(node)
+                        unseen.append(node)
+        return needed
+
+    def find_changes(self):
+        """{computed node: later nodes that change its value in place}, of those that are not dependent."""
+        changes = {}
+        for node in self.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if node in self.dependent or schema is None or not schema.is_mutable:
+                continue
+            if not isinstance(node.args[0], fx.Node):
+                continue
+            sources = []
+            changed = node.args[0]
+            while changed.all_input_nodes:  # the value changed may be a view
+                sources.append(changed)
+                changed = changed.all_input_nodes[0]
+            if changed.op != "get_attr":  # the model's own, which change but once
+                for source in (*sources, changed):
+                    changes.setdefault(source, []).append(node)
+        return changes
 
 
-def expand(model):
-    """The Flow of ``model``, its modules opened as far as there are cuts inside. Raises Untraceable."""
+def is_only_item(node):
+    """Whether ``node`` is all that is used of the tuple that a layer returns."""
+    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
 
-    @functools.cache
-    def traceable(path):
-        module = model.get_submodule(path)
-        whole = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        try:
-            return not whole and next(module.children(), None) is not None and bool(trace(module))
-        except Untraceable:
-            return False
 
-    def opens(node):
-        """Whether the module called at ``node`` may be opened: it has one input, children, and a forward to trace."""
-        return len(node.args) == 1 and not node.kwargs and traceable(node.target)
+def is_random(node):
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
-    flow, whole = Flow(model), set()
-    while candidates := {node.target for node in flow.spine() if node.target not in whole and opens(node)}:
-        trial = Flow(model, flow.opened | candidates)
-        found = {
-            path
-            for node in trial.spine()
-            for path in candidates
-            if node.target.startswith(path + ".") and (path not in trial.names[node] or opens(node))
-        }
-        whole |= candidates - found
-        if found:
-            flow = trial if found == candidates else Flow(model, flow.opened | found)
-    return flow
+
+def looks_up(model, node):
+    """Whether ``node`` takes rows of its parameters and computes nothing with them."""
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(node.target), (nn.Embedding, nn.EmbeddingBag))
+    return node.target in (torch.ops.aten.embedding.default, nn.functional.embedding)
+
+
+def size_in(size, node):
+    """The dimension of the value of ``node`` that is the size which the node ``size`` reads; None if there is none."""
+    for dimension, length in enumerate(node.meta["val"].shape):
+        if str(length) == str(size.meta["val"]):
+            return dimension
+    return None
 
 
 def listing(names, most=8):
     """The first names, with commas between them, and how many there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

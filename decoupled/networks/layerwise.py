@@ -4,8 +4,7 @@ import itertools
 
 from torch import nn
 
-from decoupled.networks.auxiliary import auxiliary as make_auxiliary
-from decoupled.networks.auxiliary import head
+from decoupled.networks.auxiliary import head, make_auxiliary
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group_layers, output_shape
 
 
@@ -24,19 +23,13 @@ def draw_batch_norm_weights(net):
 
 def conv_layer(in_channels, out_channels, downsample):
     """A list of layers: 3×3 convolution, BN, ReLU; with ``downsample`` a 2×2 max pool before them."""
-    layers = [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    layers = []
     if downsample:
-        layers.insert(0, nn.MaxPool2d(2))
+        layers.append(nn.MaxPool2d(2))
+    layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+    layers.append(nn.BatchNorm2d(out_channels))
+    layers.append(nn.ReLU(inplace=True))
     return layers
-
-
-def flatten(lists):
-    """One list of what is in the ``lists``, in order."""
-    return list(itertools.chain.from_iterable(lists))
 
 
 def layerwise_cnn(
@@ -68,7 +61,7 @@ def layerwise_cnn(
     shape = input_shape
     blocks = group_layers(layers, block_size)
     for index, block in enumerate(blocks):
-        body = nn.Sequential(*flatten(block))
+        body = nn.Sequential(*itertools.chain(*block))
         shape = output_shape(body, shape)
         if index < len(blocks) - 1:
             aux = make_auxiliary(auxiliary, shape, classes, **auxiliary_options)

@@ -50,7 +50,7 @@ class DecoupledNetwork(nn.ModuleList):
 
 
 def group_layers(layers, block_size):
-    """``layers`` in consecutive groups of ``block_size``; the last one has what remains.
+    """``layers`` in consecutive groups of ``block_size``; the last group has what remains.
 
     Raises InputError for a block size below 1 or above the number of layers.
     """
@@ -63,8 +63,10 @@ def group_layers(layers, block_size):
 
 
 def split_evenly(layers, splits):
-    """``layers`` in ``splits`` consecutive groups of ⌈len(layers)/splits⌉, the last one shorter. Where that makes fewer
-    groups, their lengths differ by one instead, the longer ones first.
+    """``layers`` in ``splits`` consecutive groups of ⌈len(layers)/splits⌉, the last one shorter.
+
+    Groups of that length may be too few: 10 layers make only 5 groups of ⌈10/6⌉ = 2. Then the lengths differ by at most
+    one instead, the longer groups first.
 
     Raises InputError for fewer layers than ``splits``.
     """
@@ -73,9 +75,9 @@ def split_evenly(layers, splits):
     groups = group_layers(layers, math.ceil(len(layers) / splits))
     if len(groups) == splits:
         return groups
-    short, remainder = divmod(len(layers), splits)
-    longer = remainder * (short + 1)  # layers in the longer groups
-    return group_layers(layers[:longer], short + 1) + group_layers(layers[longer:], short)
+    length, num_longer = divmod(len(layers), splits)
+    boundary = num_longer * (length + 1)  # layers in the longer groups
+    return group_layers(layers[:boundary], length + 1) + group_layers(layers[boundary:], length)
 
 
 @contextmanager

@@ -4,16 +4,16 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from decoupled.errors import InputError
+from decoupled.networks.flops import flop_counter
 from decoupled.networks.modules import eval_mode
 
 
 class TensorFormat:
-    """The form of a tensor (B, …), whatever B is: shape, dtype and order of the dimensions in memory.
+    """The form of a tensor (B, …) for any B: shape, dtype and the order of its dimensions in memory.
 
-    The process above restores the order in memory, so that it computes what a single process would, to the bit.
+    The receiver restores that order, so that it computes the same bits as a single process.
     """
 
     def __init__(self, tensor):
@@ -26,8 +26,8 @@ class TensorFormat:
         self.dtype = tensor.dtype
 
     def pack(self, tensor):
-        """``tensor`` as a contiguous tensor, without a copy where it is in the same order in memory. Raises InputError
-        for a tensor of another form.
+        """``tensor`` as a contiguous tensor; copies only when its order in memory is another. Raises InputError for
+        another shape or dtype.
         """
         if list(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
             raise InputError(
@@ -38,11 +38,11 @@ class TensorFormat:
         return tensor.permute(self.order).contiguous()
 
     def unpack(self, packed):
-        """The tensor that ``pack`` was given, without a copy."""
+        """The tensor that was packed, as a view of ``packed``."""
         return packed.permute(self.inverse_order)
 
     def empty(self, samples, device):
-        """An uninitialized packed tensor for B = ``samples``."""
+        """An uninitialized packed tensor with B = ``samples``."""
         shape = [samples, *self.shape]
         return torch.empty([shape[dimension] for dimension in self.order], dtype=self.dtype, device=device)
 
@@ -54,7 +54,7 @@ def describe(dtype, shape):
 
 
 class Survey(NamedTuple):
-    """What ``survey`` finds out about a network."""
+    """What ``survey`` measures of a network."""
 
     flops: list  # of a training step, per module
     inputs: list  # TensorFormat of each module's input
@@ -62,8 +62,8 @@ class Survey(NamedTuple):
 
 
 def survey(net, example, autocast):
-    """The Survey of ``net`` by one training step of each module on ``example``, a batch of its inputs. ``net`` is left
-    unchanged.
+    """The Survey of ``net`` from a forward and backward pass of each module on ``example``, a batch of its inputs.
+    Leaves ``net`` unchanged.
     """
     flops = []
     inputs = []
@@ -71,7 +71,7 @@ def survey(net, example, autocast):
     with eval_mode(net):
         for module in net:
             inputs.append(TensorFormat(representation))
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 with autocast():
                     representation, logits = module(representation)
                 if logits.requires_grad:  # not all parameters of the module are frozen
@@ -83,17 +83,19 @@ def survey(net, example, autocast):
 
 
 def balance(costs, parts):
-    """Splits ``costs`` into consecutive parts so that the most expensive part costs least: the length of each part."""
+    """Splits ``costs`` into consecutive parts so that the cost of the most expensive part is least. Returns the length
+    of each part.
+    """
 
     @cache
-    def best(start, parts):
-        """(cost of the most expensive part, lengths) of the best split of what follows ``start``."""
+    def best(start, parts_left):
+        """(cost of the most expensive part, lengths) of the best split of costs[start:] into ``parts_left`` parts."""
         remaining = len(costs) - start
-        if parts == 1:
+        if parts_left == 1:
             return sum(costs[start:]), (remaining,)
         splits = []
-        for length in range(1, remaining - parts + 2):
-            highest_above, lengths_above = best(start + length, parts - 1)
+        for length in range(1, remaining - parts_left + 2):
+            highest_above, lengths_above = best(start + length, parts_left - 1)
             highest = max(sum(costs[start : start + length]), highest_above)
             splits.append((highest, (length, *lengths_above)))
         return min(splits)
@@ -103,8 +105,8 @@ def balance(costs, parts):
 
 
 def check_lengths(lengths, modules, stages):
-    """Raises InputError unless a network of so many ``modules`` can be split into so many ``stages``, with ``lengths``
-    modules each where these are given.
+    """Raises InputError unless a network of ``modules`` modules can be split into ``stages`` stages, and unless
+    ``lengths``, the number of modules in each, adds up if it is given.
     """
     if stages > modules:
         raise InputError(f"{stages} stages are more than the {modules} modules: start {modules} processes or fewer")

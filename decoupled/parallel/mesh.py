@@ -13,10 +13,11 @@ from decoupled.networks.evaluation import Meter
 
 
 class Mesh:
-    """The place of this process in the mesh: ``replica`` of ``replicas`` of ``stage`` of ``stages``, all from 0.
+    """The place of this process in the mesh: its ``stage``, one of ``stages``, and its ``replica``, one of the stage's
+    ``replicas``. Both are counted from 0.
 
     The replicas of a stage have consecutive ranks, because gradients need more bandwidth than representations: torchrun
-    then puts whole stages on each machine. Raises InputError when the processes do not divide into ``stages``.
+    then puts whole stages on each machine. Raises InputError when the number of processes is no multiple of ``stages``.
     """
 
     def __init__(self, processes, stages):
@@ -29,9 +30,9 @@ class Mesh:
         self.stages = stages
         self.replicas = processes.size // stages
         self.stage, self.replica = divmod(processes.rank, self.replicas)
-        # Groups of the replicas of this stage: on their devices and on the CPU.
-        self.group = None
-        self.control = processes.control
+        # Groups of the replicas of this stage
+        self.group = None  # for tensors on their device; None: all processes
+        self.control = processes.control  # for tensors on the CPU
         if stages > 1 and self.replicas > 1:
             self.make_groups()
 
@@ -75,8 +76,8 @@ class Mesh:
             distributed.all_reduce(total, group=self.control)
         return total
 
-    def agree(self, value):
-        """The largest ``value``, an integer, of the replicas."""
+    def max(self, value):
+        """The maximum of ``value``, an integer, over the replicas."""
         if self.replicas == 1:
             return value
         largest = torch.tensor([value])
@@ -84,9 +85,9 @@ class Mesh:
             distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.control)
         return int(largest)
 
-    def parallel(self, modules, local_batch_norm=False):
-        """What a training step calls instead of ``modules``: a list with each module in a DistributedDataParallel of
-        its own; with one replica, the modules themselves.
+    def data_parallel(self, modules, local_batch_norm=False):
+        """A list with each of ``modules`` in a DistributedDataParallel of its own, for training steps. With one
+        replica, the modules themselves.
 
         Buffers are not broadcast: they start equal in all replicas and stay equal. With ``local_batch_norm`` running
         statistics differ between replicas, and those of replica 0 are used.
@@ -102,7 +103,7 @@ class Mesh:
         }
         return [DistributedDataParallel(module, **options) for module in modules]
 
-    def same_buffers(self, net):
+    def broadcast_buffers(self, net):
         """Copies the buffers of ``net`` from replica 0 to all replicas."""
         if self.replicas == 1:
             return
@@ -113,23 +114,26 @@ class Mesh:
 
     # Among the stages
 
-    def data(self, load):
+    def load_data(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
         instead of train and test. Process 0 loads first. Raises InputError when ``load`` does.
         """
         if self.processes.size == 1:
             return load()
-        loaded = []
+        loaded = None
 
         def load_and_outline():
-            train, test, classes = load()
-            loaded.extend([train, test, classes])
+            nonlocal loaded
+            loaded = load()
+            train, test, classes = loaded
             return [(batches.outline, to_cpu(batches.example)) for batches in (train, test)], classes
 
         outlines, classes = self.processes.from_first(load_and_outline)
         if self.stage > 0:
             return *(self.outline(*known) for known in outlines), classes
-        return loaded or load()
+        if loaded is None:  # in the other replicas of the lowest stage
+            loaded = load()
+        return loaded
 
     def outline(self, outline, example):
         """The Outline for this process of mini-batches with that ``outline`` and ``example``."""

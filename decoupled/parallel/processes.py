@@ -45,8 +45,9 @@ class Processes:
 
     Only process 0 prints, logs and saves. A process that waits for another for more than ``timeout`` seconds gives up.
 
-    ``store`` is torchrun's key-value store, of this attempt; None in a single process. ``remembered`` is the path that
-    an earlier attempt, which torchrun has restarted, gave to ``remember``; None in the first.
+    With --max-restarts, torchrun starts the processes several times: each is an attempt. ``store`` is torchrun's
+    key-value store, for this attempt; None in a single process. ``remembered`` is the path that an earlier attempt gave
+    to ``remember``; None if there was none.
 
     Raises InputError when there are more processes than GPUs, when the processes do not find each other and, in all
     methods, when another process has ended or does not answer.
@@ -58,8 +59,8 @@ class Processes:
         self.timeout = timedelta(seconds=timeout)
         self.remembered = None
         self.store = None
-        self.job_store = None  # of all attempts
-        self.control = None  # a group for what the CPU decides: no GPU waits for it
+        self.job_store = None  # for all attempts
+        self.control = None  # a group for tensors on the CPU: no process waits for a GPU
         if self.size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
             self.device = device_of_process(device, backend, local_rank, self.size)
@@ -72,13 +73,13 @@ class Processes:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
     def join(self, backend):
-        """Meets the other processes."""
+        """Connects this process with the others."""
         try:
             self.job_store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
-            # Read before init_process_group: only after that can process 0 of this attempt write it.
+            # Read now: process 0 of this attempt may overwrite it as soon as all have called init_process_group.
             if self.job_store.check(["checkpoint"]):
                 self.remembered = self.job_store.get("checkpoint").decode()
-            # The store outlives a restart. The prefix keeps what the last attempt left in it out of the way.
+            # The store survives a restart. The prefix hides what earlier attempts have left in it.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = distributed.PrefixStore(f"attempt {attempt}", self.job_store)
             distributed.init_process_group(
@@ -93,21 +94,21 @@ class Processes:
     def from_first(self, make):
         """What ``make()`` returns in process 0, in all processes.
 
-        When ``make`` raises InputError there, the other processes exit with code 2: process 0 prints the error.
+        When ``make`` raises InputError there, process 0 prints the error and the others exit with code 2, silently.
         """
         if self.size == 1:
             return make()
         if self.rank == 0:
             try:
-                outcome = [True, make()]
+                value = make()
             except InputError:
                 self.broadcast([False, None])
                 raise
-            self.broadcast(outcome)
-        else:
-            outcome = [None, None]
-            self.broadcast(outcome)
-        succeeded, value = outcome
+            self.broadcast([True, value])
+            return value
+        received = [None, None]
+        self.broadcast(received)
+        succeeded, value = received
         if not succeeded:
             sys.exit(EXIT_BAD_INPUT)
         return value
@@ -118,7 +119,9 @@ class Processes:
             distributed.broadcast_object_list(values, src=0, group=self.control, device="cpu")
 
     def to_first(self, value, senders):
-        """The ``value`` of each of ``senders``, which are process 0 and others, in process 0; in the others []."""
+        """In process 0, a list with the ``value`` of each of ``senders``, of which process 0 is the first. In the
+        others, [].
+        """
         if self.rank == 0:
             return [value, *(self.receive(sender) for sender in senders[1:])]
         if self.rank in senders:
@@ -127,7 +130,7 @@ class Processes:
         return []
 
     def receive(self, sender):
-        """The value that process ``sender`` passes to ``to_first``."""
+        """The value that process ``sender`` has given to ``to_first``."""
         values = [None]
         with self.waiting(sender):
             distributed.recv_object_list(values, sender, group=self.control)
@@ -145,7 +148,9 @@ class Processes:
 
     @contextmanager
     def waiting(self, other=None):
-        """Around a wait for process ``other``, or for any (None): raises InputError when it has ended or hangs."""
+        """The context of an operation that waits for process ``other``, or for any (None): turns its RuntimeError into
+        an InputError that says that this process has ended or hangs.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -156,7 +161,7 @@ class Processes:
             ) from error
 
     def remember(self, checkpoint):
-        """Notes the path of this run's ``checkpoint`` where a restarted attempt finds it, as ``remembered``."""
+        """Keeps the path of this run's ``checkpoint`` for later attempts, which find it as ``remembered``."""
         if self.size > 1 and self.rank == 0:
             self.job_store.set("checkpoint", str(checkpoint))
 

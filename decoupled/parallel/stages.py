@@ -1,6 +1,6 @@
 """Modules that learn at the same time, in a pipeline of processes. Each stage of a decoupled.parallel.mesh.Mesh has
 some consecutive modules, the lowest stage the lowest modules. Representations and labels travel up, and nothing travels
-back: no module of Algorithm 1 waits for one above it, unless the queue between two stages is full.
+back: no module waits for one above it (Algorithm 1), unless the queue between two stages is full.
 
 A mini-batch travels with its tag: an integer that says what the run is to do after this mini-batch. The lowest stage
 chooses it, so all stages do the same after the same mini-batch.
@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 
 from decoupled.errors import InputError
-from decoupled.networks.evaluation import Meter, WithEnsembles, means, weighted_sums
+from decoupled.networks.evaluation import Meter, WithEnsembles, normalize_sums, weighted_sums
 from decoupled.networks.modules import DecoupledNetwork
 from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
 from decoupled.parallel.mesh import all_reduce_meters
@@ -33,23 +33,20 @@ class Stage:
     lengths          modules in each stage; None: balanced by FLOPs
     queue            mini-batches that may be on their way to the stage above before ``send`` waits
     autocast         the context of a forward pass
-    pending_request  called before each mini-batch, returns what the run is to do after it: an integer, 0 for nothing.
-                     The largest of the lowest stage's replicas becomes the mini-batch's tag.
+    pending_request  called in the lowest stage before each mini-batch, returns what the run is to do after it: an
+                     integer, 0 for nothing. The largest of the replicas' becomes the mini-batch's tag.
     """
 
-    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=int):
+    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
         check_lengths(lengths, len(net), mesh.stages)
         self.net = net
         self.mesh = mesh
         self.processes = mesh.processes
+        self.device = next(net.parameters()).device
         self.queue = queue
         self.pending_request = pending_request
         self.lowest = mesh.stage == 0
         self.last = mesh.stage == mesh.stages - 1
-        self.first = 0
-        self.modules_here = net
-        self.heads = net
-        self.lengths = lengths or [len(net)]
         # Of the mini-batch that this stage is working on:
         self.tag = 0
         self.labels = None
@@ -57,30 +54,38 @@ class Stage:
         self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
         self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
-        if mesh.stages > 1:
-            self.keep_own_modules(example, lengths, autocast)
-            self.connect_neighbors()
+        if mesh.stages == 1:
+            self.lengths = [len(net)]
+            self.first = 0
+            self.modules_here = net
+            self.heads = net
+        else:
+            found = survey(net, example, autocast)
+            self.lengths = lengths or balance(found.flops, mesh.stages)
+            self.first = sum(self.lengths[: mesh.stage])
+            self.modules_here = net[self.first : self.end]
+            self.heads = Heads(self, self.modules_here)
+            self.free_other_modules()
+            self.prepare_transfers(found)
 
-    def keep_own_modules(self, example, lengths, autocast):
-        """Frees the parameters of the other stages' modules."""
-        self.device = example.device
-        found = survey(self.net, example, autocast)
-        self.lengths = lengths or balance(found.flops, self.mesh.stages)
-        self.first = sum(self.lengths[: self.mesh.stage])
-        end = self.first + self.lengths[self.mesh.stage]
-        self.modules_here = self.net[self.first : end]
+    @property
+    def end(self):
+        """The number of the module after those of this process."""
+        return self.first + self.lengths[self.mesh.stage]
+
+    def free_other_modules(self):
+        """Frees the parameters of the other processes' modules."""
         for index, module in enumerate(self.net):
-            if not self.first <= index < end:
+            if not self.first <= index < self.end:
                 module.to("meta")
-        self.heads = Heads(self, self.modules_here)
-        self.input_format = found.inputs[self.first]
-        self.output_format = None if self.last else found.inputs[end]
-        self.logits_format = found.logits
 
-    def connect_neighbors(self):
-        """Makes the groups with the processes below and above."""
+    def prepare_transfers(self, found):
+        """Prepares transfers with the processes below and above, of tensors as the Survey ``found`` says."""
+        self.input_format = found.inputs[self.first]
+        self.output_format = None if self.last else found.inputs[self.end]
+        self.logits_format = found.logits
         self.group_below, self.group_above = self.mesh.links()
-        # Gloo sends from and receives into main memory.
+        # Gloo transfers from and to main memory only.
         self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
 
     def __str__(self):
@@ -104,47 +109,47 @@ class Stage:
 
     # Receiving
 
-    def inputs(self, batches, totals=False):
+    def inputs(self, batches, with_ensemble_sum=False):
         """The inputs of this process's lowest module for ``batches`` (see decoupled.data.batches), or their Outline:
         iterates as they do, over (representation (B, …), labels).
 
         ``labels`` are (B,), or whatever the mini-batches have instead: soft labels (B, classes), or a tuple of tensors
         (B, …), if every module needs more of a sample.
 
-        ``totals``: whether mini-batches travel with the sum of the outputs of all heads so far, for ``ensembles``.
+        ``with_ensemble_sum``: whether mini-batches travel with the sum of the outputs of all heads below, which
+        ``ensembles`` needs.
         """
         if self.mesh.stages == 1:
             return batches
-        return Inputs(self, batches, totals)
+        return Inputs(self, batches, with_ensemble_sum)
 
     def read_images(self, inputs):
         """Iterates over the rest of the epoch, in the lowest stage."""
         batches = inputs.batches
         for number, (images, labels) in enumerate(batches.rest(), start=batches.place):
             self.tag = 0
-            if number < inputs.common:  # otherwise some replicas have no part in this mini-batch
-                self.tag = self.mesh.agree(self.pending_request())
+            if number < inputs.common:  # otherwise some replicas have no share of this mini-batch
+                self.tag = self.mesh.max(self.pending_request())
             self.labels = labels
             yield images, labels
 
     def receive_representations(self, inputs):
         """Iterates over the rest of the epoch, in the stages above the lowest."""
         sizes = inputs.batches.left
-        receiving = deque(self.begin_receive(size, inputs.totals) for size in sizes[: self.queue])
+        receiving = deque(self.begin_receive(size, inputs.with_ensemble_sum) for size in sizes[: self.queue])
         for number in range(len(sizes)):
             works, tag, labels, packed, ensemble_sum = receiving.popleft()
             self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
-                receiving.append(self.begin_receive(sizes[number + self.queue], inputs.totals))
+                receiving.append(self.begin_receive(sizes[number + self.queue], inputs.with_ensemble_sum))
             inputs.batches.advance()
             self.tag = int(tag)
             self.labels = self.unpack_labels(labels)
             self.ensemble_sum = 0 if ensemble_sum is None else ensemble_sum.to(self.device)
-            self.pending_request()
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
-        """Begins to receive a mini-batch of so many ``samples``, in memory of its own: an Arriving."""
+        """Begins to receive a mini-batch of ``samples`` samples into new tensors: an Arriving."""
         tag = torch.empty((), dtype=torch.int64)
         labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
         packed = self.input_format.empty(samples, self.transfer_device)
@@ -189,20 +194,22 @@ class Stage:
         return [form.pack(one) for form, one in zip(self.label_formats, tensors, strict=True)]
 
     def finish_oldest_send(self):
-        """Waits until the oldest mini-batch in the queue is sent, and frees it."""
+        """Waits until the oldest mini-batch in the queue is sent, and frees its tensors."""
         works, _ = self.sending.popleft()
         self.wait_for(works, self.mesh.above)
 
     def transfer(self, begin, tensors, other, group):
-        """Begins to send ``tensors``, a mini-batch's, to process ``other``, or to receive them: a list of works.
+        """Begins to send the ``tensors`` of a mini-batch to process ``other``, or to receive them from it: ``begin`` is
+        isend or irecv. Returns the list of works.
 
-        The first of them, the tag, travels from CPU to CPU, so that nobody waits for a GPU to read it.
+        The first tensor, the mini-batch's tag, travels from CPU to CPU, so that no process waits for a GPU to read it.
         """
-        works = []
+        mini_batch_tag, *others = tensors
         with self.processes.waiting(other):
-            for number, tensor in enumerate(tensors, start=1):
-                group_of_tensor = self.processes.control if number == 1 else group
-                works.append(begin(tensor, other, group=group_of_tensor, tag=number))
+            # PyTorch's tag only numbers the tensors of a mini-batch.
+            works = [begin(mini_batch_tag, other, group=self.processes.control, tag=1)]
+            for number, tensor in enumerate(others, start=2):
+                works.append(begin(tensor, other, group=group, tag=number))
         return works
 
     def wait_for(self, works, other):
@@ -273,8 +280,8 @@ class Stage:
         return gathered
 
     def own(self, values):
-        """The part of ``values``, one for each module of the network, that belongs to this process's modules; [] if
-        there are none. Raises ValueError for another number of values.
+        """Those of ``values``, one for each module of the network, that belong to this process's modules; [] if
+        ``values`` is empty. Raises ValueError for another number of values.
         """
         if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
@@ -314,7 +321,7 @@ class Heads(nn.Module):
     """The heads of the ``modules`` of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list
     of logits (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
 
-    A forward pass sends the representation, and the sum for the ensembles, to the stage above.
+    A forward pass sends the representation, and with ``ensembles`` the ensemble sum, to the stage above.
     """
 
     def __init__(self, stage, modules, ensembles=None):
@@ -338,18 +345,18 @@ class Heads(nn.Module):
             outputs = [logits.softmax(1) for logits in all_logits]
         sums = weighted_sums(outputs, self.stage.first, self.stage.ensemble_sum)
         self.stage.send(representation, self.stage.labels, sums[-1])
-        return all_logits + means(sums, self.stage.first)
+        return all_logits + normalize_sums(sums, self.stage.first)
 
 
 class Inputs:
-    """What ``batches`` become on their way to ``stage``. As with Batches, iterating begins an epoch, and ``rest`` is
-    what is left of it.
+    """The inputs of ``stage`` for the images of ``batches``: see Stage.inputs. As with Batches, iterating begins an
+    epoch, and ``rest`` iterates over what is left of it.
     """
 
-    def __init__(self, stage, batches, totals):
+    def __init__(self, stage, batches, with_ensemble_sum):
         self.stage = stage
         self.batches = batches
-        self.totals = totals
+        self.with_ensemble_sum = with_ensemble_sum
 
     def __len__(self):
         return len(self.batches)
@@ -373,7 +380,7 @@ class Inputs:
 
     @property
     def common(self):
-        """The number of mini-batches in which every replica has a part."""
+        """The number of mini-batches that every replica has a share of."""
         if self.stage.mesh.replicas == 1:
             return len(self)
         return self.batches.common

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import STAMP
+from decoupled.logs import parse_run_name, started_at
 
 FORMAT = 4
 LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
@@ -35,17 +35,21 @@ FIELDS = {  # of a checkpoint: name → type
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # how file systems say that they cannot lock files
 
 
-class Checkpoint:
-    """The files of one run in ``folder``: STEM.log; STEM.pt; STEM.lock, held by the one process that writes the others.
-    STEM is ``script``, ``name``, the time of the start and, where that STEM is taken, a number.
+class RunFiles:
+    """The files of one run in ``folder``:
 
-    The folder may not exist yet. Raises InputError when nothing can be written there.
+    STEM.log   the log
+    STEM.pt    the checkpoint
+    STEM.lock  held by the process that writes the other two
+
+    STEM is SCRIPT[-NAME]-TIME, with a number added if another run has that name. TIME is when the run started. The
+    folder may not exist yet. Raises InputError if nothing can be written there.
     """
 
     def __init__(self, folder, script, name=""):
         self.folder = writable_folder(folder)
-        self.prefix = f"{script}-{name}-" if name else f"{script}-"
-        self.stem = None  # until there is a log
+        self.prefix = f"{script}-{name}" if name else script
+        self.stem = None  # until the log is created, or a checkpoint is opened
         self.log_text = ""
         self.lock = None
 
@@ -55,8 +59,8 @@ class Checkpoint:
     # The lock
 
     def acquire(self):
-        """Takes the lock, until ``close`` or the end of this process. Raises InputError where another process has it,
-        naming that one.
+        """Takes the lock, until ``close`` or the end of this process. Raises InputError, which names the other process,
+        if another one has it.
         """
         path = self.path(".lock")
         with writing(path):
@@ -78,31 +82,31 @@ class Checkpoint:
 
     # The log
 
-    def create(self, text):
-        """Creates the log, which begins with ``text``, and returns the STEM."""
+    def create_log(self, text):
+        """Creates the log, with ``text`` as its first lines, and returns STEM."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.reserve_stem()
         self.acquire()
         try:
-            self.append(text)
+            self.append_to_log(text)
         except InputError:
-            self.remove()
+            self.remove_log()
             raise
         return self.stem
 
     def reserve_stem(self):
         """Creates an empty log under the first STEM that no other run has."""
-        stem = self.prefix + datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.stem = stem
+        first_choice = f"{self.prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.stem = first_choice
         for number in itertools.count(1):
             with contextlib.suppress(FileExistsError):
                 self.path(".log").open("x").close()
                 return
-            self.stem = f"{stem}-{number}"
+            self.stem = f"{first_choice}-{number}"
 
-    def append(self, text):
-        """Appends to the log. If that fails, as on a full disk, the log ends where it did before."""
+    def append_to_log(self, text):
+        """Appends ``text`` to the log. If that fails, as on a full disk, the log stays as it was."""
         path = self.path(".log")
         with writing(path), open(path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -117,8 +121,8 @@ class Checkpoint:
         self.log_text += text
 
     def restore_log(self, text):
-        """Writes the log anew with ``text``, its text when the checkpoint was written. If that is not how the log
-        begins, someone has edited it: it is kept as STEM.edited.log.
+        """Rewrites the log as ``text``, which it was when the checkpoint was written. A log that does not start with
+        ``text`` has been edited: it is kept as STEM.edited.log.
         """
         log = self.path(".log")
         with writing(log):
@@ -138,24 +142,24 @@ class Checkpoint:
                 return kept
             kept = self.path(f".edited-{number}.log")
 
-    def remove(self):
+    def remove_log(self):
         """Removes the log of a run that could not be saved even once, and releases the lock."""
         self.path(".log").unlink(missing_ok=True)
         self.close()
 
     # The checkpoint
 
-    def write(self, snapshot):
-        """Writes the checkpoint ``snapshot``, a dict with FIELDS but for format and log, which are added here.
+    def write_checkpoint(self, snapshot):
+        """Writes the checkpoint ``snapshot``, a dict with all FIELDS except format and log, which are added here.
 
-        It is written to a temporary file and renamed: at any moment there is one whole checkpoint on the disk.
+        It is written to a temporary file and renamed, so there is a complete checkpoint on the disk at any time.
         """
         log = self.path(".log")
         temporary = self.path(".pt.tmp")
         target = self.path(".pt")
         with writing(target):
             try:
-                with open(log, "rb") as file:  # the log first: a checkpoint never knows lines that are lost
+                with open(log, "rb") as file:  # the log first, so that no line in a checkpoint is lost
                     os.fsync(file.fileno())
                 with open(temporary, "wb") as file:
                     save({**snapshot, "format": FORMAT, "log": self.log_text}, file)
@@ -166,16 +170,16 @@ class Checkpoint:
                 temporary.unlink(missing_ok=True)
                 raise
 
-    def use(self, path):
-        """Makes these the files of the checkpoint at ``path``."""
+    def select(self, path):
+        """From now on, the files are those of the run whose checkpoint is at ``path``. Reads and locks nothing."""
         self.folder = Path(path).parent
         self.stem = Path(path).name.removesuffix(".pt")
 
-    def open(self, path):
-        """Makes these the files of the checkpoint at ``path``, takes their lock, and returns the checkpoint.
+    def open_checkpoint(self, path):
+        """Selects the run whose checkpoint is at ``path``, takes its lock, and returns the checkpoint.
 
-        Raises InputError when there is none, while another process writes it, and for a file that is damaged or no
-        checkpoint.
+        Raises InputError if there is no such file, if another process is writing that run, and if the file is damaged
+        or not a checkpoint.
         """
         path = Path(path)
         if path.suffix != ".pt":
@@ -186,24 +190,18 @@ class Checkpoint:
         if not path.is_file():
             raise InputError(f"no checkpoint {path}: --resume without a name takes the newest in --log-dir")
         writable_folder(path.parent)
-        self.use(path)
+        self.select(path)
         self.acquire()
         return read_checkpoint(path, "resume another one, or start without --resume")
 
-    def newest(self):
-        """The path of the newest checkpoint with this prefix, by the time in its name; None where there is none."""
-        newest = None
-        newest_time = ("", 0)
+    def newest_checkpoint(self):
+        """The path of the newest checkpoint with this prefix, by the time in its name; None if there is none."""
+        candidates = []
         for path in self.folder.glob("*.pt"):
-            if not path.name.startswith(self.prefix):
-                continue
-            match = STAMP.fullmatch(path.name.removeprefix(self.prefix).removesuffix(".pt"))
-            if match is None:  # of a run whose --name begins like this one's
-                continue
-            its_time = (match[1], int(match[2] or 0))
-            if its_time > newest_time:
-                newest, newest_time = path, its_time
-        return newest
+            name = parse_run_name(path)
+            if name is not None and name.prefix == self.prefix:
+                candidates.append(path)
+        return max(candidates, key=started_at, default=None)
 
 
 def writable_folder(name):
@@ -258,8 +256,8 @@ def first_line(path):
 # Reading and writing a checkpoint file
 
 
-class Output:
-    """A file for torch.save, which hides why a write failed: ``error`` is the OSError."""
+class ErrorKeepingFile:
+    """A file for torch.save to write to. torch.save hides why a write failed; ``error`` keeps that OSError."""
 
     def __init__(self, file):
         self.file = file
@@ -278,7 +276,7 @@ class Output:
 
 def save(snapshot, file):
     """torch.save to ``file``. Raises the OSError of a write that fails."""
-    output = Output(file)
+    output = ErrorKeepingFile(file)
     try:
         torch.save(snapshot, output)
     except (OSError, RuntimeError):
@@ -287,15 +285,15 @@ def save(snapshot, file):
         raise output.error from None
 
 
-def read_checkpoint(path, way_out="name another one"):
-    """The checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``way_out``, for a file that is damaged,
+def read_checkpoint(path, fix="name another one"):
+    """The checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``fix``, for a file that is damaged,
     and for one that is no checkpoint or an earlier version's.
     """
-    check_archive(path, way_out)
+    check_archive(path, fix)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip file of something else
-        raise InputError(f"{path} is no checkpoint of these scripts: {way_out}") from error
+        raise InputError(f"{path} is no checkpoint of these scripts: {fix}") from error
     fields = checkpoint if isinstance(checkpoint, dict) else {}
     if "log_bytes" in fields or fields.get("format") in range(FORMAT):
         raise InputError(
@@ -303,11 +301,11 @@ def read_checkpoint(path, way_out="name another one"):
             "check that one out to use it, or start a new run"
         )
     if fields.get("format") != FORMAT or any(type(fields.get(name)) is not kind for name, kind in FIELDS.items()):
-        raise InputError(f"{path} is no checkpoint of these scripts: {way_out}")
+        raise InputError(f"{path} is no checkpoint of these scripts: {fix}")
     return checkpoint
 
 
-def check_archive(path, way_out):
+def check_archive(path, fix):
     """Raises InputError where the checkpoint file ``path``, a zip archive, is not as torch.save wrote it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -315,9 +313,9 @@ def check_archive(path, way_out):
             attributes = [entry.external_attr for entry in archive.infolist()]
     except OSError as error:
         if error.errno == errno.EINVAL:  # a seek to an offset that cannot be
-            raise InputError(f"{path} is damaged: {way_out}") from error
+            raise InputError(f"{path} is damaged: {fix}") from error
         raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except Exception as error:  # whatever zipfile raises on damaged bytes
-        raise InputError(f"{path} is truncated, damaged or no checkpoint: {way_out}") from error
+        raise InputError(f"{path} is truncated, damaged or no checkpoint: {fix}") from error
     if damaged is not None or any(attributes):  # torch.save writes 0, and the checksums do not cover attributes
-        raise InputError(f"{path} is damaged: {way_out}")
+        raise InputError(f"{path} is damaged: {fix}")

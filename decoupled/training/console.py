@@ -1,5 +1,5 @@
-"""What a run shows while it goes on: on a terminal its first lines, a bar for each epoch and evaluation, and the time
-to its end; elsewhere its result lines only. And what it does on signals.
+"""What a run prints, and how it reacts to signals. On a terminal it shows its first lines, a bar for each epoch and
+evaluation, and the remaining time; elsewhere it prints result lines only.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-READING_DELAY = 1.0  # seconds of reading images before the console says so
-SHOWN_AT_START = tuple(f"# {name}: " for name in ("device", "processes", "train", "test"))  # of the log's first lines
-LATEST_EPOCHS = 5  # epochs that the time to the end is estimated from
+READING_DELAY = 1.0  # seconds; reading images that takes longer is announced
+SHOWN_AT_START = ("# device: ", "# processes: ", "# train: ", "# test: ")  # lines of the log
+LATEST_EPOCHS = 5  # the remaining time is estimated from that many epochs
 
 EPOCH_BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
 EVALUATION_BAR = "{desc}: {percentage:3.0f}%|{bar}|"
@@ -36,13 +36,13 @@ def warn(message):
 
 
 class Console:
-    """What one process shows; nothing with ``quiet``."""
+    """What one process prints; nothing with ``quiet``."""
 
     def __init__(self, quiet=False):
         self.quiet = quiet
         self.bar = None
-        self.epoch = ""  # the epoch's name
-        self.later_epochs = 0  # that follow it
+        self.epoch_name = ""
+        self.epochs_to_follow = 0  # after this one
         self.accuracies = ""  # running train top-1 of each head
         self.epoch_seconds = deque(maxlen=LATEST_EPOCHS)
 
@@ -62,7 +62,7 @@ class Console:
                 tqdm.write(line, file=sys.stderr)
 
     def start(self, header, log):
-        """Shows what the log's ``header`` says of device and images, and the log's path."""
+        """Shows the lines of the log's ``header`` about device, processes and images, and the log's path."""
         for line in header:
             if line.startswith(SHOWN_AT_START):
                 self.show(line.removeprefix("# "))
@@ -70,7 +70,7 @@ class Console:
 
     @contextlib.contextmanager
     def reading(self):
-        """While the block reads images: says so if that takes more than a moment."""
+        """Within the block, images are read: says so if that takes longer than READING_DELAY."""
         timer = threading.Timer(READING_DELAY, self.show, ["reading images"])
         timer.daemon = True
         if self.on_terminal:
@@ -83,79 +83,79 @@ class Console:
     # Epochs
 
     def begin_epoch(self, epoch, epochs, module_index=0, num_modules=None):
-        """Epoch ``epoch`` of ``epochs`` begins or continues. With ``num_modules``, each module has as many epochs, one
-        module after the other.
+        """Epoch ``epoch`` of ``epochs`` begins or continues. With ``num_modules``, it is that of the module
+        ``module_index``, and modules are trained one after the other.
         """
-        self.epoch = f"epoch {epoch}/{epochs}"
+        self.epoch_name = f"epoch {epoch}/{epochs}"
         if num_modules:
-            self.epoch = f"module {module_index + 1}/{num_modules}, {self.epoch}"
+            self.epoch_name = f"module {module_index + 1}/{num_modules}, {self.epoch_name}"
         later_modules = (num_modules or 1) - module_index - 1
-        self.later_epochs = later_modules * epochs + epochs - epoch
+        self.epochs_to_follow = later_modules * epochs + epochs - epoch
         self.accuracies = ""
 
     def end_epoch(self, seconds):
         """The epoch is over, evaluation included, after ``seconds``."""
         self.epoch_seconds.append(seconds)
-        line = f"{self.epoch}: {seconds:.1f} s"
-        if self.later_epochs:
+        line = f"{self.epoch_name}: {seconds:.1f} s"
+        if self.epochs_to_follow:
             line += f", {self.time_left(1)}"
         self.show(line)
 
     def training(self, rest, batches, done, batch_size):
-        """Iterates over ``rest``, what is left of an epoch of ``batches`` after ``done`` mini-batches."""
+        """Iterates over ``rest``, the remaining mini-batches of ``batches`` after the first ``done``, with a bar."""
         if not self.on_terminal:
             yield from rest
             return
         total = len(batches) if hasattr(batches, "__len__") else None
         if total:
-            form = {"bar_format": EPOCH_BAR, "unit": " images", "unit_scale": batch_size}
+            style = {"bar_format": EPOCH_BAR, "unit": " images", "unit_scale": batch_size}
         else:
-            form = {"bar_format": COUNTER, "unit": " mini-batches"}
-        self.open_bar(rest, self.epoch, total, initial=done, **form)
-        begun = time.perf_counter()
+            style = {"bar_format": COUNTER, "unit": " mini-batches"}
+        self.open_bar(rest, self.epoch_name, total, initial=done, **style)
+        started = time.perf_counter()
         for number, batch in enumerate(self.bar, start=1):
             yield batch
             time_left = ""
             if total:
-                estimate = (time.perf_counter() - begun) * total / number  # seconds of this epoch
+                estimate = (time.perf_counter() - started) * total / number  # seconds of this epoch
                 time_left = self.time_left((done + number) / total, estimate)
             postfix = ", ".join(text for text in (time_left, self.accuracies) if text)
             self.bar.set_postfix_str(postfix, refresh=False)
 
     def evaluation(self, batches):
-        """``batches``, to be iterated over."""
+        """Returns an iterable over ``batches``, with a bar."""
         if not self.on_terminal:
             return batches
-        self.open_bar(batches, f"{self.epoch}, evaluation", len(batches), bar_format=EVALUATION_BAR)
+        self.open_bar(batches, f"{self.epoch_name}, evaluation", len(batches), bar_format=EVALUATION_BAR)
         return self.bar
 
-    def open_bar(self, batches, name, total, **form):
-        self.bar = tqdm(batches, name, total, leave=False, dynamic_ncols=True, **form)
+    def open_bar(self, batches, name, total, **style):
+        self.bar = tqdm(batches, name, total, leave=False, dynamic_ncols=True, **style)
 
     def show_accuracies(self, meters):
-        """From here on, the bar shows the running train top-1 of ``meters``. Waits for the device."""
+        """From now on, the bar shows the running train top-1 of ``meters``. Waits for the device."""
         if not self.on_terminal:
             return
         values = [meter.top1 for meter in meters if getattr(meter, "count", 0) and hasattr(meter, "top1")]
         values = [value for value in values if not math.isnan(value)]
         self.accuracies = f"top-1 {' '.join(f'{value:.1f}' for value in values)} %" if values else ""
 
-    def time_left(self, part, estimate=None):
-        """The time to the end of the run after ``part`` of this epoch, from the latest epochs; before any is over, from
-        the ``estimate`` of this one's seconds. Empty if unknown.
+    def time_left(self, fraction, estimate=None):
+        """How long the rest of the run takes, after a ``fraction`` of this epoch. An epoch counts as long as the latest
+        ones took on average or, in the first epoch, as ``estimate`` seconds. Empty if unknown.
         """
         seconds = statistics.mean(self.epoch_seconds) if self.epoch_seconds else estimate
         if not seconds:
             return ""
-        return f"{tqdm.format_interval((self.later_epochs + 1 - part) * seconds)} left"
+        return f"{tqdm.format_interval((self.epochs_to_follow + 1 - fraction) * seconds)} left"
 
     def close(self):
-        """Removes an unfinished bar, so that what is printed next has a line of its own."""
+        """Removes an unfinished bar, so that the next output starts on a new line."""
         if self.bar is not None:
             self.bar.close()
 
     def stopped(self, what, checkpoint):
-        """Says on stderr, terminal or not, ``what`` has stopped, and in which ``checkpoint`` it is saved, if any."""
+        """Prints on stderr, terminal or not, ``what`` has stopped, and the ``checkpoint`` that has it, if any."""
         self.close()
         if self.quiet:
             return
@@ -166,10 +166,8 @@ class Console:
 
 
 class Signals:
-    """Within the block, ``received`` is the number of the first SIGINT or SIGTERM, 0 before one. A second one ends the
-    process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
-
-    Before and after the block the first one ends the process.
+    """Within the block, the first SIGINT or SIGTERM does not end the process: ``received`` is its number, and 0 before
+    it. A second one ends the process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
     """
 
     def __init__(self, quiet=False):
@@ -178,12 +176,12 @@ class Signals:
         self.handlers_before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers_before[number] = signal.signal(number, self.note)
+                self.handlers_before[number] = signal.signal(number, self.handle)
         return self
 
-    def note(self, number, frame):
+    def handle(self, number, frame):
         if self.received:
             os._exit(128 + number)
         self.received = number
@@ -201,7 +199,7 @@ class Signals:
 
 
 class IgnoreBrokenPipe:
-    """A text ``stream`` that goes on after its reader is gone, as after ``| head``: the rest goes nowhere."""
+    """A text ``stream`` that drops all further output when its reader is gone, as after ``| head``."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -223,17 +221,17 @@ class IgnoreBrokenPipe:
             self.redirect_to_nowhere()
 
     def redirect_to_nowhere(self):
-        """What the stream still buffers would otherwise fail when Python ends and flushes it."""
+        """Drops what is buffered, too: Python flushes it at exit, which would fail again."""
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextlib.contextmanager
 def broken_pipes_ignored():
-    """Within the block, a reader of stdout or stderr that goes away does not end the process."""
+    """Within the block, the process goes on when the reader of its stdout or stderr is gone."""
     stdout = sys.stdout
     stderr = sys.stderr
-    if stdout is not None:  # None: closed, and print does nothing
+    if stdout is not None:  # None if it is closed: print then does nothing
         sys.stdout = IgnoreBrokenPipe(stdout)
     if stderr is not None:
         sys.stderr = IgnoreBrokenPipe(stderr)
@@ -245,16 +243,3 @@ def broken_pipes_ignored():
                 stream.flush()
         sys.stdout = stdout
         sys.stderr = stderr
-
-
-@contextlib.contextmanager
-def silent_libraries():
-    """Until decoupled.parallel.processes does without it: within the block, what C code writes to stderr is dropped."""
-    before = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)

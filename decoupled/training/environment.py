@@ -1,4 +1,4 @@
-"""The lines of a log that say how a run was made: command, versions, commit, device and precision."""
+"""The first lines of a log, which say how the run was made."""
 
 import platform
 import shlex
@@ -13,57 +13,58 @@ from decoupled.errors import one_line
 
 
 def environment(device, half):
-    """The lines that say how and where a command runs: command, versions, commit, device and precision."""
+    """The lines of a log that say how and where it was made: command, versions, commit, device and precision."""
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return [
         f"# command: {one_line(shlex.join(['python', *sys.argv]))}",
         f"# versions: python {platform.python_version()} {packages}",
         f"# commit: {commit()}",
-        f"# device: {device.type} ({device_name}), {torch.get_num_threads()} threads, {precision(device, half)}",
+        f"# device: {device.type} ({device_name}), {torch.get_num_threads()} threads, {precision_name(device, half)}",
     ]
 
 
-def precision(device, half):
+def precision_name(device, half):
     if not half:
         return "fp32"
     return "fp16 mixed" if device.type == "cuda" else "bf16 mixed"
 
 
 def commit():
-    """The git commit of the package's repository, and of the script's where that is another one; "unknown" outside one.
+    """The git commit of this package and, if the script is in another repository, also that of the script. "unknown"
+    outside a repository.
 
-    A "+" follows where tracked files differ from the commit, or where git does not track the script.
+    A "+" follows if tracked files differ from the commit, or if git does not track the script.
     """
     package = Path(__file__).resolve()
     script = Path(sys.argv[0]).resolve()
     package_root = top_folder(package.parent) if tracks_files_in(package.parent) else None
     script_root = top_folder(script.parent)
     if script_root != package_root and not tracks_files_in(script.parent):
-        script_root = None  # a repository around the script's folder, not one that holds it
+        script_root = None  # the folder lies in a repository, but is not part of it
     if script_root is None:
-        return describe(package_root, package)
+        return commit_of(package_root, package)
     if script_root == package_root:
-        return describe(script_root, script)
+        return commit_of(script_root, script)
     return (
-        f"{describe(script_root, script)} (script, {one_line(str(script_root))}), "
-        f"{describe(package_root, package)} (package, {one_line(str(package.parent.parent))})"
+        f"{commit_of(script_root, script)} (script, {one_line(str(script_root))}), "
+        f"{commit_of(package_root, package)} (package, {one_line(str(package.parent.parent))})"
     )
 
 
 def top_folder(folder):
-    """The top folder of the git repository that ``folder`` lies in; None outside one."""
+    """The top folder of the git repository around ``folder``; None outside one."""
     top = git(folder, "rev-parse", "--show-toplevel")
     return Path(top) if top else None
 
 
 def tracks_files_in(folder):
-    """Whether git tracks files of ``folder``. If not, it may be a copy without .git in somebody else's repository."""
+    """Whether git tracks files in ``folder``. If not, it may be a copy inside an unrelated repository."""
     return bool(git(folder, "ls-files", "--", "."))
 
 
-def describe(root, file):
-    """The commit of the repository ``root``, with "+" where its files differ from it or git does not track ``file``."""
+def commit_of(root, file):
+    """The commit of the repository ``root``, with "+" if its files differ from it or git does not track ``file``."""
     head = None if root is None else git(root, "rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
@@ -73,7 +74,7 @@ def describe(root, file):
 
 
 def git(folder, *words):
-    """What git prints in ``folder``; None where it fails or is missing."""
+    """The output of git in ``folder``; None if it fails or is not installed."""
     try:
         command = ("git", "-C", str(folder), *words)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,5 +1,5 @@
-"""The command line: a parser with the flags that the experiments share, types of numbers, and how a script starts and
-ends.
+"""The command line of a script: how it starts and ends, a parser with the flags that all experiments share, and types
+of flags.
 """
 
 import argparse
@@ -21,31 +21,30 @@ from decoupled.training.precision import keep_freed_memory
 EXIT_BAD_INPUT = 2
 EXIT_CTRL_C = 130
 
-MAX_NAME_BYTES = 160  # of a file name's 255: the rest is for the script, the time and a suffix
-FLOAT_MAX = 3.4e38  # of fp32, in which optimizers compute
+MAX_NAME_BYTES = 160  # file names have at most 255; script, time and suffix need the rest
+FLOAT_MAX = 3.4e38  # the largest fp32 number, as optimizers compute in fp32
 INTEGER_MAX = 2**63 - 1
 
-# How PyTorch's allocators say that there is too little memory. On the CPU it is a RuntimeError like any other.
+# The messages of PyTorch's allocators when memory runs out. On the CPU they are in an ordinary RuntimeError.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-
-DEVICE = "auto, cpu, cuda, cuda:N or mps "
 
 # How a script starts and ends
 
 
 def start(main, keep_memory=True):
-    """Runs a script's ``main``. InputError, too little memory and a full disk end it with one line on stderr and exit
-    code 2, Ctrl-C with one line and 130; anything else is an ordinary traceback.
+    """Runs the function ``main`` of a script. InputError, too little memory and a full disk end the script with a
+    one-line message and exit code 2; Ctrl-C ends it with a one-line message and 130. Other errors show a traceback.
 
     ``keep_memory``: see decoupled.training.precision.keep_freed_memory.
     """
     if keep_memory:
         keep_freed_memory()
-    # A run that resumes within an evaluation steps its schedules before any optimizer, which is right.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step|`broadcast_buffers` is deprecated")
+    # A run that resumes during an evaluation rightly steps its schedules before any optimizer.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by DistributedDataParallel
     with broken_pipes_ignored():
         try:
-            record(main)()  # for torchrun, which shows the exception of the process that failed first
+            record(main)()  # so that torchrun shows the exception of the process that failed first
         except InputError as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -59,7 +58,7 @@ def start(main, keep_memory=True):
 
 
 def fail(message):
-    """Ends the process for bad input, with one line on stderr."""
+    """Exits for bad input, with one line on stderr."""
     print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
@@ -80,7 +79,7 @@ def shortage(error):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help texts end with the flag's default, if it has one."""
+    """Adds the default of a flag, if it has one, to its help text."""
 
     def _get_help_string(self, action):
         has_default = not (
@@ -95,8 +94,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose description keeps its line breaks and whose errors are one line. In the names of flags,
-    "-" and "_" are the same.
+    """An argument parser whose description keeps its line breaks and whose errors are one line. Flags may be spelled
+    with "-" or "_".
     """
 
     def __init__(self, description):
@@ -107,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self.as_declared(words), namespace)
 
     def as_declared(self, words):
-        """``words`` with each flag spelled as it was declared. Words after "--" are no flags."""
+        """``words`` with each flag spelled as it was declared. Words after "--" are not flags."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         spelled = []
         for position, word in enumerate(words):
@@ -120,8 +119,8 @@ class Parser(argparse.ArgumentParser):
             spelled.append(word)
         return spelled
 
-    def dropped(self, *flags, why):
-        """Declares flags of the released scripts that have no effect here: using one is an error that says ``why``."""
+    def add_dropped(self, *flags, why):
+        """Adds flags of the released scripts that have no effect here. Using one is an error, which says ``why``."""
         for flag in flags:
             self.add_argument(
                 flag, action=DroppedFlag, const=why, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -134,7 +133,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class DroppedFlag(argparse.Action):
-    """A flag that is always an error; its ``const`` says what to use instead."""
+    """A flag that is always an error; its ``const`` says why."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.error(f"{option_string}, a flag of the released script, has no effect here: {self.const}")
@@ -160,7 +159,7 @@ def integer(least, most=INTEGER_MAX):
     return convert
 
 
-WIDTH = integer(1, 2**13)  # channels: the weights of wider layers alone would not fit a machine
+WIDTH = integer(1, 2**13)  # channels; the weights of wider layers would not fit in memory
 LAYERS = integer(0, 1000)
 
 
@@ -179,7 +178,7 @@ def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
             value = math.nan
         if value >= least and above < value < below:
             return value
-        limits = []
+        limits = []  # the message has those that were set, and the largest float only if it is exceeded
         if least > -math.inf:
             limits.append(f"≥ {least:g}")
         if above > -math.inf:
@@ -199,7 +198,7 @@ def path(text):
 
 
 def run_name(text):
-    """An argparse type: a part of a file's name."""
+    """An argparse type: text that can be part of a file name."""
     if "/" in text or os.sep in text or not text.isprintable() or len(os.fsencode(text)) > MAX_NAME_BYTES:
         raise argparse.ArgumentTypeError(
             f"{one_line(text)[:80]!r} must be printable text without /, of at most {MAX_NAME_BYTES} bytes"
@@ -211,9 +210,9 @@ def run_name(text):
 
 
 def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False, own_data=False):
-    """The parser of a script whose docstring is ``doc``, with the flags of all CIFAR experiments; with ``distributed``,
-    also those of a script whose modules can learn in several processes. With ``own_data``, --workers takes the place of
-    the flags that choose a data set. A script adds its own groups.
+    """A parser with the flags that all CIFAR experiments share. With ``distributed``, it also has those for training
+    modules in several processes. With ``own_data``, --workers replaces the flags that choose a data set. ``doc`` is the
+    docstring of the script, which adds its own groups of flags.
     """
     parser = Parser(doc)
     group = parser.add_argument_group("training")
@@ -269,7 +268,7 @@ def add_seed(group, seed):
 
 def add_device(parser):
     group = parser.add_argument_group("device and precision")
-    group.add_argument("--device", default="auto", help=DEVICE)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     group.add_argument(
         "--half",
@@ -280,7 +279,7 @@ def add_device(parser):
     group.add_argument(
         "--deterministic",
         action="store_true",
-        default=argparse.SUPPRESS,  # logs name it only where it is given, so that others compare with older ones
+        default=argparse.SUPPRESS,  # in the log only if it is given, as logs of earlier versions do not have it
         help="deterministic CUDA kernels (slower)",
     )
     return group
@@ -318,7 +317,7 @@ def add_stages(group):
 
 
 def add_log(parser, *names):
-    """The flags of log and checkpoint. ``names`` are further names of --log-dir; the first one comes first."""
+    """Adds the flags for log and checkpoint. ``names`` are other names of --log-dir, which --help lists first."""
     group = parser.add_argument_group("log and checkpoint")
     group.add_argument("--name", type=run_name, default="", help="part of the log's name")
     group.add_argument(
@@ -343,7 +342,7 @@ def add_log(parser, *names):
         type=path,
         const="newest",
         metavar="CHECKPOINT",
-        help="checkpoint to continue (without one: this script's newest of that --name in --log-dir; auto: the same, "
+        help="checkpoint to continue (without one: the newest of this script and --name in --log-dir; auto: the same, "
         "or a new run if there is none)",
     )
     return group

@@ -1,4 +1,4 @@
-"""The network of a checkpoint, whichever script made it: ``decoupled.load``."""
+"""``decoupled.load``: the network of a checkpoint, from any script."""
 
 import argparse
 import contextlib
@@ -12,24 +12,24 @@ from pathlib import Path
 import torch
 
 from decoupled.data.images import InputForm
-from decoupled.errors import InputError
+from decoupled.errors import InputError, last_line
 from decoupled.training.checkpoint import read_checkpoint
 from decoupled.training.precision import pick_device
 
-ROOT = Path(__file__).resolve().parents[2]  # the repository: scripts' names in checkpoints are relative to it
+ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name scripts relative to it
 
 
 def load(checkpoint, *, script=None, build=None, classes=None, device="cpu"):
-    """The trained network of the file ``checkpoint``, in eval mode on ``device``: inputs → a list of logits (B,
-    classes), one for each head. Inputs are those that the run trained on; images as InputForm reads them, normalized.
+    """The trained network in the file ``checkpoint``, in eval mode on ``device``. It maps inputs like those of the run
+    (images: prepared as the checkpoint's InputForm says) to a list of logits (B, classes), one for each head.
 
-    It is ``build(args, classes)`` with the checkpoint's weights. ``args`` are the run's arguments. The function is the
-    argument ``build``, or that of the script at ``script``, or by default that of the script of this repository that
-    made the checkpoint. No other script is run unless you name it. A script that has changed since gets a warning.
+    ``build(args, classes)`` makes the network, from the run's arguments and the number of classes; then the weights are
+    loaded. By default ``build`` comes from the script of this repository that made the checkpoint. Any other script
+    runs only if you name it (``script``). Warns if the script has changed since.
 
-    ``classes`` is their number; needed only where the checkpoint has no InputForm, which names the classes. Raises
-    InputError for a file that is no checkpoint, for a script that is missing or has no ``build``, and where the network
-    is another one.
+    ``classes`` is needed only if the checkpoint has no InputForm, which names the classes. Raises InputError if the
+    file is not a checkpoint, if the script is missing or has no ``build``, and if the network does not match the
+    weights.
     """
     return rebuild(read(checkpoint), checkpoint, script=script, build=build, classes=classes, device=device)
 
@@ -43,7 +43,7 @@ def read(path):
 
 
 def input_form(saved, path):
-    """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError where it has none."""
+    """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError if it has none."""
     if set(saved["data"]) != set(InputForm._fields):
         raise InputError(f"{path} does not say what images its network reads: its run had no test images with a form")
     return InputForm(**saved["data"])
@@ -62,14 +62,15 @@ def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu")
         if build is None:
             script = find_script(saved["script"]) if script is None else named_script(script)
             warn_if_changed(script, saved, path)
-            net = build_by_script(script, args, classes)
+            net = build_with_script(script, args, classes)
         else:
             net = build(args, classes)
     try:
         net.load_state_dict(states[0])
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        raise InputError(f"{path} is of another network than build(args, classes) makes now ({reason})") from error
+        raise InputError(
+            f"{path} does not match the network that build(args, classes) returns now ({last_line(error)})"
+        ) from error
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -82,7 +83,7 @@ def count_classes(saved, path):
 
 def find_script(name):
     """The path of the script that a checkpoint calls ``name``, FOLDER/SCRIPT.py in this repository. A checkpoint may
-    come from anywhere, so it cannot choose any other file. Raises InputError where the repository has no such script.
+    come from anywhere, so it cannot choose any other file. Raises InputError if the repository has no such script.
     """
     path = ROOT / name
     in_repository = (ROOT / "pyproject.toml").is_file() and re.fullmatch(r"[\w-]+/[\w-]+\.py", name)
@@ -111,8 +112,10 @@ def warn_if_changed(script, saved, path):
         )
 
 
-def build_by_script(path, args, classes):
-    """What ``build(args, classes)`` of the script at ``path`` makes. Raises InputError where it has none."""
+def build_with_script(path, args, classes):
+    """The network that ``build(args, classes)`` in the script at ``path`` returns. Raises InputError if the script has
+    no ``build``.
+    """
     with imports_from(path.parent):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
@@ -124,8 +127,8 @@ def build_by_script(path, args, classes):
 
 @contextlib.contextmanager
 def imports_from(folder):
-    """Within the block, modules are imported from ``folder`` first, as in a script there, also those that are called
-    like ones that the program has already imported. Afterwards everything is as before.
+    """Within the block, ``import`` looks in ``folder`` first, as in a script there, even for names that are already in
+    sys.modules. Afterwards sys.path and sys.modules are as before.
     """
     names = {path.stem for path in folder.glob("*.py")}
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}

@@ -1,5 +1,5 @@
-"""The device of a run, and how modules take their steps on it: mixed precision, a loss scale for each module, a check
-that their losses stay finite, compilation.
+"""The device of a run, and the training steps of modules on it: mixed precision with a loss scale for each module,
+compilation, and a check that losses stay finite.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from decoupled.training.console import warn
 
 
 def pick_device(name, setting="--device "):
-    """The torch.device called ``name``; "auto" prefers CUDA, then MPS, then the CPU.
+    """The torch.device called ``name``. "auto" is CUDA if available, else MPS, else the CPU.
 
     Raises InputError for a device that this machine does not have. In the message, ``setting`` is how it was set.
     """
@@ -72,8 +72,8 @@ def keep_freed_memory():
 
 
 def choose_kernels(device, deterministic):
-    """Lets cuDNN time its kernels and take the fastest or, with ``deterministic``, restricts PyTorch to kernels that
-    give the same bits each time; it warns where an operation has none.
+    """Lets cuDNN time its kernels and choose the fastest. With ``deterministic``, makes PyTorch use deterministic
+    kernels instead, and warn about operations that have none.
 
     Raises InputError for ``deterministic`` on any device but CUDA.
     """
@@ -92,14 +92,14 @@ def choose_kernels(device, deterministic):
 # Mixed precision
 
 
-def warn_of_slow_half(device):
-    """Warns where --half makes a run slower: on a CPU without bf16 instructions."""
+def warn_if_half_is_slow(device):
+    """Warns if --half makes a run slower, as on a CPU without bf16 instructions."""
     if device.type == "cpu" and not has_bf16_instructions():
         warn("--half: this CPU has no bf16 instructions, and bf16 is several times slower than fp32: leave --half out")
 
 
 def has_bf16_instructions(cpuinfo="/proc/cpuinfo"):
-    """Whether this CPU computes in bf16 itself; True where the system does not say, as on macOS and Windows."""
+    """Whether this CPU has bf16 instructions. True where the system does not tell, as on macOS and Windows."""
     try:
         words = Path(cpuinfo).read_text().split()
     except OSError:
@@ -108,11 +108,11 @@ def has_bf16_instructions(cpuinfo="/proc/cpuinfo"):
 
 
 def allocate_momentum(optimizer):
-    """Gives ``optimizer``, where it is SGD with momentum, momentum buffers of zeros. Its first step is the same, to the
-    bit.
+    """Sets the momentum buffers of ``optimizer`` to zero if it is SGD with momentum. This does not change its first
+    step, to the bit.
 
-    PyTorch's fused SGD otherwise allocates them in its first step without a value. If fp16's loss scale finds an
-    overflow there, the step that would fill them is skipped, and the next one adds whatever the memory held.
+    Otherwise, PyTorch's fused SGD allocates uninitialized buffers in its first step. If that step is skipped because
+    the fp16 gradients overflow, the buffers are never filled, and the next step adds to whatever was in the memory.
     """
     if not isinstance(optimizer, SGD):
         return
@@ -127,12 +127,12 @@ def allocate_momentum(optimizer):
 
 
 def check_compiler(device):
-    """Compiles a small function. Raises InputError where that fails, before there is anything to lose."""
+    """Compiles a small function. Raises InputError if that fails, before there is anything to lose."""
     logging_before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # a failing compiler logs pages
     try:
         torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
-    except Exception as error:  # whatever a missing or outdated compiler leads to
+    except Exception as error:  # a missing or outdated compiler can raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:200] if lines else type(error).__name__
         raise InputError(
@@ -143,23 +143,23 @@ def check_compiler(device):
 
 
 def compile_modules(net, cuda_graphs):
-    """Compiles each module of ``net`` in place, with ``cuda_graphs`` for replay by CUDA graphs."""
-    # Modules share the code of their forward. By default PyTorch compiles one code 8 times (for each module, training
-    # and evaluation, the usual batch and a shorter last one), and silently runs the rest without compiling.
+    """Compiles each module of ``net`` in place, to CUDA graphs with ``cuda_graphs``."""
+    # All modules share one forward function. PyTorch compiles a function at most 8 times by default, and then silently
+    # runs it uncompiled. Each module needs its own, for training, for evaluation, and for a shorter last mini-batch.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 8 * len(net))
     for module in net:
         if cuda_graphs:
-            compile_graphs(module)
+            compile_to_cuda_graphs(module)
         else:
             module.compile()
 
 
-def compile_graphs(module):
-    """Compiles ``module`` for replay by CUDA graphs: one launch for its forward pass, one for its backward pass.
+def compile_to_cuda_graphs(module):
+    """Compiles ``module`` to CUDA graphs: one launch for its forward pass, one for its backward pass.
 
-    There is one graph for each size of mini-batch, so a shorter last one has its own. A replay overwrites the outputs
-    of the one before, and all graphs share one memory pool. So outputs are copied, and the module above, meters and
+    There is one graph for each size of mini-batch, so a shorter last one has its own. All graphs share one memory pool,
+    and a replay overwrites the outputs of the previous one. So outputs are copied, and the module above, meters and
     messages may read them at any time. Gradients stay in the pool: ``Steps.step`` reads them before any other replay,
     and zero_grad drops them unread. A module's backward pass must come before any other forward pass.
     """
@@ -184,14 +184,14 @@ def learns(optimizer):
 
 
 class Learner(NamedTuple):
-    """What the steps of one optimizer need: the number of the module that it trains, from 1, and its loss scale."""
+    """The module that an optimizer trains: its number ``n``, from 1, and its loss scale."""
 
     n: int
     scaler: torch.amp.GradScaler
 
 
 class WatchedLoss(NamedTuple):
-    """A loss on its device, to be checked later: the mini-batch and the number of the module that it comes from."""
+    """The ``loss`` of module ``n`` in mini-batch number ``batch``, still on the device, to be checked later."""
 
     batch: int
     n: int
@@ -199,47 +199,51 @@ class WatchedLoss(NamedTuple):
 
 
 class Steps:
-    """The steps of modules on ``device``, in mixed precision with ``half``: fp16 on CUDA, bf16 elsewhere.
+    """Training steps of modules on ``device``. With ``half``, in mixed precision: fp16 on CUDA, bf16 elsewhere.
 
-    ``loss_scale`` is that of fp16: a constant, or None for dynamic scaling.
+    ``loss_scale`` is a constant loss scale for fp16; None for dynamic scaling.
     """
 
     def __init__(self, device, half, loss_scale=None):
         self.device = device
         self.half = half
         self.loss_scale = loss_scale
-        self.first = 0  # number of modules below the lowest one that learns in this process
+        self.modules_below = 0  # how many modules below those of this process learn in other processes
         self.learners = {}  # id of an optimizer → Learner
-        self.replays = False  # whether modules are replayed as CUDA graphs
-        self.watched = []  # WatchedLoss of each step since the last check
+        self.replays = False  # whether modules are compiled to CUDA graphs
+        self.watched = []  # a WatchedLoss for each step since the last check
 
     def autocast(self):
-        """The context for forward passes."""
+        """The context manager for forward passes."""
         dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
-    def prepare(self, net, compiled, graphs=True):
+    def prepare(self, net, compiled, cuda_graphs=True):
         """Moves ``net`` to the device, in channels-last memory, and returns it. With ``compiled``, compiles each of its
-        modules, on CUDA into CUDA graphs unless ``graphs`` is false.
+        modules, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
         """
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
             check_compiler(self.device)
             if self.device.type == "cpu":
                 warn("--compile: on CPUs, compiled modules ran slower than plain ones; it is meant for CUDA")
-            self.replays = graphs and self.device.type == "cuda"
+            self.replays = cuda_graphs and self.device.type == "cuda"
             compile_modules(net, self.replays)
         return net
 
     def learner(self, optimizer):
-        """The Learner of ``optimizer``. Modules are numbered in the order in which they are asked for."""
+        """The Learner of ``optimizer``, which is added if it is new."""
         if id(optimizer) not in self.learners:
-            allocate_momentum(optimizer)
-            n = self.first + len(self.learners) + 1
-            self.learners[id(optimizer)] = Learner(n, self.scaler())
+            self.add_learner(optimizer)
         return self.learners[id(optimizer)]
 
-    def scaler(self):
+    def add_learner(self, optimizer):
+        """Numbers the module that ``optimizer`` trains: optimizers must be added from the lowest module up."""
+        allocate_momentum(optimizer)
+        n = self.modules_below + len(self.learners) + 1
+        self.learners[id(optimizer)] = Learner(n, self.new_scaler())
+
+    def new_scaler(self):
         """A new loss scale; a no-op except in fp16."""
         enabled = self.half and self.device.type == "cuda"
         if self.loss_scale is None:
@@ -264,7 +268,7 @@ class Steps:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
         scaler.step(optimizer)
-        scaler.update(self.loss_scale if scaler.is_enabled() else None)
+        scaler.update(self.loss_scale)  # a constant loss scale is set again, so that overflows do not lower it
         if self.replays:
             torch.compiler.cudagraph_mark_step_begin()  # from here on, replays may overwrite the module's memory
         self.watch(loss, n, batch)
@@ -272,16 +276,16 @@ class Steps:
     # Losses
 
     def watch(self, loss, n, batch=0):
-        """Notes the loss of module ``n`` in mini-batch ``batch``, for ``check`` and ``latest``."""
+        """Notes the loss of module ``n`` in mini-batch number ``batch``, for ``check`` and ``latest``."""
         self.watched.append(WatchedLoss(batch, n, loss.detach()))
 
     def latest(self, batch):
-        """The losses noted in mini-batch ``batch``: a list of numbers. Waits for the device once."""
+        """The losses noted in mini-batch number ``batch``: a list of numbers. Waits for the device once."""
         losses = [watched.loss for watched in self.watched if watched.batch == batch]
         return torch.stack(losses).tolist() if losses else []
 
     def check(self, epoch, checkpoint):
-        """Raises InputError, naming module, epoch and mini-batch, where a loss noted since the last check is not
+        """Raises InputError, which names module, epoch and mini-batch, if a loss noted since the last check is not
         finite. Waits for the device.
         """
         if not self.watched:

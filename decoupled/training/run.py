@@ -1,5 +1,5 @@
-"""A run of an experiment, in one process or several, that can stop and resume after any mini-batch: seed, device,
-precision, log, checkpoint. The algorithm stays in the script.
+"""A training run, in one process or several, that can stop and resume after any mini-batch. It takes care of seed,
+device, precision, log and checkpoint. The algorithm stays in the script.
 
 run = Run(flags.parser(__doc__, epochs=50, batch_size=128).parse_args())
 for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
@@ -22,19 +22,19 @@ from decoupled.errors import InputError
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes, launched
 from decoupled.parallel.stages import Stage
-from decoupled.training.checkpoint import Checkpoint
+from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
 from decoupled.training.environment import environment
-from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_of_slow_half
+from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_if_half_is_slow
 from decoupled.training.state import State
 
 CHECK_LOSSES_EVERY = 100  # mini-batches: each check waits for the device
 
-FLAGS_FREE_ON_RESUME = (  # of all scripts: they may differ when a run resumes
+FREE_ON_RESUME = (  # arguments of any script that may differ when a run resumes
     "resume",
     "save_every",
     "log_dir",
-    "data_dir",  # the images themselves are compared
+    "data_dir",  # the images themselves are compared instead
     "workers",
     "modules_per_stage",
     "stages",
@@ -43,98 +43,100 @@ FLAGS_FREE_ON_RESUME = (  # of all scripts: they may differ when a run resumes
     "backend",
 )
 
-# What a run is to do after a mini-batch, as one integer, which processes can send and compare: the more urgent is the
-# greater. From 2 on, the number of a signal to stop for.
+# A request is what the run should do after a mini-batch: GO_ON, SAVE, or stop for a signal. It is an integer, so that
+# processes can send it, and agree on the largest, which is the most urgent.
 GO_ON = 0
 SAVE = 1
+# Any other request is the number of the signal: SIGINT is 2, SIGTERM 15.
 
 
 @dataclass
 class Position:
     """Where a run is."""
 
-    module_index: int = 0  # the module in training, where one is trained after the other
-    epoch: int = 0  # in progress, or else finished; the first is 1
-    within_epoch: bool = False  # whether that epoch is in progress
-    batch: int = 0  # mini-batches of the epoch that were trained on
-    seconds: float = 0.0  # that the epoch had taken when it was saved
+    module_index: int = 0  # the module in training, from 0; always 0 unless modules are trained one after the other
+    epoch: int = 0  # the epoch in progress or, between epochs, the last one, from 1; 0 before training
+    within_epoch: bool = False  # whether that epoch is still in progress
+    batch: int = 0  # how many mini-batches of that epoch have been trained on
+    seconds: float = 0.0  # how long that epoch had taken when it was saved
 
 
 class Run:
-    """A run of the script that is being executed, with its parsed ``args``. Nothing is written before ``epochs``.
+    """One run of the current script, with its parsed ``args``. Nothing is written before ``epochs``.
 
-    distributed     whether the script can run on the processes of torchrun
-    stages          number of stages that share the modules; None: as many as there are processes
-    loss_scale      of fp16: a constant, or None for dynamic scaling
-    free_on_resume  names of further arguments that may differ on resume
+    distributed     whether the script supports torchrun
+    stages          number of stages that share the modules; None for one in each process
+    loss_scale      a constant loss scale for fp16; None for dynamic scaling
+    free_on_resume  names of further arguments that may differ when a run resumes
 
     Raises InputError for a missing device, a folder that cannot be written to, and a wrong number of processes.
     """
 
     def __init__(self, args, *, distributed=False, stages=None, loss_scale=None, free_on_resume=()):
         self.args = args
-        self.free_on_resume = (*FLAGS_FREE_ON_RESUME, *free_on_resume)
+        self.free_on_resume = (*FREE_ON_RESUME, *free_on_resume)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
         self.script_sha256 = file_sha256(sys.argv[0])
         script_name = self.script.removesuffix(".py").replace("/", "-")
-        self.checkpoint = Checkpoint(args.log_dir, script_name, args.name)
+        self.files = RunFiles(args.log_dir, script_name, args.name)
         self.saves_checkpoints = not getattr(args, "debug", 0)
         if not distributed:
             require_one_process(self.script)
-        self.processes = Processes(pick_device(args.device), **given(args, "backend", "timeout"))
+        self.processes = Processes(pick_device(args.device), **existing(args, "backend", "timeout"))
         self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.device = self.processes.device
-        self.stage = None  # this process's Stage, where several share the modules
+        self.stage = None  # this process's Stage, if the modules are spread over several
         self.train = None  # the mini-batches for training that ``data`` has returned, or their Outline
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
-        self.header = []  # comments for the first lines of the log
-        self.num_modules = None  # where one module is trained after the other
+        self.described = []  # comments of the script for the first lines of the log
+        self.num_modules = None  # a number if modules are trained one after the other
         self.position = Position()
-        self.loss_weight = None  # this replica's, as its share of a mini-batch may be smaller than another's
+        self.loss_weight = None  # of this replica: its share of a mini-batch may be smaller than another's
         self.steps = Steps(self.device, args.half, loss_scale)
         if args.half:
-            warn_of_slow_half(self.device)
+            warn_if_half_is_slow(self.device)
         choose_kernels(self.device, getattr(args, "deterministic", False))
         torch.manual_seed(args.seed)
 
     @property
     def epoch(self):
-        """The epoch in progress, or else the one that has finished; the first is 1."""
+        """The epoch in progress or, between epochs, the last one, from 1."""
         return self.position.epoch
 
     @property
     def batch(self):
-        """The number of this epoch's mini-batch in training; the first is 1."""
+        """The number of the current mini-batch within its epoch, from 1."""
         return self.position.batch
 
-    # What a script makes before its epochs
+    # Before the epochs
 
     def data(self, load=None, **options):
         """(train, test, number of classes) of the data set that the flags choose, on the run's device; ``options`` are
         those of decoupled.data.datasets.load.
 
-        For data of one's own, ``load`` is a function that returns these three: see decoupled.data.batches. Where
-        several processes share the modules, those above the lowest get Outlines in place of train and test.
+        For data of your own, ``load`` is a function that returns these three: see decoupled.data.batches. If the
+        modules are spread over several processes, those above the lowest get Outlines instead of train and test.
         """
         if load is None:
             names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
-            options |= given(self.args, *names)
+            options |= existing(self.args, *names)
             load = partial(datasets.load, **options, device=self.device)
         with self.console.reading():
-            self.train, test, classes = self.mesh.data(load)
+            self.train, test, classes = self.mesh.load_data(load)
         return self.train, test, classes
 
-    def prepare(self, net, graphs=True):
-        """Moves ``net`` to the run's device, in channels-last memory, and returns it. Compiles its modules with
-        --compile, on CUDA into CUDA graphs unless ``graphs`` is false.
+    def prepare(self, net, cuda_graphs=True):
+        """Moves ``net`` to the run's device, in channels-last memory, and returns it. With --compile, compiles each of
+        its modules, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
         """
-        return self.steps.prepare(net, self.args.compile, graphs)
+        return self.steps.prepare(net, self.args.compile, cuda_graphs)
 
     def distribute(self, net, example=None, kind=Stage):
-        """This process's modules of ``net``, prepared: a decoupled.parallel.stages.Stage, or a ``kind`` of it.
+        """Keeps the modules of ``net`` that this process trains, and prepares them. Returns a Stage, or an object of
+        its subclass ``kind``.
 
-        ``example`` is a batch of the network's inputs, of any rank and type: stages learn from it what they send to
+        ``example`` is a batch of the network's inputs, of any shape and dtype: stages learn from it what they send to
         each other. By default it is that of the training data that ``data`` has returned.
         """
         net = self.steps.prepare(net, compiled=False)
@@ -150,7 +152,7 @@ class Run:
             pending_request=self.pending_request,
         )
         self.prepare(stage.modules_here)
-        self.steps.first = stage.first
+        self.steps.modules_below = stage.first
         if self.mesh.stages > 1:
             self.stage = stage
         return stage
@@ -166,18 +168,19 @@ class Run:
 
     def describe(self, *lines):
         """Adds comments to the first lines of a new log."""
-        self.header += [f"# {line}" for line in lines]
+        self.described += [f"# {line}" for line in lines]
 
     # Steps
 
     def autocast(self):
-        """The context for forward passes: mixed precision with --half, no effect otherwise."""
+        """The context manager for forward passes: mixed precision with --half, else no effect."""
         return self.steps.autocast()
 
     def step(self, loss, optimizer, clip=None):
-        """zero_grad, backward and step of one module; in fp16 through its own loss scale. ``clip`` is the largest norm
-        that its gradient may have; a greater one is scaled down. A module whose parameters are all frozen stays as it
-        is.
+        """zero_grad, backward and step of one module; with its own loss scale in fp16.
+
+        With ``clip``, a gradient with a greater norm is scaled down to it. Does nothing if all parameters of the module
+        are frozen.
         """
         self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
@@ -186,7 +189,7 @@ class Run:
         return self.steps.learner(optimizer).scaler
 
     def watch(self, loss, n):
-        """Notes the loss of module ``n``, for a module that learns without ``step``: see ``check_losses``."""
+        """Notes the loss of module ``n`` for ``check_losses``. For modules that are trained without ``step``."""
         self.steps.watch(loss, n, self.batch)
 
     def latest_losses(self):
@@ -194,48 +197,51 @@ class Run:
         return self.steps.latest(self.batch)
 
     def check_losses(self):
-        """Raises InputError where a loss since the last check is not finite."""
-        self.steps.check(self.epoch, self.checkpoint.path(".pt"))
+        """Raises InputError if any loss since the last check is not finite."""
+        self.steps.check(self.epoch, self.files.path(".pt"))
 
     # Epochs
 
     def epochs(
         self, *, net, optimizers, schedules=(), train=None, test=None, meters=(), num_modules=None, **further_state
     ):
-        """Yields the epochs left to do, from 1. With ``num_modules``, yields (module_index, epoch): all epochs for each
-        module in turn, module_index from 0.
+        """Yields the remaining epochs, from 1. With ``num_modules``, trains one module after the other for all epochs,
+        and yields (module_index, epoch), module_index from 0.
 
-        What is given is the state of the run, which checkpoints have and --resume restores: objects with state_dict and
-        load_state_dict, or lists with one for each module. An epoch begins by calling ``begin`` of those that have it,
-        such as ``train`` and ``meters``. Several processes add up their ``meters``.
+        The arguments are the state of the run, which is saved in checkpoints and restored by --resume. Each is an
+        object with state_dict and load_state_dict, or a list of them, one for each module. Those with a method
+        ``begin``, such as ``train`` and ``meters``, have it called when an epoch begins. The counts of ``meters`` are
+        summed over all processes.
 
-        Checkpoints are written before the first epoch, after each, within one every --save-every minutes, and when a
-        signal stops the run.
+        Checkpoints are written before the first epoch, after each epoch, every --save-every minutes within an epoch,
+        and when a signal stops the run.
         """
-        state = {"net": net, "optimizers": optimizers, "schedules": schedules}
-        state |= {"train": train, "test": test, "meters": meters, **further_state}
-        state = {name: value for name, value in state.items() if value is not None}
-        self.state = State(state, self.scaler, self.mesh, self.stage)
+        objects = {"net": net, "optimizers": optimizers, "schedules": schedules}
+        objects |= {"train": train, "test": test, "meters": meters, **further_state}
+        objects = {name: value for name, value in objects.items() if value is not None}
+        self.state = State(objects, self.scaler, self.mesh, self.stage)
         self.num_modules = num_modules
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
                 self.begin_or_resume()
-                while self.position.within_epoch or not self.finished():
+                while not self.finished():
                     if not self.position.within_epoch:
                         self.begin_epoch()
-                    self.started_at = time.perf_counter() - self.position.seconds
+                    self.epoch_started_at = time.perf_counter() - self.position.seconds
                     self.console.begin_epoch(self.epoch, self.args.epochs, self.position.module_index, num_modules)
                     yield (self.position.module_index, self.epoch) if num_modules else self.epoch
                     self.end_epoch()
-                    self.checkpoint_or_stop()
-                self.console.write(f"finished: {self.checkpoint.path('.log')}")
+                    self.save_or_stop()
+                self.console.write(f"finished: {self.files.path('.log')}")
             finally:
                 self.state.close()
-                self.checkpoint.close()
+                self.files.close()
         self.processes.close()
 
     def finished(self):
+        if self.position.within_epoch:
+            return False
         last_module = (self.num_modules or 1) - 1
         return self.position.module_index == last_module and self.epoch >= self.args.epochs
 
@@ -251,7 +257,7 @@ class Run:
     def end_epoch(self):
         self.check_losses()
         self.position.within_epoch = False
-        seconds = time.perf_counter() - self.started_at
+        seconds = time.perf_counter() - self.epoch_started_at
         self.write_log(f"# {self.position_name()} took {seconds:.2f} s\n")
         self.console.end_epoch(seconds)
         self.save()
@@ -268,11 +274,11 @@ class Run:
         """Iterates over the rest of this epoch's ``batches`` and shows a bar on a terminal. After each mini-batch, the
         run may save or stop.
 
-        ``batches`` have a method ``rest()`` that iterates over what is left of the epoch, and are part of the run's
-        state. ``resumes=True`` is for other iterables that begin where the restored state says. Raises InputError for
-        others, as a run that is resumed would silently repeat what it has trained on.
+        ``batches`` need a method ``rest()``, which iterates over the remaining mini-batches of the epoch, and must be
+        part of the run's state. For iterables without it, ``resumes=True`` asserts that they continue from the restored
+        state themselves. Otherwise raises InputError, as a resumed run would silently train on some images twice.
 
-        PyTorch's random numbers in a step, such as those of dropout, depend on the seed and the position alone.
+        PyTorch's random numbers in a step, such as those of dropout, depend only on the seed and the position.
         """
         if hasattr(batches, "rest"):
             rest = batches.rest()
@@ -292,7 +298,7 @@ class Run:
             if self.batch % CHECK_LOSSES_EVERY == 0:
                 self.check_losses()
                 self.console.show_accuracies(self.state.get("meters"))
-            self.checkpoint_or_stop()
+            self.save_or_stop()
         self.check_losses()
 
     def seed_of_batch(self):
@@ -302,26 +308,26 @@ class Run:
         return mix_seed(self.args.seed, *position)
 
     def evaluation(self, batches):
-        """Iterates over all of ``batches``. A run that stops meanwhile evaluates anew when it resumes."""
+        """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes."""
         for number, batch in enumerate(self.console.evaluation(batches)):
             yield batch
-            # Replicas stop together, so only after a mini-batch that each of them has a share of.
+            # Replicas stop together, so only after one of the first mini-batches, those that all replicas have.
             if self.mesh.replicas == 1 or number < batches.common:
-                self.checkpoint_or_stop()
+                self.save_or_stop()
 
     # Saving and stopping
 
     def pending_request(self):
-        """What this process is to do after the mini-batch: GO_ON, SAVE, or the number of a signal to stop for."""
+        """What this process wants the run to do: GO_ON, SAVE, or the number of the signal to stop for."""
         if self.signals.received:
             return self.signals.received
         if time.perf_counter() - self.saved_at > 60 * self.args.save_every:
             return SAVE
         return GO_ON
 
-    def checkpoint_or_stop(self):
-        """Between two mini-batches: saves if that is due; after a signal, saves and ends the process with exit code
-        128 + its number.
+    def save_or_stop(self):
+        """Called between mini-batches. Saves if a checkpoint is due. After a signal, saves and exits with code 128 +
+        its number.
         """
         request = self.common_request()
         if request == GO_ON:
@@ -333,15 +339,15 @@ class Run:
             self.stop(signal_number=request)
 
     def common_request(self):
-        """The same request in all processes, after the same mini-batch: replicas agree on one, and that of the lowest
-        stage travels with the mini-batch to the others.
+        """The request that all processes follow after this mini-batch. Replicas agree on one; between stages, that of
+        the lowest stage travels up with the mini-batch.
         """
         if self.stage is not None:
             return self.stage.take_tag()
-        return self.mesh.agree(self.pending_request())
+        return self.mesh.max(self.pending_request())
 
     def stop(self, signal_number):
-        saved_in = self.checkpoint.path(".pt") if self.saves_checkpoints else None
+        saved_in = self.files.path(".pt") if self.saves_checkpoints else None
         self.console.stopped(f"{self.script}: stopped after {self.position_name()}", saved_in)
         self.state.close()
         self.processes.wait()  # when one process ends, torchrun ends the others
@@ -351,16 +357,16 @@ class Run:
     def save(self):
         """Writes the checkpoint. All processes call this after the same mini-batch."""
         if self.position.within_epoch:
-            self.position.seconds = time.perf_counter() - self.started_at
+            self.position.seconds = time.perf_counter() - self.epoch_started_at
         state = self.state.gather()
         if self.processes.rank == 0 and self.saves_checkpoints:
             snapshot = {"script": self.script, "script_sha256": self.script_sha256, "arguments": vars(self.args)}
             snapshot |= {"data": self.input_form(), **asdict(self.position), "state": state}
-            self.checkpoint.write(snapshot)
+            self.files.write_checkpoint(snapshot)
         self.saved_at = time.perf_counter()
 
     def input_form(self):
-        """How the test images become the network's input, for later use: the fields of their InputForm, if any."""
+        """The fields of the test images' InputForm, which say how to prepare images for the network; {} without one."""
         for test in self.state.get("test"):
             if getattr(test, "form", None) is not None:
                 return test.form._asdict()
@@ -369,42 +375,42 @@ class Run:
     # Beginning and resuming
 
     def begin_or_resume(self):
-        saved, path = self.processes.from_first(self.read_checkpoint)
+        saved, path = self.processes.from_first(self.open_checkpoint)
         if saved is None:
             self.begin()
         else:
             self.resume(saved, path)
 
-    def read_checkpoint(self):
-        """(the checkpoint that this run resumes, its path), (None, None) for a new run. Only process 0 calls this."""
+    def open_checkpoint(self):
+        """(checkpoint, path) to resume, checked and locked; (None, None) for a new run. Only process 0 calls this."""
         path = self.checkpoint_to_resume()
         if path is None:
             return None, None
-        saved = self.checkpoint.open(path)
+        saved = self.files.open_checkpoint(path)
         self.check_same_run(saved, path)
         return saved, path
 
     def checkpoint_to_resume(self):
-        """The path of the checkpoint that this run resumes; None for a new run."""
+        """The path of the checkpoint to resume; None for a new run."""
         if self.processes.remembered:  # torchrun has restarted this run
             return Path(self.processes.remembered)
         if self.args.resume not in ("newest", "auto"):
             return self.args.resume
-        newest = self.checkpoint.newest()
+        newest = self.files.newest_checkpoint()
         if newest is None and self.args.resume == "newest":
             raise InputError(
-                f"nothing to resume in {self.checkpoint.folder}: no checkpoint is called {self.checkpoint.prefix}*.pt; "
+                f"nothing to resume in {self.files.folder}: no checkpoint is called {self.files.prefix}-*.pt; "
                 "start without --resume"
             )
         return newest
 
     def check_same_run(self, saved, path):
-        """Raises InputError when the checkpoint ``saved`` is another script's, or of a run with other arguments. Only
-        ``free_on_resume`` may differ, and --epochs may grow.
+        """Raises InputError if the checkpoint ``saved`` is from another script, or from a run with other arguments.
+        Only ``free_on_resume`` may differ, and --epochs may grow.
         """
         if saved["script"] != self.script:
             raise InputError(
-                f"{path} is a checkpoint of {saved['script']}, not of {self.script}: name one of this script"
+                f"{path} is a checkpoint of {saved['script']}, not of {self.script}: choose one of this script"
             )
         before = saved["arguments"]
         now = vars(self.args)
@@ -417,44 +423,45 @@ class Run:
             if name not in free and now.get(name) != before.get(name)
         ]
         if differing:
-            raise InputError(f"{path} is of a run with {', '.join(differing)}: resume it with the same arguments")
+            raise InputError(f"{path} was written with {', '.join(differing)}: resume with the same arguments")
 
     def begin(self):
-        """Creates the log, with its first lines, and the checkpoint of the untrained state."""
-        images = [f"# {name}: {value}" for name in ("train", "test") for value in self.state.get(name)]
-        networks = [repr(value) for value in self.state.get("net")]
-        header = [repr(self.args), *self.environment(), *images, *self.header, *networks]
+        """Creates the log, with its first lines, and the checkpoint of the untrained network."""
+        header = [repr(self.args), *self.environment()]
+        header += [f"# train: {images}" for images in self.state.get("train")]
+        header += [f"# test: {images}" for images in self.state.get("test")]
+        header += self.described
+        header += [repr(net) for net in self.state.get("net")]
         text = "\n".join(header) + "\n"
-        self.checkpoint.stem = self.processes.from_first(lambda: self.checkpoint.create(text))
-        self.console.start(header, self.checkpoint.path(".log"))
+        self.files.stem = self.processes.from_first(lambda: self.files.create_log(text))
+        self.console.start(header, self.files.path(".log"))
         try:
             self.save()
         except BaseException:
             if self.processes.rank == 0:
-                self.checkpoint.remove()
+                self.files.remove_log()
             raise
         self.remember_checkpoint()
 
     def resume(self, saved, path):
         """Continues the run of the checkpoint ``saved``, read from ``path``."""
-        self.checkpoint.use(path)
+        self.files.select(path)
         self.state.restore(saved["state"], path)
         self.position = Position(**{name: saved[name] for name in asdict(Position())})
         self.remember_checkpoint()
-        ended = self.finished() and not self.position.within_epoch
-        if self.processes.rank == 0 and not ended:
-            self.checkpoint.restore_log(saved["log"])
+        if self.processes.rank == 0 and not self.finished():
+            self.files.restore_log(saved["log"])
             header = [f"# resumed after {self.position_name()}", *self.environment()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
-            self.console.start(header, self.checkpoint.path(".log"))
+            self.console.start(header, self.files.path(".log"))
 
     def remember_checkpoint(self):
-        """Lets the processes that torchrun starts after a failure know this run's checkpoint."""
-        self.processes.remember(self.checkpoint.path(".pt"))
+        """If a process fails and torchrun restarts all of them, they resume this run's checkpoint."""
+        self.processes.remember(self.files.path(".pt"))
 
     def environment(self):
-        """The lines that say how and where this run goes."""
+        """The lines of the log that say how and where this run was made."""
         lines = environment(self.device, self.args.half)
         if self.stage is not None:
             lines.append(f"# processes: {self.processes}, modules {self.stage}")
@@ -465,19 +472,19 @@ class Run:
     # The log
 
     def log(self, n, epoch, train, test, line=logs.head_line):
-        """Logs head ``n`` after ``epoch``: the Meters of its training and of its evaluation, in the form of ``line``, a
-        function of decoupled.logs.
+        """Logs and prints the result of head ``n`` after ``epoch``. ``train`` and ``test`` are Meters; ``line``, a
+        function in decoupled.logs, formats them.
         """
         self.report(line(n, epoch, train.loss, train.top1, test.top1))
 
     def report(self, line, *comments):
-        """Logs and prints ``line``; ``comments`` are only logged."""
+        """Logs and prints ``line``. Logs ``comments`` without printing them."""
         self.write_log("".join(f"{text}\n" for text in (line, *comments)))
         print(line, flush=True)
 
     def write_log(self, text):
         if self.processes.rank == 0:
-            self.checkpoint.append(text)
+            self.files.append_to_log(text)
 
 
 def file_sha256(path):
@@ -488,12 +495,12 @@ def file_sha256(path):
 
 
 def require_one_process(script):
-    """Raises InputError where torchrun has started several processes."""
-    size = launched()[1]
+    """Raises InputError if torchrun has started several processes."""
+    size = launched().size
     if size > 1:
         raise InputError(f"{script} runs on one process, not on {size}: start it without torchrun")
 
 
-def given(args, *names):
-    """{name: value} of those arguments that this script has."""
+def existing(args, *names):
+    """{name: value} of the arguments called ``names``, without those that this script does not have."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -1,31 +1,31 @@
-"""What of a run survives in its checkpoint."""
+"""The state of a run: what its checkpoint saves and restores."""
 
 import warnings
 
 from torch.optim import Optimizer
 
-from decoupled.errors import InputError
+from decoupled.errors import InputError, last_line
 from decoupled.parallel.mesh import all_reduce_meters
 
 SCHEDULE_LENGTHS = ("T_max", "total_steps", "total_iters", "milestones")  # hyperparameters of PyTorch's schedules
 
 
 class State:
-    """The ``objects`` of a run, {name: object with state_dict and load_state_dict, or a list of them}, and a loss
-    scale, ``scaler(optimizer)``, for each optimizer among them.
+    """The ``objects`` of a run: {name: an object with state_dict and load_state_dict, or a list of them, one for each
+    module}. The loss scales of all optimizers, from ``scaler(optimizer)``, are added as "scalers".
 
-    Lists have one object for each module. "net" is the network; "meters" count on every replica of ``mesh``. With a
-    ``stage`` (decoupled.parallel.stages.Stage), the lists and the network are this process's part of the whole.
+    "net" is the network. "meters" count this replica's images only. With a ``stage``
+    (decoupled.parallel.stages.Stage), the lists and the network are the part of the whole that this process trains.
     """
 
     def __init__(self, objects, scaler, mesh, stage=None):
         self.mesh = mesh
         self.stage = stage
-        self.lists = {"scalers"}  # names of what has one object for each module
+        self.per_module = {"scalers"}  # names of the lists with one object for each module
         self.objects = {}  # name → list of objects
         for name, value in objects.items():
             if isinstance(value, (list, tuple)):
-                self.lists.add(name)
+                self.per_module.add(name)
                 self.objects[name] = list(value)
             else:
                 self.objects[name] = [value]
@@ -36,11 +36,11 @@ class State:
         return [value for values in self.objects.values() for value in values]
 
     def get(self, name):
-        """The objects called ``name``, a list."""
+        """The list of objects called ``name``."""
         return self.objects.get(name, [])
 
     def begin_epoch(self):
-        """Calls ``begin`` of all objects that have it: images and meters."""
+        """Calls ``begin`` of all objects that have it, such as images and meters."""
         for value in self.all_objects():
             if hasattr(value, "begin"):
                 value.begin()
@@ -51,10 +51,12 @@ class State:
             if hasattr(value, "close"):
                 value.close()
 
-    # What a checkpoint has
+    # Saving and restoring
 
     def gather(self):
-        """{name: [state_dict, …]} of the whole run in process 0. All processes call this after the same mini-batch."""
+        """{name: [state_dict, …]} of the whole run, complete in process 0 only. All processes must call this after the
+        same mini-batch.
+        """
         objects = dict(self.objects)
         objects["meters"] = all_reduce_meters(self.get("meters"), self.mesh)
         state = {name: [value.state_dict() for value in values] for name, values in objects.items()}
@@ -63,59 +65,58 @@ class State:
         return self.join(self.mesh.to_first(state))
 
     def join(self, parts):
-        """The state of the whole run from those of all stages, lowest first."""
+        """The state of the whole run from ``parts``, the states of all stages, lowest first."""
         whole = {}
         for part in parts:
             for name, states in part.items():
-                if name in self.lists:
+                if name in self.per_module:
                     whole[name] = whole.get(name, []) + states
                 elif name == "net":
                     parameters_below = whole[name][0] if name in whole else {}
                     whole[name] = [parameters_below | states[0]]
-                else:  # what every stage has, such as the place in the images: the lowest stage's
+                else:  # the same in every stage, such as the position in the images
                     whole.setdefault(name, states)
         return whole
 
     def restore(self, saved, path):
-        """Brings all objects back to what ``gather`` gave, ``saved``. Raises InputError, naming its file ``path``,
-        where that is another network's.
+        """Restores all objects from ``saved``, which ``gather`` returned and the file ``path`` holds. Raises InputError
+        if it does not match this run's network.
         """
         try:
             for name, values in self.objects.items():
                 states = saved[name]
-                if self.stage is not None and name in self.lists:
+                if self.stage is not None and name in self.per_module:
                     states = self.stage.own(states)
                 for value, state in zip(values, states, strict=True):
                     if name == "schedules":
                         check_schedule_length(value.state_dict(), state, path)
                     load_quietly(value, state)
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[-1].strip()
             raise InputError(
-                f"{path} is a checkpoint of another network ({reason}): name one of this network"
+                f"{path} is a checkpoint of another network ({last_line(error)}): choose one of this network"
             ) from error
         if self.mesh.replica > 0:
             for meter in self.get("meters"):
-                meter.begin()  # replica 0 has the sums over all replicas
+                meter.begin()  # the saved sums are over all replicas: only replica 0 continues from them
 
 
 def load_quietly(value, state):
-    """``value.load_state_dict(state)`` without a warning for the parameters that other stages have."""
+    """``value.load_state_dict(state)`` without a warning for parameters of other stages, which are on meta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         value.load_state_dict(state)
 
 
 def check_schedule_length(new, saved, path):
-    """Raises InputError where the state ``saved`` of a schedule is of another length than its ``new`` one, as when
-    --epochs has grown: loading it would silently bring the old length back.
+    """Raises InputError if the ``saved`` state of a schedule has another length than the ``new`` one, as when --epochs
+    has grown: loading it would silently restore the old length.
     """
     for name, value in new.items():
         before = saved.get(name, value)
         if name in SCHEDULE_LENGTHS and value != before:
             raise InputError(
-                f"{path} is of a run whose learning rate schedule has {name} {before} (now {value}): "
-                "resume with the --epochs that it had, or start a new run"
+                f"{path} has a learning rate schedule with {name} {before} (now {value}): "
+                "resume with the same --epochs as before, or start a new run"
             )
         if name == "_schedulers":  # of SequentialLR and ChainedScheduler
             for new_part, saved_part in zip(value, before, strict=True):

@@ -1,0 +1,139 @@
+"""What is between two cuts of a model, as a module made of the model's own."""
+
+import importlib
+import linecache
+import operator
+from collections import Counter
+from itertools import count
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from decoupled.networks.tracing import CONSTANT, names_of_tensors
+
+NUMBERS = count(1)
+
+
+class Body(nn.Module):
+    """The steps of a model's forward between two cuts: (B, …) → (B, …), in train and in eval mode.
+
+    Its submodules, parameters and buffers are the model's own and have the same names. The steps are two functions in
+    Python, written by torch.fx; ``code`` shows them.
+    """
+
+    def __init__(self, graphs):
+        """``graphs``: {True: the graph of train mode, False: that of eval mode}."""
+        super().__init__()
+        self._sources = {}
+        self._names = {}
+        self._imports = {}  # apart from other names, since modules of Python cannot be pickled
+        for training, graph in graphs.items():
+            code = graph.python_code("self")
+            self._sources[training] = code.src
+            self._names[training] = {}
+            self._imports[training] = {"torch": "torch"}
+            for name, value in code.globals.items():
+                if isinstance(value, ModuleType):
+                    self._imports[training][name] = value.__name__
+                else:
+                    self._names[training][name] = value
+        self.compile_steps()
+
+    def compile_steps(self):
+        self._steps = {}
+        for training, source in self._sources.items():
+            filename = f"<decoupled body {next(NUMBERS)}>"
+            linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+            names = dict(self._names[training])
+            for name, module in self._imports[training].items():
+                names[name] = importlib.import_module(module)
+            exec(compile(source, filename, "exec"), names)
+            self._steps[training] = names["forward"]
+
+    def forward(self, representation):
+        return self._steps[self.training](self, representation)
+
+    @property
+    def code(self):
+        """The forward of train mode and that of eval mode."""
+        return f"# train mode\n{self._sources[True]}\n# eval mode\n{self._sources[False]}"
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["_steps"]
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.compile_steps()
+
+
+def make_bodies(graphs, model, constants):
+    """A Body for each of ``graphs``, [{training: graph}, …], of the modules and tensors of ``model``. Those whose names
+    begin with CONSTANT are attributes of ``constants``, a copy of ``model``.
+    """
+    bodies = [Body(pair) for pair in graphs]
+    every_names = [called_names(pair, "get_attr") for pair in graphs]
+    times_used = Counter()
+    for names in every_names:
+        times_used.update(names)
+    remembered = set(model.state_dict())
+    for body, pair, names in zip(bodies, graphs, every_names, strict=True):
+        own = {name for name in names if times_used[name] == 1}
+        modules = called_names(pair, "call_module") | {highest_module(model, name, own) for name in own} - {""}
+        for path in sorted(modules):  # a module comes before its parts
+            if not is_inside(path, modules):
+                attach(body, path, model.get_submodule(path))
+        for name in sorted(names):
+            if not is_inside(name, modules):
+                value = attribute(constants if name.startswith(CONSTANT) else model, name)
+                attach(body, name, value, persistent=name in remembered)
+        body.training = model.training
+    return bodies
+
+
+def called_names(graphs, operation):
+    """The names in ``graphs``, {training: graph}, of what nodes of this kind get or call."""
+    names = set()
+    for graph in graphs.values():
+        names.update(node.target for node in graph.nodes if node.op == operation)
+    return names
+
+
+def is_inside(path, modules):
+    parents = path.split(".")[:-1]
+    return any(".".join(parents[:length]) in modules for length in range(1, len(parents) + 1))
+
+
+def highest_module(model, name, own):
+    """The path of the outermost module around the tensor ``name`` that has no tensors but those in ``own``, or ""."""
+    parents = name.split(".")[:-1]  # none of a constant
+    for length in range(1, len(parents) + 1):
+        path = ".".join(parents[:length])
+        module = model.get_submodule(path)
+        if all(f"{path}.{key}" in own for key in names_of_tensors(module)):
+            return path
+    return ""
+
+
+def attach(root, path, value, persistent=True):
+    """Makes ``value``, a module, parameter or tensor, the attribute of ``root`` at the dotted ``path``."""
+    *parents, name = path.split(".")
+    owner = root
+    for parent in parents:
+        if parent not in owner._modules:
+            owner.add_module(parent, nn.Module())
+        owner = owner._modules[parent]
+    if isinstance(value, nn.Module):
+        owner.add_module(name, value)
+    elif isinstance(value, nn.Parameter):
+        owner.register_parameter(name, value)
+    elif isinstance(value, torch.Tensor):
+        owner.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(owner, name, value)
+
+
+def attribute(model, path):
+    return operator.attrgetter(path)(model)

@@ -1,0 +1,158 @@
+"""Which of the places are cut, and, where a model cannot be cut as wished, why not. ``kind`` is the model's class."""
+
+import difflib
+from typing import NamedTuple
+
+from decoupled.errors import InputError
+from decoupled.networks.graph import listing
+
+TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
+GUIDE = "docs/own_networks.md says how to help"
+READS_INPUT_AGAIN = (
+    "wrap it in a module whose forward does without, for instance, for tokens without padding on the right, "
+    "return model.score(model.transformer(tokens).last_hidden_state)[:, -1]"
+)
+
+
+def choose_balanced(kind, traced, splits):
+    """The splits − 1 Places after which decouple cuts. Raises InputError when there are too few."""
+    places = list(traced.places.values())
+    if splits > 1 and not places:
+        raise InputError(f"{kind} cannot be cut: {explain_no_places(traced)}. {GUIDE}")
+    most = 1 + len({place.parameters for place in places})
+    if splits > most:
+        one_of_each = {place.parameters: place.name for place in places}  # with nothing to learn between the others
+        where = listing(one_of_each.values())
+        known = f"{kind} splits into {most} modules at most, cut after {where}"
+        raise InputError(f"{known}{explain_whole(traced)}. {GUIDE}")
+    best = partition(traced, places, splits)
+    for depth in sorted({place.name.count(".") for place in places}):
+        coarse = partition(traced, [place for place in places if place.name.count(".") <= depth], splits)
+        if coarse and is_nearly_as_good(coarse, best):
+            return coarse.places
+    return best.places
+
+
+class Partition(NamedTuple):
+    """Modules, and where they are cut."""
+
+    flops: tuple  # of the modules, descending
+    places: tuple
+
+    def add(self, start, end):
+        """With the module between two Places, the second of which is the end."""
+        flops = sorted((*self.flops, end.flops - start.flops), reverse=True)
+        return Partition(tuple(flops), (*self.places, end))
+
+
+def is_nearly_as_good(coarse, best):
+    idle = coarse.flops[-1] == 0 and best.flops[-1] > 0
+    return coarse.flops[0] <= TOLERANCE * best.flops[0] and not idle
+
+
+def partition(traced, places, splits):
+    """The Partition into ``splits`` modules, each with a parameter to learn, whose FLOPs are least in lexical order; of
+    equal ones, that with the latest cuts. None if there is none.
+    """
+    order = {place: index for index, place in enumerate(places)}
+
+    def rank(option):
+        return option.flops, [-order.get(place, len(places)) for place in option.places]
+
+    # best[end]: the best Partition of what is below that Place. Adding a module to two Partitions keeps their order, so
+    # that the best of the whole is made of bests.
+    best = {traced.start: Partition((), ())}
+    for part in range(1, splits + 1):
+        ends = [traced.end] if part == splits else places
+        reached = {}
+        for end in ends:
+            options = []
+            for start, below in best.items():
+                if start.parameters < end.parameters:
+                    options.append(below.add(start, end))
+            if options:
+                reached[end] = min(options, key=rank)
+        best = reached
+    if traced.end not in best:
+        return None
+    found = best[traced.end]
+    return Partition(found.flops, found.places[:-1])
+
+
+def find_named(kind, traced, names):
+    """The Places called ``names``, in order. Raises InputError for a name that is none."""
+    chosen = set()
+    for name in names:
+        node = traced.eval.named.get(name)
+        place = traced.places.get(traced.eval.names[node][0]) if node else None
+        if place is None:
+            raise InputError(explain_no_cut(kind, traced, name))
+        chosen.add(place)
+    places = [place for place in traced.places.values() if place in chosen]
+    low = traced.start
+    for place in places:
+        if place.parameters == low.parameters:
+            raise InputError(
+                f"there is no parameter to learn between {low.name} and {place.name}: leave out one of them"
+            )
+        low = place
+    return places
+
+
+def explain_no_places(traced, most=3):
+    """What is in the way after the outermost modules."""
+    forward = traced.eval
+    named = []
+    for node in forward.nodes:
+        name = forward.names[node][0]
+        if node in forward.dependent and node is not forward.input and not name.endswith("()"):
+            named.append((name.count("."), name))
+    outermost = min((depth for depth, _ in named), default=0)
+    reasons = []
+    for depth, name in named:
+        reason = traced.obstacle(name)
+        if depth == outermost and reason:
+            reasons.append(f"after {name}, {reason}")
+    if not reasons:
+        return "it is a single layer" + explain_whole(traced)
+    if "the input, which" in reasons[0] and not traced.example.is_floating_point():
+        return f"{reasons[0]}; {READS_INPUT_AGAIN}"
+    return "; ".join(reasons[:most]) + explain_whole(traced)
+
+
+def explain_shared(traced, low, high):
+    """Which parameters are in the way between two Places, if that is what keeps the module from being cut."""
+    forward = traced.eval
+    start = forward.position[forward.named[low.name]]
+    end = forward.position[forward.named[high.name]]
+    for node in forward.nodes[start + 1 : end]:
+        name = forward.names[node][0]
+        reason = traced.obstacle(name) if node in forward.crossing else None
+        if reason and "both sides" in reason:
+            return f": after {name}, {reason}"
+    return ""
+
+
+def explain_whole(traced):
+    """Which modules are not looked into, if any."""
+    for path, error in traced.eval.trace.whole.items():
+        return f"; {path} stays whole: it {traced.stopped or error}"
+    return ""
+
+
+def explain_no_cut(kind, traced, name):
+    """What is wrong with the cut called ``name``, and which are nearest."""
+    every = list(traced.places)
+    forward = traced.eval
+    node = forward.named.get(name)
+    if node is None:
+        inside = [path for path in forward.trace.whole if name.startswith(path + ".")]
+        if inside:
+            return f"{name} is no place to cut: {inside[0]} {forward.trace.whole[inside[0]]}"
+        near = difflib.get_close_matches(name, every, n=4) or every
+        return f"{kind} calls no part named {name}: it can be cut after {listing(near)}"
+    position = forward.position[node]
+    below = [other for other in every if forward.position[forward.named[other]] < position]
+    above = [other for other in every if forward.position[forward.named[other]] > position]
+    reason = traced.obstacle(forward.names[node][0]) or "it is what comes before it in another shape"
+    return f"{name} is no place to cut ({reason}): the nearest are {listing(below[-1:] + above[:2])}"

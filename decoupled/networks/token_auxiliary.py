@@ -1,0 +1,43 @@
+"""Auxiliary networks that classify each token of a sequence: for language models, whose logits are (B, N, classes)."""
+
+from torch import nn
+
+from decoupled.errors import InputError
+
+
+def linear_token_auxiliary(channels, classes):
+    """LayerNorm and a Linear layer, as the head of most language models: (B, N, C) → (B, N, classes)."""
+    return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, classes))
+
+
+def mlp_token_auxiliary(channels, classes, hidden_layers=1, width=None):
+    """LayerNorm, hidden_layers × [Linear, GELU] of ``width`` (C by default) and a Linear layer: (B, N, C) →
+    (B, N, classes).
+    """
+    width = width or channels
+    layers = [nn.LayerNorm(channels)]
+    features = channels
+    for _ in range(hidden_layers):
+        layers.append(nn.Linear(features, width))
+        layers.append(nn.GELU())
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+TOKEN_AUXILIARIES = {"linear": linear_token_auxiliary, "mlp": mlp_token_auxiliary}
+
+
+def auxiliary_for_each_token(name, shape, classes, **options):
+    """The auxiliary network called ``name``, linear or mlp, for representations (B, *shape), shape = (N, C).
+
+    Raises InputError for another name or shape.
+    """
+    if len(shape) != 2:
+        raise InputError(
+            f"no auxiliary for each token of representations {shape}: choose a place where they are (N, C), or pass a "
+            "callable (shape, classes) → module"
+        )
+    if name not in TOKEN_AUXILIARIES:
+        names = ", ".join(TOKEN_AUXILIARIES)
+        raise InputError(f"unknown auxiliary network for tokens {name!r}: choose from {names}, or pass a callable")
+    return TOKEN_AUXILIARIES[name](shape[-1], classes, **options)
