@@ -249,7 +249,7 @@ def test_a_script_of_ones_own(run, tmp_path):
     other = tmp_path / "other.pt"
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"script": "mine/idea.py"}, other)
-    with pytest.raises(InputError, match=r"mine/idea\.py, which builds the network, is missing: say where it is"):
+    with pytest.raises(InputError, match="script="):
         decoupled.load(other)
     with torch.no_grad():
         mine = decoupled.load(other, script=tmp_path / "mine" / "idea.py")(images)
