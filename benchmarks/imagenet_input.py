@@ -144,7 +144,7 @@ def main():
     about = f"{args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}"
     print("\n".join(environment(device, args.half)))
     print(f"# {about}, {train}, {os.cpu_count()} cores")
-    one_core = decoding_speed(train.images)
+    one_core = decoding_speed(train.samples.dataset)
     print(f"{one_core:10,.1f} images/s decoded by one core")
     for workers in args.workers:
         batches, _, _ = load_images(args, workers, device)

@@ -166,14 +166,14 @@ def script_sgd(module):
 
 def greedy(args, net, autocast, mesh):
     """Runs DGL's steps of the modules of this process: a Result."""
-    stage = Stage(net, (3, 32, 32), mesh, queue=args.queue, autocast=autocast)
+    stage = Stage(net, torch.zeros(2, 3, 32, 32), mesh, queue=args.queue, autocast=autocast)
     modules = mesh.data_parallel(stage.modules_here)
     optimizers = [ScaledOptimizer(script_sgd(module)) for module in stage.modules_here]
     clock = Clock(stage, len(modules))
     sent = 0
     stage.train()
     batches = mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)
-    train, _, _ = mesh.load_images(lambda: (batches, batches, 10))
+    train, _, _ = mesh.load_data(lambda: (batches, batches, 10))
     for representation, labels in clock.timed(stage.inputs(train)):
         for index, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             started = time.process_time()

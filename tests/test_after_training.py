@@ -236,7 +236,7 @@ def test_an_image_becomes_what_the_network_was_trained_on(tmp_path, folder):
     _, val, _ = imagenet_folders.load(folder, image_size=32, batch_size=4, workers=0)
     assert val.form.classes == ["cat", "dog"]
     ((images, _),) = val
-    pixels = torch.stack([val.form.read(path.decode()) for path in val.images.paths])
+    pixels = torch.stack([val.form.read(path.decode()) for path in val.samples.dataset.paths])
     ((mine, _),) = Batches(pixels, torch.zeros(4), 4, mean=val.form.mean, std=val.form.std)
     assert torch.equal(mine, images)
 
@@ -249,7 +249,7 @@ def test_a_script_of_ones_own(run, tmp_path):
     other = tmp_path / "other.pt"
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"script": "mine/idea.py"}, other)
-    with pytest.raises(InputError, match=r"mine/idea\.py, which builds the network, is missing: say where it is"):
+    with pytest.raises(InputError, match="script="):
         decoupled.load(other)
     with torch.no_grad():
         mine = decoupled.load(other, script=tmp_path / "mine" / "idea.py")(images)

@@ -400,8 +400,8 @@ def main():
     args.device = pick_device(args.device)
     path = find_checkpoint(Path(args.checkpoint))
     saved = loading.read(path)
-    net = loading.rebuild(saved, path, script=args.script, device=args.device)
     form = loading.input_form(saved, path)
+    net = loading.rebuild(saved, path, script=args.script, device=args.device)
     if args.early_exit is not None and count_heads(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
     if args.labeled:

@@ -20,6 +20,7 @@ LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
 FIELDS = {  # of a checkpoint: name → type
     "format": int,
     "script": str,  # FOLDER/SCRIPT.py
+    "script_sha256": str,  # of its text, in hexadecimal
     "arguments": dict,
     "module_index": int,  # these five are the fields of decoupled.training.run.Position
     "epoch": int,
