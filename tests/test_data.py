@@ -152,6 +152,12 @@ def test_the_order_is_the_seeds_alone_and_is_restored():
     assert epoch(Batches(*numbered(70), 32, **STATISTICS, augment=True, seed=8)) != first
 
 
+@pytest.mark.parametrize(("mean", "std"), [((125, 123, 114), (0.2, 0.2, 0.2)), ((0.5, 0.5, 0.5), (63, 62, 67))])
+def test_statistics_of_0_to_255_are_refused(mean, std):
+    with pytest.raises(InputError):
+        Batches(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2), 2, mean=mean, std=std)
+
+
 def test_a_checkpoint_of_other_images_is_refused():
     saved = Batches(*numbered(70), 32, **STATISTICS).state_dict()
     images, labels = numbered(70)

@@ -52,6 +52,21 @@ def test_of_soft_labels_the_largest_share_counts(classes):
     assert meter.top1 == 100
 
 
+@pytest.mark.parametrize("topk", [(1,), (1, 5)])
+def test_samples_that_are_ignored_do_not_count(topk):
+    logits = torch.randn(6, 10)
+    labels = torch.tensor([3, -100, -100, 7, -100, 0])
+    meter = Meter(topk)
+    expected = Meter(topk)
+    kept = labels != -100
+    meter.update(F.cross_entropy(logits, labels), logits, labels)
+    expected.update(F.cross_entropy(logits[kept], labels[kept]), logits[kept], labels[kept])
+    none = torch.full((6,), -100)
+    meter.update(F.cross_entropy(logits, none), logits, none)
+    torch.testing.assert_close(meter.sums(), expected.sums())
+    assert meter.sums()[0] == 3
+
+
 def test_a_meter_without_samples_is_nan():
     meter = Meter(topk=(1, 5))
     assert all(math.isnan(value) for value in (meter.loss, meter.top1, meter.top5))

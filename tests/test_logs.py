@@ -176,8 +176,10 @@ def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, caps
         pd.testing.assert_frame_equal(rows, read_log(log), check_like=True, check_dtype=False)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.log").write_text(two_logs[0].read_text())
+    (tmp_path / "a.txt").write_text(two_logs[0].read_text())
     for words, named in (
         ((two_logs[0], tmp_path / "c" / "a.log", "--csv", tmp_path / "c.csv"), "a.log"),
+        ((two_logs[0], tmp_path / "a.txt", "--tensorboard", tmp_path / "board"), "a.txt"),
         ((two_logs[0], "--csv", tmp_path / "no" / "c.csv"), "no/c.csv"),
         ((two_logs[0],), "--csv"),
     ):
@@ -185,6 +187,13 @@ def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, caps
             export_logs(monkeypatch, *words)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and named in error and error.count("\n") == 1
+
+
+def test_export_names_the_lines_that_it_leaves_out(two_logs, tmp_path, monkeypatch, capsys):
+    text = two_logs[0].read_text()
+    two_logs[0].write_text(text + "n: 1, epoch 99, loss: 0.1")
+    export_logs(monkeypatch, *two_logs, "--csv", tmp_path / "all.csv")
+    assert f"{two_logs[0]}, damaged or cut off: line {text.count(chr(10)) + 1}\n" in capsys.readouterr().out
 
 
 def test_tensorboard_export_can_be_read_back(two_logs, tmp_path, monkeypatch, capsys):

@@ -84,6 +84,21 @@ def test_logs_that_differ_in_the_seed_only_are_one_group(tmp_path):
     assert grouped(first, named) == {"a-seed1": 1, "b": 1}
 
 
+def test_seeds_are_compared_where_all_have_results(tmp_path):
+    """Of a run that was cut off, no later epoch and no further head counts; single runs have theirs."""
+    whole, cut = (write(tmp_path / f"a-seed{seed}.log", seed, 20 * seed) for seed in (1, 2))
+    lines = cut.read_text().splitlines(keepends=True)
+    first_epoch = [line for line in lines if not line.startswith("n: ") or line.startswith("n: 1, epoch 1,")]
+    cut.write_text("".join(first_epoch))
+    frames = [read_log(log) for log in (whole, cut)]
+    (line,) = plots.curves(Figure().subplots(), frames, "test_top1")
+    mean = sum(frame.loc[(frame.n == 1) & (frame.epoch == 1), "test_top1"].item() for frame in frames) / 2
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [mean])
+    (score,) = plots.final_scores(frames)
+    assert score.startswith(f"head 1 {mean:.2f} % (epoch 1,")
+    assert plots.final_scores(frames[:1]) == ["head 1 22.00 %", "head 2 32.00 %"]
+
+
 @pytest.fixture
 def plot(monkeypatch, capsys):
     """plot(*words): what python -m decoupled plot prints."""

@@ -185,6 +185,11 @@ def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(fails, whol
     "make",
     [
         lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, epochs),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.StepLR(optimizer, epochs // 2),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, epochs // 2),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / epochs),
         lambda optimizer, epochs: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs),
         lambda optimizer, epochs: torch.optim.lr_scheduler.SequentialLR(
             optimizer,
@@ -193,6 +198,14 @@ def test_sequential_epochs_cannot_grow_once_the_first_module_is_done(fails, whol
                 torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
             ],
             [1],
+        ),
+        lambda optimizer, epochs: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=1),
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, total_iters=1),
+            ],
+            [epochs // 2],
         ),
     ],
 )
@@ -214,6 +227,45 @@ def test_more_epochs_are_refused_where_the_schedule_has_a_length(monkeypatch, ca
     assert str(left.checkpoint) in message and "--epochs" in message
     assert left.checkpoint.read_bytes() == before
     run_toy(monkeypatch, tmp_path, main, "--resume")
+
+
+class Numbers:
+    """Numbers 0 to 2, which know their place."""
+
+    place = 3  # as Batches: an epoch must be begun
+
+    def begin(self):
+        self.place = 0
+
+    def rest(self):
+        while self.place < 3:
+            self.place += 1
+            yield self.place - 1
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+def test_batches_that_the_run_does_not_save_are_refused(monkeypatch, capsys, tmp_path):
+    """They would never begin an epoch, or begin it anew on resume."""
+    seen = []
+
+    def main(**state):
+        run = toy_run()
+        net = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in run.epochs(net=net, optimizers=optimizer, **state):
+            seen.extend(run.progress(numbers))
+
+    numbers = Numbers()
+    with pytest.raises(SystemExit) as stop:
+        run_toy(monkeypatch, tmp_path, main)
+    assert stop.value.code == 2 and not seen and "train=" in capsys.readouterr().err
+    run_toy(monkeypatch, tmp_path, lambda: main(train=numbers))
+    assert seen == [0, 1, 2]
 
 
 def test_batches_that_cannot_resume_are_refused_before_a_step(monkeypatch, capsys, tmp_path):
@@ -303,11 +355,16 @@ def test_resume_takes_the_newest_of_that_name_or_the_one_given(run_script):
     assert begun not in (first, second) and len(read_log(begun)) == 4
 
 
-@pytest.mark.parametrize("change", ["edited", "shortened", "gone"])
+@pytest.mark.parametrize("change", ["edited", "shortened", "continued", "gone"])
 def test_a_changed_log_is_kept_and_written_anew(run_script, whole, change):
     first = run_script(PARALLEL, *FLAGS, "--epochs", 1)
     text = first.log.read_text()
-    changed = {"edited": text.replace("epoch 1", "epoch 9"), "shortened": text[:-20], "gone": None}[change]
+    changed = {
+        "edited": text.replace("epoch 1", "epoch 9"),
+        "shortened": text[:-20],
+        "continued": text + "my best run so far\n",
+        "gone": None,
+    }[change]
     if changed is None:
         first.log.unlink()
     else:

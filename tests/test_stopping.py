@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import socket
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from running import PARALLEL, SEQUENTIAL, Finished, assert_same_run, tensors
 
 from decoupled import InputError
 from decoupled.training.checkpoint import RunFiles, read_checkpoint
+from decoupled.training.console import PASSED_ON_WITHIN
 from decoupled.training.run import Run
 
 TOY = "--dataset digits --train-samples 80 --batch-size 16 --test-batch-size 100 --device cpu"  # 5 batches; test: 4
@@ -97,6 +99,28 @@ def test_a_second_signal_ends_a_run_at_once(at_call, tmp_path):
     code = run_forked(PARALLEL, (*SMALL, "--epochs", 1, "--log-dir", tmp_path))
     assert code == 128 + signal.SIGTERM
     assert torch.load(Finished(tmp_path).checkpoint, weights_only=True)["epoch"] == 0  # the run's first
+
+
+def test_torchrun_passes_on_a_signal_that_all_processes_have_received(at_call, monkeypatch, tmp_path):
+    """As from a job queue: the same signal twice. A later one is a second signal."""
+
+    def signal_twice(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def signal_later(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(run.signals, "received_at", run.signals.received_at - PASSED_ON_WITHIN)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    ends = ((signal_twice, 128 + signal.SIGTERM, 3), (signal_later, 128 + signal.SIGINT, 0))
+    for signals, code, saved_batch in ends:
+        at_call(3, signals)
+        folder = tmp_path / signals.__name__
+        assert run_forked(PARALLEL, (*SMALL, "--epochs", 1, "--log-dir", folder)) == code
+        assert torch.load(Finished(folder).checkpoint, weights_only=True)["batch"] == saved_batch
 
 
 @pytest.fixture
@@ -193,7 +217,5 @@ def test_processes_of_torchrun_are_counted_and_found(fails, monkeypatch):
     message = fails(SEQUENTIAL, *SMALL)
     assert SEQUENTIAL in message and "torchrun" in message
     assert f"127.0.0.1:{port}" in fails(PARALLEL, *SMALL, "--timeout", 1)
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    assert "WORLD_SIZE=two" in fails(PARALLEL, *SMALL)
     monkeypatch.delenv("WORLD_SIZE")
     assert "WORLD_SIZE" in fails(PARALLEL, *SMALL)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from decoupled.analysis.plots import print_damaged
 from decoupled.errors import InputError, writing
 from decoupled.logs import read_log
 from decoupled.training import flags
@@ -68,9 +69,9 @@ def main():
     frames = {}
     names = set()
     for log in args.logs:
-        name = Path(log).name
+        name = Path(log).stem
         if name in names:
-            raise InputError(f"two of the logs are called {name}: export them one by one, or rename one")
+            raise InputError(f"{log} has the name of another of the logs: export them one by one, or rename one")
         names.add(name)
         frames[log] = read_log(log)
     with writing(args.csv or args.tensorboard, "name another place, or make room or access there"):
@@ -78,4 +79,6 @@ def main():
             to_csv(frames, args.csv)
         else:
             to_tensorboard(frames, args.tensorboard)
+    for log, frame in frames.items():
+        print_damaged(log, frame)
     print(f"exported: {args.csv or args.tensorboard}")

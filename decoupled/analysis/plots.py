@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import final, is_edited, newest, parse_run_name, read_log
+from decoupled.logs import is_edited, newest, parse_run_name, read_log
 from decoupled.training import flags
 from decoupled.training.run import FREE_ON_RESUME
 
@@ -83,7 +83,9 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
         if heads is not None and n not in heads:
             continue
         seeds = rows_of_head.groupby("epoch")[column].agg(["mean", "min", "max", "size"])
-        seeds = seeds[seeds["size"] == seeds["size"].max()]
+        seeds = seeds[seeds["size"] == len(frames)]
+        if seeds.empty:
+            continue
         marker_distance = math.ceil(len(seeds) / MARKERS_PER_LINE)
         first_marker = len(axes.lines) % marker_distance  # shifted from line to line: all show where lines coincide
         look = {
@@ -366,10 +368,25 @@ def main():
     for log, frame in frames.items():
         print_damaged(log, frame)
     for name, seeds in runs.items():
-        mean = pd.concat([final(frame)["test_top1"] for frame in seeds]).groupby("n").mean()
-        scores = ", ".join(f"head {n} {top1:.2f} %" for n, top1 in mean.items())
-        print(f"{name}, test top-1 at the end: {scores}")
+        print(f"{name}, test top-1 at the end: {', '.join(final_scores(seeds))}")
     print(f"learning curves: {args.output}")
+
+
+def final_scores(seeds):
+    """The mean test top-1 of each head over ``seeds``, as text, at the last epoch that all of them have. Says which one
+    that is where some have more.
+    """
+    scores = []
+    for n, rows in pd.concat(seeds).groupby("n"):
+        epochs = rows.groupby("epoch")["test_top1"].agg(["mean", "size"])
+        common = epochs[epochs["size"] == len(seeds)]
+        if common.empty:
+            continue
+        score = f"head {n} {common['mean'].iloc[-1]:.2f} %"
+        if common.index[-1] != epochs.index[-1]:
+            score += f" (epoch {common.index[-1]}, the last of all seeds)"
+        scores.append(score)
+    return scores
 
 
 def figure_title(runs, frames):

@@ -87,6 +87,7 @@ class Batches:
         device=None,
     ):
         check_images(images, labels)
+        check_statistics(mean, std)
         # Keeps a run from resuming with other images of the same name
         self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
         self.height, self.width = images.shape[1:3]
@@ -205,6 +206,13 @@ def check_images(images, labels):
         raise InputError(f"images have the shape {tuple(images.shape)}: Batches takes (N, h, w, 3)")
     if len(images) != len(labels):
         raise InputError(f"there are {len(images)} images and {len(labels)} labels: each image needs one")
+
+
+def check_statistics(*statistics):
+    """Raises InputError for a mean or a standard deviation of 0 to 255, which would make all images look alike."""
+    for values in statistics:
+        if torch.tensor(values).max() > 1:
+            raise InputError(f"mean or std {values} is above 1: Batches takes those of channels in [0, 1]")
 
 
 class Outline:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from decoupled.networks.modules import eval_mode
 
-IGNORED = -100  # the label of tokens that do not count, as in PyTorch's cross-entropy
+IGNORED = -100  # the label of samples that do not count, as in PyTorch's cross-entropy
 
 
 def ranks(logits, labels):
@@ -58,16 +58,15 @@ class Meter:
         """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
 
         Of soft labels (B, classes), as mixup makes them, the class with the largest share counts. With logits
-        (B, N, classes) and labels (B, N), every token is a sample, except for those with the label −100.
+        (B, N, classes) and labels (B, N), every token is a sample. Samples with the label −100 do not count.
         """
-        samples = len(labels)
         if logits.dim() == 3:
             logits = logits.flatten(0, 1)
             labels = labels.flatten()
-            samples = (labels != IGNORED).sum()
-            loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
         elif labels.dim() == 2:
             labels = labels.argmax(1)
+        samples = (labels != IGNORED).sum()
+        loss = torch.where(samples > 0, loss, 0.0)  # the mean over no sample is NaN
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         hits = count_hits(logits.detach(), labels, self.topk)
         self.count += samples

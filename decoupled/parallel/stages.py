@@ -330,7 +330,7 @@ class Heads(nn.Module):
         self.modules_here = nn.ModuleList(modules)
         self.ensembles = ensembles
 
-    def forward(self, representation, heads=None):
+    def forward(self, representation):
         all_logits = []
         for module in self.modules_here:
             representation = module.body(representation)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import parse_run_name, started_at
+from decoupled.logs import RESULT_STARTS, parse_run_name, started_at
 
 FORMAT = 4
 LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
@@ -122,11 +122,11 @@ class RunFiles:
 
     def restore_log(self, text):
         """Rewrites the log as ``text``, which it was when the checkpoint was written. A log that does not start with
-        ``text`` has been edited: it is kept as STEM.edited.log.
+        ``text``, or continues with what no run writes, has been edited: it is kept as STEM.edited.log.
         """
         log = self.path(".log")
         with writing(log):
-            if log.exists() and not log.read_bytes().startswith(text.encode()):
+            if log.exists() and is_edited_since(log.read_bytes(), text.encode()):
                 kept = self.unused_name_for_edited_log()
                 os.replace(log, kept)
                 text += f"# this log had been edited: the edited one is kept as {kept.name}\n"
@@ -202,6 +202,14 @@ class RunFiles:
             if name is not None and name.prefix == self.prefix:
                 candidates.append(path)
         return max(candidates, key=started_at, default=None)
+
+
+def is_edited_since(log, saved):
+    """Whether someone has changed a log since its first bytes ``saved`` were written into a checkpoint."""
+    if not log.startswith(saved):
+        return True
+    *lines, _ = log.removeprefix(saved).decode(errors="replace").split("\n")  # a killed run may cut off the last one
+    return not all(line.startswith(("#", *RESULT_STARTS)) for line in lines)
 
 
 def writable_folder(name):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 READING_DELAY = 1.0  # seconds; reading images that takes longer is announced
 SHOWN_AT_START = ("# device: ", "# processes: ", "# train: ", "# test: ")  # lines of the log
+PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes on a signal that this process has received, too
 LATEST_EPOCHS = 5  # the remaining time is estimated from that many epochs
 
 EPOCH_BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
@@ -168,11 +169,15 @@ class Console:
 class Signals:
     """Within the block, the first SIGINT or SIGTERM does not end the process: ``received`` is its number, and 0 before
     it. A second one ends the process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
+
+    A job queue may signal all processes, and torchrun passes its own signal on to its workers: under torchrun, a signal
+    right after the first one is the same signal.
     """
 
     def __init__(self, quiet=False):
         self.quiet = quiet
         self.received = 0
+        self.received_at = 0.0
         self.handlers_before = {}
 
     def __enter__(self):
@@ -183,8 +188,12 @@ class Signals:
 
     def handle(self, number, frame):
         if self.received:
+            under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+            if under_torchrun and time.monotonic() - self.received_at < PASSED_ON_WITHIN:
+                return
             os._exit(128 + number)
         self.received = number
+        self.received_at = time.monotonic()
         if not self.quiet:
             name = signal.Signals(number).name
             print(

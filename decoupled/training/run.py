@@ -275,12 +275,14 @@ class Run:
         run may save or stop.
 
         ``batches`` need a method ``rest()``, which iterates over the remaining mini-batches of the epoch, and must be
-        part of the run's state. For iterables without it, ``resumes=True`` asserts that they continue from the restored
-        state themselves. Otherwise raises InputError, as a resumed run would silently train on some images twice.
+        given to ``epochs``, which starts their epochs and saves their position. For iterables without it,
+        ``resumes=True`` asserts that they continue from the restored state themselves. Otherwise raises InputError, as
+        a resumed run would silently train on some images twice.
 
         PyTorch's random numbers in a step, such as those of dropout, depend only on the seed and the position.
         """
         if hasattr(batches, "rest"):
+            self.check_is_saved(batches)
             rest = batches.rest()
         elif resumes or not self.saves_checkpoints:
             rest = batches
@@ -300,6 +302,17 @@ class Run:
                 self.console.show_accuracies(self.state.get("meters"))
             self.save_or_stop()
         self.check_losses()
+
+    def check_is_saved(self, batches):
+        """Raises InputError where ``batches`` are not part of the run's state: no epoch of theirs would begin, and a
+        resumed run would not find their place.
+        """
+        images = getattr(batches, "batches", batches)  # of a stage's inputs
+        if not self.state.has(images):
+            raise InputError(
+                f"run.progress({type(images).__name__}) iterates over what run.epochs does not know: give it to "
+                "run.epochs, too (train=…)"
+            )
 
     def seed_of_batch(self):
         position = [self.epoch, self.batch, self.mesh.replica]

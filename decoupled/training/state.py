@@ -3,11 +3,23 @@
 import warnings
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from decoupled.errors import InputError, last_line
 from decoupled.parallel.mesh import all_reduce_meters
 
-SCHEDULE_LENGTHS = ("T_max", "total_steps", "total_iters", "milestones")  # hyperparameters of PyTorch's schedules
+SCHEDULE_HYPERPARAMETERS = (  # of PyTorch's schedules: what they keep while they step
+    "base_lrs",
+    "T_0",
+    "T_max",
+    "gamma",
+    "milestones",
+    "_milestones",
+    "step_size",
+    "total_iters",
+    "total_size",
+    "total_steps",
+)
 
 
 class State:
@@ -38,6 +50,10 @@ class State:
     def get(self, name):
         """The list of objects called ``name``."""
         return self.objects.get(name, [])
+
+    def has(self, value):
+        """Whether ``value`` is one of the objects."""
+        return any(value is mine for mine in self.all_objects())
 
     def begin_epoch(self):
         """Calls ``begin`` of all objects that have it, such as images and meters."""
@@ -89,8 +105,10 @@ class State:
                     states = self.stage.own(states)
                 for value, state in zip(values, states, strict=True):
                     if name == "schedules":
-                        check_schedule_length(value.state_dict(), state, path)
+                        check_same_schedule(value.state_dict(), state, path)
                     load_quietly(value, state)
+                    if isinstance(value, LambdaLR):
+                        check_same_lambdas(value, path)
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} is a checkpoint of another network ({last_line(error)}): choose one of this network"
@@ -107,17 +125,32 @@ def load_quietly(value, state):
         value.load_state_dict(state)
 
 
-def check_schedule_length(new, saved, path):
-    """Raises InputError if the ``saved`` state of a schedule has another length than the ``new`` one, as when --epochs
-    has grown: loading it would silently restore the old length.
+def check_same_schedule(new, saved, path):
+    """Raises InputError if the ``saved`` state of a schedule has other hyperparameters than the ``new`` one, as when
+    --epochs has grown: loading it would silently restore the old ones.
     """
     for name, value in new.items():
         before = saved.get(name, value)
-        if name in SCHEDULE_LENGTHS and value != before:
-            raise InputError(
-                f"{path} has a learning rate schedule with {name} {before} (now {value}): "
-                "resume with the same --epochs as before, or start a new run"
-            )
+        if name in SCHEDULE_HYPERPARAMETERS and value != before:
+            raise other_schedule(path, f"{name} {before} (now {value})")
         if name == "_schedulers":  # of SequentialLR and ChainedScheduler
             for new_part, saved_part in zip(value, before, strict=True):
-                check_schedule_length(new_part, saved_part, path)
+                check_same_schedule(new_part, saved_part, path)
+
+
+def check_same_lambdas(schedule, path):
+    """Raises InputError if the functions of ``schedule``, a restored LambdaLR, do not give its saved rates: functions
+    are not saved, and other ones would silently change the rate.
+    """
+    rates = zip(schedule.lr_lambdas, schedule.base_lrs, schedule.get_last_lr(), strict=True)
+    for function, base_lr, before in rates:
+        value = base_lr * function(schedule.last_epoch)
+        if value != before:
+            raise other_schedule(path, f"the rate {before:g} (now {value:g}) in step {schedule.last_epoch}")
+
+
+def other_schedule(path, difference):
+    return InputError(
+        f"{path} has a learning rate schedule with {difference}: resume with the same --epochs as before, or start a "
+        "new run"
+    )
