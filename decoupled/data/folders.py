@@ -60,20 +60,18 @@ def list_images(path, layout):
     ``layout`` says in error messages how the folders should lie. Raises InputError where ``path`` is missing or cannot
     be read, has no class folders, a class has no image, or a link leads to a folder that is listed already.
     """
-    from torchvision.datasets.folder import make_dataset
-
     path = Path(path)
     left_out = []
     names = class_folders(path, layout, left_out)
     classes = sorted(set(names.values()))
     indices = {name: index for index, name in enumerate(classes)}
     choice = Choice(path, left_out)
-    samples = make_dataset(
-        path,
-        {folder: indices[name] for folder, name in names.items()},
-        is_valid_file=choice.is_image,
-        allow_empty=True,
-    )
+    samples = []
+    walked = {}
+    for folder, name in sorted(names.items()):
+        for file in walk(path / folder, walked):
+            if choice.is_image(file):
+                samples.append((file, indices[name]))
     left_out.sort(key=lambda file: (is_any_of_system(file, path), file))
     listing = Listing(classes, samples, left_out)
     with_images = {index for _, index in samples}
@@ -103,6 +101,28 @@ def class_folders(path, layout, left_out):
     return names
 
 
+def walk(folder, walked):
+    """The paths of all files in ``folder`` and its subfolders, sorted. ``walked`` collects the folders' paths by their
+    real paths.
+
+    Raises InputError for a folder that cannot be read, whose images would silently be missing, and where a link leads
+    to a folder that has been walked already.
+    """
+
+    def fail(error):
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from error
+
+    subfolders = []
+    for subfolder, _, names in os.walk(folder, onerror=fail, followlinks=True):
+        first = walked.setdefault(os.path.realpath(subfolder), subfolder)
+        if first != subfolder:
+            raise InputError(f"{first} and {subfolder} are the same folder: remove the link")
+        subfolders.append((subfolder, names))
+    for subfolder, names in sorted(subfolders):
+        for name in sorted(names):
+            yield os.path.join(subfolder, name)
+
+
 def is_of_system(name):
     """Whether a file or folder is hidden or the operating system's: .DS_Store, ._0.png, __MACOSX."""
     return name.startswith(".") or name in SYSTEM_NAMES
@@ -120,23 +140,15 @@ class Choice:
         self.root = root
         self.left_out = left_out
         self.read = {}  # whether a folder's files are read
-        self.real = {}  # the folders' paths, by their real paths
 
     def is_image(self, path):
         folder, name = os.path.split(path)
         if folder not in self.read:
-            self.read[folder] = self.is_read(folder)
+            self.read[folder] = not is_any_of_system(folder, self.root)
         image = self.read[folder] and not is_of_system(name) and Path(name).suffix.lower() in suffixes()
         if not image:
             self.left_out.append(path)
         return image
-
-    def is_read(self, folder):
-        """Whether images in ``folder`` are. Raises InputError where a link leads to a folder that is listed already."""
-        first = self.real.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise InputError(f"{first} and {folder} are the same folder: remove the link")
-        return not is_any_of_system(folder, self.root)
 
 
 def check_classes(folder, splits, listings):

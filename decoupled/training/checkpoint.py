@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import STAMP
+from decoupled.logs import STAMP, started_at
 
 FORMAT = 4
 LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
@@ -82,8 +82,8 @@ class Checkpoint:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.reserve_stem()
-        self.acquire()
         try:
+            self.acquire()
             self.append(text)
         except InputError:
             self.remove()
@@ -91,8 +91,15 @@ class Checkpoint:
         return self.stem
 
     def reserve_stem(self):
-        """Creates an empty log under the first STEM that no other run has."""
-        stem = self.prefix + datetime.now().strftime("%Y%m%d-%H%M%S")
+        """Creates an empty log under the first STEM that no other run has. Its time is not before that of the newest
+        run, even if the clock has gone back: --resume would take the other one.
+        """
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        newest = self.newest()
+        if newest is not None:
+            time_of_newest, _ = started_at(newest)
+            time = max(time, time_of_newest)
+        stem = self.prefix + time
         self.stem = stem
         for number in itertools.count(1):
             with contextlib.suppress(FileExistsError):
@@ -121,7 +128,7 @@ class Checkpoint:
         """
         log = self.path(".log")
         with writing(log):
-            if log.exists() and not log.read_bytes().startswith(text.encode()):
+            if log.exists() and not self.log_begins_with(text):
                 kept = self.unused_name_for_edited_log()
                 os.replace(log, kept)
                 text += f"# this log had been edited: the edited one is kept as {kept.name}\n"
@@ -129,6 +136,10 @@ class Checkpoint:
             temporary.write_bytes(text.encode())
             os.replace(temporary, log)
         self.log_text = text
+
+    def log_begins_with(self, text):
+        log = self.path(".log")
+        return log.exists() and log.read_bytes().startswith(text.encode())
 
     def unused_name_for_edited_log(self):
         kept = self.path(".edited.log")
@@ -227,7 +238,12 @@ def lock_file(path):
     if has_flock(path.parent):
         lock = FileLock(path, timeout=0)
         lock.acquire()
-        path.write_text(f"{os.getpid()}\n")
+        try:
+            path.write_text(f"{os.getpid()}\n")
+        except OSError:
+            path.unlink()
+            lock.release()
+            raise
     else:
         lock = SoftFileLock(path, timeout=0)
         lock.acquire()  # writes the number of this process, and more

@@ -416,8 +416,11 @@ class Run:
         self.position = Position(**{name: saved[name] for name in asdict(Position())})
         self.remember_checkpoint()
         ended = self.finished() and not self.position.within_epoch
-        if self.processes.rank == 0 and not ended:
+        if self.processes.rank > 0:
+            return
+        if not ended or not self.checkpoint.log_begins_with(saved["log"]):
             self.checkpoint.restore_log(saved["log"])
+        if not ended:
             header = [f"# resumed after {self.position_name()}", *self.environment()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
