@@ -28,6 +28,7 @@ from decoupled.data.images import InputForm, read_image
 
 MEAN = (0.485, 0.456, 0.406)  # of each channel, in [0, 1]
 STD = (0.229, 0.224, 0.225)
+SIZES = 1000  # of files that a fingerprint has: asking for all would take minutes on a network file system
 LAYOUT = "image folders are {train,val}/<class>/<image>"
 
 
@@ -139,8 +140,7 @@ class ImageBatches:
         )
         self.scale = 1 / (255 * torch.tensor(STD, device=self.device).view(3, 1, 1))
         self.shift = torch.tensor(MEAN, device=self.device).view(3, 1, 1) * 255
-        names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in samples)
-        self.fingerprint = zlib.crc32(os.fsencode(names))  # guards a resumed run against other images
+        self.fingerprint = fingerprint(folder, samples)
 
     def __len__(self):
         return len(self.share)
@@ -204,6 +204,23 @@ class ImageBatches:
             raise ValueError(f"{state['place']} mini-batches of {len(self)}")
         self.share.epoch = state["epoch"]
         self.place = state["place"]
+
+
+def fingerprint(folder, samples):
+    """Guards a resumed run against other images: a checksum of the names, relative to ``folder``, and labels of
+    ``samples``, and of the sizes of SIZES of their files, so that the same images resized or compressed anew are noticed.
+    """
+    lines = [f"{Path(path).relative_to(folder)} {label}" for path, label in samples]
+    lines += [str(size(path)) for path, _ in samples[:: -(-len(samples) // SIZES)]]
+    return zlib.crc32(os.fsencode("\n".join(lines)))
+
+
+def size(path):
+    """The size of a file in bytes; 0 where that cannot be found out, which reading the image will report."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 # Worker processes

@@ -429,7 +429,11 @@ def test_fashion_mnist_from_idx_files(idx, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, 3000), lambda path: flip(path, 5000), empty], ids=["truncated", "flipped", "empty"])
+@pytest.mark.parametrize(
+    "harm",
+    [lambda path: os.truncate(path, 3000), lambda path: flip(path, 5000), empty],
+    ids=["truncated", "flipped", "empty"],
+)
 def test_an_idx_file_that_is_not_the_published_one_is_named(idx, packed, harm):
     if packed:
         compress(idx)
