@@ -208,7 +208,7 @@ class ImageBatches:
 
 def fingerprint(folder, samples):
     """Guards a resumed run against other images: a checksum of the names, relative to ``folder``, and labels of
-    ``samples``, and of the sizes of SIZES of their files, so that the same images resized or compressed anew are noticed.
+    ``samples``, and of the sizes of SIZES of their files, which change when images are resized or compressed anew.
     """
     lines = [f"{Path(path).relative_to(folder)} {label}" for path, label in samples]
     lines += [str(size(path)) for path, _ in samples[:: -(-len(samples) // SIZES)]]

@@ -114,7 +114,8 @@ class Mesh:
 
     def images(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of images. Process 0 loads first. Raises InputError when ``load`` does.
+        instead of images. Process 0 loads first. Raises InputError when ``load`` does, and where a replica has other
+        images than process 0, as when its machine has an incomplete copy: it would silently train on those.
         """
         if self.processes.size == 1:
             return load()
@@ -123,18 +124,29 @@ class Mesh:
         def load_and_outline():
             train, test, classes = load()
             loaded.extend([train, test, classes])
-            return train.outline, test.outline, classes
+            return train.outline, test.outline, classes, fingerprints(train, test)
 
-        train_outline, test_outline, classes = self.processes.from_first(load_and_outline)
+        train_outline, test_outline, classes, expected = self.processes.from_first(load_and_outline)
         if self.stage > 0:
             train = Outline(*train_outline, self.replica, self.replicas)
             test = Outline(*test_outline, self.replica, self.replicas)
             return train, test, classes
-        return loaded or load()
+        train, test, classes = loaded or load()
+        if fingerprints(train, test) != expected:
+            raise InputError(
+                f"process {self.processes.rank} has other images than process 0, {train} and {test}: give all machines "
+                "the same data set"
+            )
+        return train, test, classes
 
     def to_first(self, value):
         """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
         return self.processes.to_first(value, range(0, self.processes.size, self.replicas))
+
+
+def fingerprints(*splits):
+    """The fingerprint of each split's images; None for a split that has none."""
+    return [getattr(split, "fingerprint", None) for split in splits]
 
 
 def all_reduce_meters(meters, mesh):
