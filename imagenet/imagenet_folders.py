@@ -22,6 +22,7 @@ from decoupled.data.loader import Loader
 
 MEAN = (0.485, 0.456, 0.406)  # of each channel, in [0, 1]
 STD = (0.229, 0.224, 0.225)
+SIZES = 1000  # of files that a fingerprint has: asking for all would take minutes on a network file system
 LAYOUT = "image folders are {train,val}/<class>/<image>"
 
 
@@ -52,12 +53,11 @@ class ImageBatches(Loader):
 
     def __init__(self, folder, samples, transform, batch_size, *, note="", **options):
         classes = {label for _, label in samples}
-        names = "\n".join(f"{Path(path).relative_to(folder)} {label}" for path, label in samples)
         super().__init__(
             Images(samples, transform),
             batch_size,
             description=f"{len(samples)} images of {len(classes)} classes{note}",
-            fingerprint=zlib.crc32(os.fsencode(names)),
+            fingerprint=fingerprint(folder, samples),
             **options,
         )
         self.scale = 1 / (255 * torch.tensor(STD, device=self.device).view(3, 1, 1))
@@ -67,6 +67,23 @@ class ImageBatches(Loader):
         """uint8 (b, 3, h, w) → float32 in channels-last memory, zero mean and unit variance."""
         images = images.to(self.device, non_blocking=True)
         return images.to(torch.float32, memory_format=torch.channels_last).sub_(self.shift).mul_(self.scale)
+
+
+def fingerprint(folder, samples):
+    """Guards a resumed run against other images: a checksum of the names, relative to ``folder``, and labels of
+    ``samples``, and of the sizes of SIZES of their files, which change when images are resized or compressed anew.
+    """
+    lines = [f"{Path(path).relative_to(folder)} {label}" for path, label in samples]
+    lines += [str(size(path)) for path, _ in samples[:: -(-len(samples) // SIZES)]]
+    return zlib.crc32(os.fsencode("\n".join(lines)))
+
+
+def size(path):
+    """The size of a file in bytes; 0 where that cannot be found out, which reading the image will report."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 # Loading

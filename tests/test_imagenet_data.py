@@ -209,6 +209,13 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     state = load(folder)[0].state_dict()
     moved = shutil.copytree(folder, tmp_path / "moved")
     load(moved)[0].load_state_dict(state)
+    image = own / "train/class4/1.JPEG"
+    data = image.read_bytes()
+    image.write_bytes(data + b"\0")
+    with pytest.raises(InputError, match="other images"):
+        load(own)[0].load_state_dict(state)
+    image.write_bytes(data)
+    load(own)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
     with pytest.raises(InputError, match="other data"):
         load(own)[0].load_state_dict(state)

@@ -116,7 +116,8 @@ class Mesh:
 
     def load_data(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of train and test. Process 0 loads first. Raises InputError when ``load`` does.
+        instead of train and test. Process 0 loads first. Raises InputError when ``load`` does, and if a replica has
+        other data than process 0, as when its machine has an incomplete copy.
         """
         if self.processes.size == 1:
             return load()
@@ -126,13 +127,20 @@ class Mesh:
             nonlocal loaded
             loaded = load()
             train, test, classes = loaded
-            return [(batches.outline, to_cpu(batches.example)) for batches in (train, test)], classes
+            outlines = [(batches.outline, to_cpu(batches.example)) for batches in (train, test)]
+            return outlines, classes, fingerprints(train, test)
 
-        outlines, classes = self.processes.from_first(load_and_outline)
+        outlines, classes, expected = self.processes.from_first(load_and_outline)
         if self.stage > 0:
             return *(self.outline(*known) for known in outlines), classes
         if loaded is None:  # in the other replicas of the lowest stage
             loaded = load()
+        train, test, _ = loaded
+        if fingerprints(train, test) != expected:
+            raise InputError(
+                f"process {self.processes.rank} has other images than process 0, {train} and {test}: give all machines "
+                "the same data set"
+            )
         return loaded
 
     def outline(self, outline, example):
@@ -147,6 +155,11 @@ class Mesh:
 def to_cpu(tensors):
     """``tensors``, however nested, on the CPU."""
     return tree_map(torch.Tensor.cpu, tensors)
+
+
+def fingerprints(*splits):
+    """The fingerprint of each split's images; None for a split that has none."""
+    return [getattr(split, "fingerprint", None) for split in splits]
 
 
 def all_reduce_meters(meters, mesh):

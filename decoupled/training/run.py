@@ -462,8 +462,11 @@ class Run:
         self.state.restore(saved["state"], path)
         self.position = Position(**{name: saved[name] for name in asdict(Position())})
         self.remember_checkpoint()
-        if self.processes.rank == 0 and not self.finished():
+        if self.processes.rank > 0:
+            return
+        if not self.finished() or not self.files.log_begins_with(saved["log"]):
             self.files.restore_log(saved["log"])
+        if not self.finished():
             header = [f"# resumed after {self.position_name()}", *self.environment()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
