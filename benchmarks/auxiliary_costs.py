@@ -1,26 +1,28 @@
-"""What the auxiliary networks cost beside their modules: the FLOPs of the
-paper's Table 1 (Sec. 5.2), computed, and memory and time with them.
+"""Compares the costs of auxiliary networks with those of their modules: the FLOPs
+of the paper's Table 1 (Sec. 5.2), and also memory and time.
 
     python benchmarks/auxiliary_costs.py
     python benchmarks/auxiliary_costs.py --output results/aux_nets
 
-Three tables for the network of aux_nets/cifar_dgl.py: 1. what the auxiliary network of
-each module adds, in % of the module alone: forward FLOPs, parameters, peak
-memory and time of a training step; 2. what "relative FLOPs" can mean, beside
-the paper's 200 % (CNN), 0.7 % (MLP) and 4.0 % (MLP-SR); 3. the depth of
-decoupling: K modules of equal depth, down to K = 1, back-propagation.
+It prints three tables for the network of aux_nets/cifar_dgl.py:
+1. What each module's auxiliary network adds, in % of the module alone: forward
+   FLOPs, parameters, peak memory and time of a training step.
+2. What "relative FLOPs" can mean, compared with the 200 % (CNN), 0.7 % (MLP) and
+   4.0 % (MLP-SR) of the paper.
+3. The number of modules: K modules of equal depth, down to K = 1, which is
+   back-propagation.
 
-No definition of table 2 gives all three figures of the paper, here relative to
-the largest module (256 → 256 channels at 16×16). CNN is exact: two convolutions
-like the module's own, 200.0 %. MLP as described (three hidden layers of width
-4C) is 2.1 %; with one hidden layer it is 0.70 %, the paper's figure: a Linear
-4C → 4C has 1/144 of that convolution's FLOPs. MLP-SR is 4.17 % of the module,
-or 4.01 % of module and auxiliary together.
+No definition in table 2 gives all three numbers of the paper. Relative to the
+largest module (256 → 256 channels at 16×16), CNN is exact: two convolutions like
+the module's own, 200.0 %. MLP as described (three hidden layers of width 4C) is
+2.1 %; with one hidden layer it is 0.70 %, the paper's number: a Linear 4C → 4C
+has 1/144 of that convolution's FLOPs. MLP-SR is 4.17 % of the module, or 4.01 %
+of module and auxiliary together.
 
 FLOPs, parameters and memory are exact and the same on every machine: a
 multiply-add is 2 FLOPs, memory is in fp32 without kernels' workspaces
-(decoupled.analysis.costs). Time is measured: the median over rounds that take
-every step in turn. At full size a round costs 4 TFLOP.
+(decoupled.analysis.costs). Time is measured: the median over rounds, each of
+which runs all steps. A round at full size takes 4 TFLOP.
 """
 
 import contextlib
@@ -44,18 +46,22 @@ from decoupled.training.precision import pick_device
 sys.path.append(str(Path(__file__).resolve().parent))
 from method_steps import ScaledOptimizer, autocast_on, dgl_step, sgd
 
-ALONE = ""  # in place of a type: the module without its auxiliary
-HEAD = "head"  # in place of a type: the last module's, whatever the others have
+# Used like types of auxiliary networks:
+ALONE = ""  # a module without its auxiliary
+HEAD = "head"  # the auxiliary of the last module, the same for all types
+FIX = "name a folder that can be written"
 PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxiliary in % of the module's
 
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary networks of table 3")
-    parser.add_argument("--channels", type=flags.WIDTH, default=128, help="of the first layer")
-    parser.add_argument("--depth", type=flags.integer(2, 1000), default=6, help="layers")
+    parser.add_argument(
+        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="type of the auxiliary networks in table 3"
+    )
+    parser.add_argument("--channels", type=flags.WIDTH, default=128, help="channels of the first layer")
+    parser.add_argument("--depth", type=flags.integer(2, 1000), default=6, help="number of layers")
     parser.add_argument("--batch-size", type=flags.integer(2), default=128, help="images per step")
-    parser.add_argument("--repeats", type=flags.integer(1), default=5, help="rounds of the measured steps")
+    parser.add_argument("--repeats", type=flags.integer(1), default=5, help="rounds of measuring time")
     parser.add_argument("--device", default="auto", help="where time is measured: auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument(
@@ -81,7 +87,7 @@ def batch(batch_size, device="meta"):
 
 
 def network_costs(type_aux, batch_size=2, **settings):
-    """The frame of decoupled.analysis.costs for ``network(type_aux, **settings)``, without computing it."""
+    """The frame of decoupled.analysis.costs.costs for ``network(type_aux, **settings)``, counted on meta."""
     with torch.device("meta"):
         net = network(type_aux, **settings)
     images, _ = batch(batch_size)
@@ -89,8 +95,8 @@ def network_costs(type_aux, batch_size=2, **settings):
 
 
 def largest(frame):
-    """n of the module with the most FLOPs, the lowest of equals, in a frame of auxiliary_costs. The last one, which has
-    the head, does not count.
+    """n of the module with the most FLOPs, the first one of equals, in a frame of auxiliary_costs. The last module,
+    which has the head, is left out.
     """
     return frame["module_mflop"]["mlp"].idxmax()
 
@@ -99,13 +105,13 @@ def largest(frame):
 
 
 def auxiliary_costs(channels=128, depth=6, batch_size=128):
-    """A pandas frame with a row for each (type_aux, n), the last module's under the type "head". Columns:
+    """A pandas frame with a row for each (type_aux, n). That of the last module has the type "head". Columns:
     module_mflop     forward FLOPs of the module alone, in millions per image
     auxiliary_mflop  those of its auxiliary network
     flops            the auxiliary's forward FLOPs in % of the module's
-    parameters       the auxiliary's, a number
-    parameters_share the auxiliary's in % of the module's
-    memory           what the auxiliary adds to the peak of a training step, in % of the module's alone
+    parameters       of the auxiliary, a number
+    parameters_share of the auxiliary, in % of the module's
+    memory           what the auxiliary adds to the peak of a training step, in % of the module alone
     """
     rows = {}
     for type_aux in AUXILIARIES:
@@ -119,7 +125,7 @@ def auxiliary_costs(channels=128, depth=6, batch_size=128):
 
 
 def compare_with_body(parts):
-    """The row of auxiliary_costs for a module whose costs are ``parts``, a frame by part."""
+    """The row of auxiliary_costs for a module with the costs ``parts``, a frame by part."""
     body = parts.loc["body"]
     auxiliary = parts.loc["auxiliary"]
     return {
@@ -133,29 +139,29 @@ def compare_with_body(parts):
 
 
 def step_alone(body, inputs, autocast):
-    """A training step of a module without auxiliary, as a callable."""
+    """A training step of a module without its auxiliary, as a callable."""
 
-    def outputs():
+    def forward():
         with autocast():
             representation = body(inputs)
         return representation, Ones.apply(representation)
 
-    return training_step(outputs, body)
+    return training_step(forward, body)
 
 
 def step_with_auxiliary(module, inputs, labels, autocast):
     """A training step of a module with its auxiliary, as a callable."""
 
-    def outputs():
+    def forward():
         with autocast():
             representation, logits = module(inputs)
         return representation, logits, F.cross_entropy(logits.float(), labels)
 
-    return training_step(outputs, module)
+    return training_step(forward, module)
 
 
 def module_steps(device, autocast, channels=128, depth=6, batch_size=128):
-    """Training steps as callables by (type_aux, n): of a module with its auxiliary network, and of the module alone
+    """Training steps, {(type_aux, n): callable}: of each module with its auxiliary network, and of each module alone
     under the type ALONE.
     """
     images, labels = batch(batch_size, device)
@@ -173,19 +179,21 @@ def module_steps(device, autocast, channels=128, depth=6, batch_size=128):
     return steps
 
 
-def seconds(steps, repeats, device):
-    """A Series by name: what each of ``steps`` (callables by name) takes, the median over ``repeats`` rounds of all of
-    them, after one to warm up.
+def measure_seconds(steps, repeats, device):
+    """A Series by name: the seconds that each of ``steps``, {name: callable}, takes. It is the median over ``repeats``
+    rounds of all steps, after one to warm up.
     """
     rounds = []
     for _ in range(1 + repeats):
         rounds.append([step_seconds(step, device=device) for step in steps.values()])
-    return pd.Series(pd.DataFrame(rounds[1:]).median().tolist(), index=pd.Index(list(steps)))
+    medians = pd.DataFrame(rounds[1:]).median()
+    medians.index = pd.Index(list(steps))
+    return medians
 
 
 def added_time(times):
-    """What the auxiliary network adds to the time of a training step, in % of the module's alone. ``times`` is a Series
-    by (type_aux, n) that includes the type ALONE; the result does not.
+    """The time that the auxiliary network adds to a training step, in % of the module alone. ``times`` is a Series by
+    (type_aux, n) that includes the type ALONE; the result does not.
     """
     alone = times[ALONE]
     rows = {}
@@ -209,10 +217,10 @@ def auxiliary_flops(type_aux, n, channels=128, depth=6, **options):
 
 
 def definitions(frame, channels=128, depth=6):
-    """A pandas frame: what "FLOPs of the auxiliary relative to the module" can mean, in %, with a row for each
-    definition and a column for each type. The paper's figures come first.
+    """A pandas frame of what "FLOPs of the auxiliary relative to the module" can mean, in %: a row for each definition,
+    after one for the paper's numbers, and a column for each type.
 
-    ``frame`` is that of auxiliary_costs for as many channels and layers.
+    ``frame`` comes from auxiliary_costs with the same channels and depth.
     """
     n = largest(frame)
     columns = {}
@@ -228,7 +236,7 @@ def definitions(frame, channels=128, depth=6):
             f"modules 1 to {depth - 1}, sum": 100 * auxiliaries.sum() / modules.sum(),
             f"modules 1 to {depth - 1}, mean": 100 * (auxiliaries / modules).mean(),
         }
-        if type_aux in ("mlp", "mlp-sr"):  # CNN auxiliaries have none
+        if type_aux in ("mlp", "mlp-sr"):  # CNN auxiliaries have no hidden layers
             shallow = auxiliary_flops(type_aux, n, channels, depth, hidden_layers=1) / 1e6
             column[f"module {n}, with one hidden layer"] = 100 * shallow / largest_module
         columns[type_aux] = column
@@ -239,22 +247,22 @@ def definitions(frame, channels=128, depth=6):
 
 
 def make_dgl_step(net, images, labels, autocast=contextlib.nullcontext, half=False):
-    """A callable that takes the step of aux_nets/cifar_dgl.py on one mini-batch, at a learning rate of zero."""
+    """The training step of aux_nets/cifar_dgl.py on one mini-batch, as a callable, with a learning rate of zero."""
     optimizers = [ScaledOptimizer(sgd(module, lr=0.0, weight_decay=5e-4), half) for module in net]
     return partial(dgl_step, net, optimizers, images, labels, autocast)
 
 
 def block_sizes(depth):
-    """{number of modules K: layers per module} for all equal splits of ``depth`` layers, the most modules first."""
+    """{number of modules K: layers per module} for all equal splits of ``depth`` layers, from the largest K down."""
     return {depth // size: size for size in range(1, depth + 1) if depth % size == 0}
 
 
 def decoupling_costs(type_aux="mlp-sr", channels=128, depth=6, batch_size=128):
     """A pandas frame with a row for each number of modules K that divides ``depth``. Columns:
     block_size      layers per module
-    parameters      auxiliary networks and head included
+    parameters      of the network with its auxiliary networks and head
     training_gflop  of a step, per image
-    memory          bytes: the peak of two training steps with gradients and momentum, without network and images
+    memory          bytes: the peak of two training steps, with gradients and momentum, without network and images
     """
     rows = {}
     for k, block_size in block_sizes(depth).items():
@@ -271,7 +279,7 @@ def decoupling_costs(type_aux="mlp-sr", channels=128, depth=6, batch_size=128):
 
 
 def decoupling_steps(device, autocast, half, type_aux="mlp-sr", channels=128, depth=6, batch_size=128):
-    """The steps of aux_nets/cifar_dgl.py as callables by the number of modules K."""
+    """The training steps of aux_nets/cifar_dgl.py, {number of modules K: callable}."""
     images, labels = batch(batch_size, device)
     steps = {}
     for k, block_size in block_sizes(depth).items():
@@ -280,11 +288,16 @@ def decoupling_steps(device, autocast, half, type_aux="mlp-sr", channels=128, de
     return steps
 
 
+def make_folder(folder):
+    """Makes the folder. Raises InputError if it cannot be made: call it before the work."""
+    with writing(folder, FIX):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 def write_tables(folder, header, tables):
     """Writes each frame of ``tables``, {name: frame}, as a CSV file that begins with ``header``."""
     folder = Path(folder)
-    with writing(folder, "name a folder that can be written"):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, FIX):
         for name, frame in tables.items():
             (folder / f"{name}.csv").write_text(f"{header}\n{frame.to_csv()}")
 
@@ -293,16 +306,16 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     if args.output:
-        write_tables(args.output, "", {})  # fails here if it does at all, before the work
+        make_folder(args.output)
     autocast = autocast_on(device, args.half)
-    about = f"# {args.channels} channels, {args.depth} layers, batch {args.batch_size}, {args.repeats} rounds"
-    header = "\n".join([*environment(device, args.half), about])
+    size = f"# {args.channels} channels, {args.depth} layers, batch {args.batch_size}, {args.repeats} rounds"
+    header = "\n".join([*environment(device, args.half), size])
     print(header)
     settings = {"channels": args.channels, "depth": args.depth, "batch_size": args.batch_size}
 
     auxiliaries = auxiliary_costs(**settings)
     steps = module_steps(device, autocast, **settings)
-    auxiliaries["time"] = added_time(seconds(steps, args.repeats, device))
+    auxiliaries["time"] = added_time(measure_seconds(steps, args.repeats, device))
     print("\nWhat the auxiliary network adds, in % of the module alone (parameters also as a number)\n")
     print(auxiliaries.to_string(formatters={"parameters": "{:,.0f}".format}, float_format="{:,.2f}".format))
 
@@ -311,7 +324,7 @@ def main():
 
     decoupling = decoupling_costs(args.type_aux, **settings)
     steps = decoupling_steps(device, autocast, args.half, args.type_aux, **settings)
-    decoupling["time"] = seconds(steps, args.repeats, device)
+    decoupling["time"] = measure_seconds(steps, args.repeats, device)
     print(f"\nDepth of decoupling, {args.type_aux}: K modules; peak memory in MiB, time of a step in ms\n")
     shown = decoupling.assign(memory=decoupling["memory"] / 2**20, time=1000 * decoupling["time"])
     formatters = {"parameters": "{:,.0f}".format, "training_gflop": "{:,.4f}".format}
@@ -322,7 +335,7 @@ def main():
 
 
 def read(path):
-    """A table that --output wrote, or None if there is none. ``frame.attrs["comments"]`` says how it was made."""
+    """The table that --output wrote to ``path``; None if there is none. ``frame.attrs["comments"]`` is its header."""
     if not path.exists():
         return None
     frame = pd.read_csv(path, comment="#")

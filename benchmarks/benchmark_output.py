@@ -4,19 +4,19 @@ from pathlib import Path
 
 from decoupled.errors import writing
 
-WAY_OUT = "name a file that can be written"
+FIX = "name a file that can be written"
 
 
 def check_output(path):
-    """Raises InputError, before the work, if ``path`` cannot be written. None means no file."""
+    """Raises InputError if ``path`` cannot be written: call it before the work. None means no file."""
     if path:
-        with writing(path, WAY_OUT):
+        with writing(path, FIX):
             Path(path).open("a").close()
 
 
 def publish(text, path):
-    """Prints ``text``, and writes it to ``path`` unless that is None."""
+    """Prints ``text`` and, unless ``path`` is None, writes it there."""
     print(text, end="")
     if path:
-        with writing(path, WAY_OUT):
+        with writing(path, FIX):
             Path(path).write_text(text)

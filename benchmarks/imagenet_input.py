@@ -1,13 +1,13 @@
-"""Does the input keep up? Images/s that one core decodes and augments, that
-workers deliver, and that a training step consumes.
+"""Checks whether the input pipeline keeps up with training: images/s that one
+core decodes and augments, that workers deliver, and that a training step consumes.
 
     python benchmarks/imagenet_input.py DIR --arch vgg13 --splits 10 --half \\
         -j 4 8 16
 
-DIR holds train/ and val/ (see imagenet/imagenet_folders.py); real ImageNet's
-larger files take longer than shrunk ones. The step is that of DGL on one batch
-that is already on the device, evaluation and log not counted. When the workers
-deliver less than the step consumes, training is bound by decoding.
+DIR has the folders train/ and val/ (see imagenet/imagenet_folders.py). Full-size
+ImageNet files take longer to decode than shrunk ones. The step is DGL's on one
+batch that is already on the device, without evaluation and log. If the workers
+deliver less than the step consumes, training waits for decoding.
 """
 
 import math
@@ -35,7 +35,9 @@ from greedy_vgg import STAGES, greedy_vgg
 def parse_args():
     networks = (*STAGES, *BLOCKS)
     parser = flags.Parser(__doc__)
-    parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/ and val/, of class folders")
+    parser.add_argument(
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, which have a folder per class"
+    )
     parser.add_argument(
         "-a",
         "--arch",
@@ -74,22 +76,23 @@ def decoding_speed(images):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     started = time.perf_counter()
+    epoch = 1
     for index in range(len(images)):
-        images[1, index]
+        images[epoch, index]
     torch.set_num_threads(threads)
     return len(images) / (time.perf_counter() - started)
 
 
 def delivery_speed(batches):
     """Images/s that arrive on the device, normalized, after a first epoch that starts the workers."""
-    pass_over(batches)
+    load_all(batches)
     started = time.perf_counter()
-    count = pass_over(batches)
+    count = load_all(batches)
     return count / (time.perf_counter() - started)
 
 
-def pass_over(batches):
-    """Waits for all images of ``batches`` and returns their number."""
+def load_all(batches):
+    """Loads all images of ``batches`` and returns their number."""
     count = sum(len(labels) for _, labels in batches)
     if batches.device.type == "cuda":
         torch.cuda.synchronize()
@@ -141,15 +144,16 @@ def main():
     about = f"{args.arch}, K = {args.splits}, batch {args.batch_size}, {args.image_size}x{args.image_size}"
     print("\n".join(environment(device, args.half)))
     print(f"# {about}, {train}, {os.cpu_count()} cores")
-    one_core = decoding_speed(train.images)
+    one_core = decoding_speed(train.samples.dataset)
     print(f"{one_core:10,.1f} images/s decoded by one core")
     for workers in args.workers:
         batches, _, _ = load_images(args, workers, device)
         unit = "worker" if workers == 1 else "workers"
         print(f"{delivery_speed(batches):10,.1f} images/s delivered with {workers} {unit}")
         batches.close()
-    step = step_speed(args, classes, device)
-    print(f"{step:10,.1f} images/s the step consumes; cores that keep it busy: {math.ceil(step / one_core)}")
+    consumed = step_speed(args, classes, device)
+    cores = math.ceil(consumed / one_core)
+    print(f"{consumed:10,.1f} images/s the step consumes; cores that keep it busy: {cores}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The networks that step_costs.py measures, divided into modules for each method. ``args`` are its flags."""
+"""The networks that step_costs.py measures, split into modules for each method. ``args`` are the flags of that
+script.
+"""
 
 import math
 import sys
@@ -24,9 +26,9 @@ LAYERS = 4  # of the learning_curves network
 
 
 def most_modules(args):
-    """The most modules that the network can be divided into."""
+    """The largest number of modules that the network can be split into."""
     if args.network in BLOCKS:
-        return 1 + sum(BLOCKS[args.network])  # with the stem
+        return 1 + sum(BLOCKS[args.network])  # the stem and the blocks
     if args.network == "cifar_resnet":  # a ReLU has no weights, and the pool is one module with the classifier
         return len(pieces(args.depth)) - 2
     if args.network in STAGES:
@@ -35,7 +37,7 @@ def most_modules(args):
 
 
 def decoupled_network(args, splits):
-    """A DecoupledNetwork of ``splits`` modules, all with weights. Raises InputError where it cannot be split so."""
+    """A DecoupledNetwork of ``splits`` modules, all with weights. Raises InputError if there is none."""
     if args.network in BLOCKS:
         net = greedy_resnet(args.network, splits, args.classes, args.image_size)
     elif args.network == "cifar_resnet":
@@ -48,7 +50,7 @@ def decoupled_network(args, splits):
     if len(net) != splits:
         raise InputError(f"{args.network} has no {splits} modules of equally many layers: choose other --splits")
     for module in net[:-1]:
-        if not any(True for _ in module.body.parameters()):
+        if not list(module.body.parameters()):
             raise InputError(
                 f"--splits {splits} leaves a module without weights, which has nothing to learn: choose fewer"
             )
@@ -56,13 +58,17 @@ def decoupled_network(args, splits):
 
 
 def chained_parts(net):
-    """The bodies of a DecoupledNetwork, without auxiliaries, as a ModuleList. The last part gives the logits."""
+    """The parts of a network without auxiliaries, as a ModuleList: the bodies of the DecoupledNetwork ``net``, and in
+    the last part the head as well.
+    """
     *lower, last = net
-    return nn.ModuleList([*(module.body for module in lower), nn.Sequential(last.body, last.auxiliary)])
+    parts = nn.ModuleList(module.body for module in lower)
+    parts.append(nn.Sequential(last.body, last.auxiliary))
+    return parts
 
 
 def interfaced_parts(net, image_size, make_synthesizer=ConvSynthesizer):
-    """The same for DNI: every part but the last ends with an interface."""
+    """chained_parts for DNI: every part but the last ends with an interface."""
     parts = chained_parts(net)
     shape = (3, image_size, image_size)
     for n, part in enumerate(parts[:-1]):
@@ -72,10 +78,10 @@ def interfaced_parts(net, image_size, make_synthesizer=ConvSynthesizer):
 
 
 def chained_network(args, splits):
-    """For back-propagation and DDG."""
+    """The network for back-propagation and DDG: see chained_parts."""
     return chained_parts(decoupled_network(args, splits))
 
 
 def interfaced_network(args, splits):
-    """For DNI."""
+    """The network for DNI: see interfaced_parts."""
     return interfaced_parts(decoupled_network(args, splits), args.image_size)

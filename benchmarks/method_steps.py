@@ -1,9 +1,10 @@
-"""What the benchmarks measure: one training step of each method on one mini-batch, as its script takes it, no meters.
+"""What the benchmarks measure: a training step of each method on one mini-batch, as in its script but without meters.
 
-A step takes the network, one optimizer per module (back-propagation and DNI have one in all), images (B, 3, s, s),
-labels (B,) and ``autocast``, a function that returns the context of a forward pass. Steps of a single module or stage
-are for a device of its own: their inputs have arrived from below, and the gradient from above is allocated when it
-arrives. tests/test_method_steps.py compares the steps with the scripts.
+The arguments of a step are the network, one optimizer per module (a single one for back-propagation and DNI), images
+(B, 3, s, s), labels (B,) and ``autocast``, a function that returns a context for the forward pass. The steps of a
+single module or stage are for modules that are on a device each: the inputs from the module below are given, and an
+empty tensor stands in for the gradient from the module above. tests/test_method_steps.py compares the steps with the
+scripts.
 """
 
 import sys
@@ -35,22 +36,22 @@ def autocast_on(device, half):
 
 
 def sgd(module, lr=1e-4, weight_decay=0.0):
-    """SGD with momentum, fused as in the scripts where there is such a kernel: not on meta or for FakeTensors."""
+    """SGD with momentum, fused as in the scripts, except on meta and for FakeTensors, which have no such kernel."""
     parameters = list(module.parameters())
     fused = not (parameters[0].is_meta or isinstance(parameters[0], FakeTensor))
     return SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused, foreach=False)
 
 
 class ScaledOptimizer:
-    """An optimizer with its own loss scale, as in the scripts: for fp16, which is what ``half`` means on CUDA.
-    Elsewhere the scale is off.
+    """An optimizer with its own loss scale, as in the scripts. The scale is for fp16, so it is on only with ``half`` on
+    CUDA.
     """
 
     def __init__(self, optimizer, half=False):
         self.optimizer = optimizer
         self.zero_grad = optimizer.zero_grad
         device_type = optimizer.param_groups[0]["params"][0].device.type
-        # A scale of 1 costs as much as a larger one and cannot overflow, which would leave momentum without a value
+        # A scale of 1 costs as much as a larger one and cannot overflow: no step is skipped
         self.scaler = torch.amp.GradScaler(device_type, init_scale=1.0, enabled=half and device_type == "cuda")
 
     def update(self, loss):
@@ -60,28 +61,28 @@ class ScaledOptimizer:
         self.step()
 
     def step(self):
-        """Steps by gradients that are there and have been scaled."""
+        """Steps with the gradients that are there, which must be scaled."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
 
 def backprop_step(net, optimizer, images, labels, autocast, checkpointing=False):
-    """Back-propagation through ``net``, a list of parts. ``checkpointing`` keeps only what is between the parts, and
-    recomputes all but the last.
+    """Back-propagation through ``net``, a list of parts. With ``checkpointing`` only the representations between parts
+    are kept, and all parts but the last are computed again.
     """
     *lower, last = net
     representation = images
     with autocast():
         for part in lower:
-            representation = recomputed(part, representation) if checkpointing else part(representation)
+            representation = run_checkpointed(part, representation) if checkpointing else part(representation)
         logits = last(representation)
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.update(loss)
 
 
-def recomputed(part, inputs):
-    """part(inputs), whose activations are dropped now and computed again in the backward pass. Batch norm counts the
-    batch once.
+def run_checkpointed(part, inputs):
+    """part(inputs), whose activations are dropped and computed again in the backward pass. Batch norm's statistics are
+    updated only once.
     """
 
     def contexts():
@@ -91,8 +92,8 @@ def recomputed(part, inputs):
 
 
 def dgl_step(modules, optimizers, inputs, labels, autocast):
-    """Decoupled Greedy Learning (Algorithm 1) of consecutive modules, of which the lowest gets ``inputs``. Returns the
-    top representation, detached.
+    """Decoupled Greedy Learning (Algorithm 1) of consecutive ``modules``; the lowest one gets ``inputs``. Returns the
+    representation of the highest one, detached.
     """
     representation = inputs
     for module, optimizer in zip(modules, optimizers, strict=True):
@@ -111,7 +112,7 @@ def sequential_step(net, optimizers, images, labels, autocast):
 
 
 def sequential_module_step(net, module_index, optimizer, images, labels, autocast):
-    """Sequential greedy learning: one module learns on the frozen ones below it."""
+    """Sequential greedy learning: one module learns, those below it are frozen."""
     *frozen, module = net[: module_index + 1]
     net.eval()
     module.train()
@@ -126,18 +127,18 @@ def sequential_module_step(net, module_index, optimizer, images, labels, autocas
 
 
 class PassedBatch(NamedTuple):
-    """A mini-batch that has passed a module of DDG."""
+    """A mini-batch whose forward pass through a module of DDG is done."""
 
     inputs: torch.Tensor
-    weights: dict  # copies of the weights it passed, by name; empty in the last module
-    output: torch.Tensor  # with its graph; the loss in the last module
+    weights: dict  # copies of the weights that were used, by name; empty in the last module
+    output: torch.Tensor  # with its graph; in the last module the loss
 
 
 class InFlight:
-    """DDG's mini-batches in one module whose gradient is still to come: one for each module above it.
+    """The mini-batches in one module of DDG that wait for their gradient, one for each module above it.
 
     batches   PassedBatch, oldest first
-    gradient  of the loss by the oldest output, as it came from the module above; None before the first
+    gradient  of the loss by the oldest output, sent by the module above; None before the first one arrives
     """
 
     def __init__(self, num_modules, module_index):
@@ -149,23 +150,24 @@ class InFlight:
 
 
 def ddg_step(net, optimizers, in_flight, images, labels, autocast):
-    """Delayed gradients (DDG), one iteration of all modules; ``in_flight`` has an InFlight for each."""
+    """Delayed gradients (DDG): one iteration of all modules. ``in_flight`` is a list with an InFlight for each."""
     representation = images
     for module_index, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
         representation, gradient = ddg_module_step(
             module, optimizer, in_flight[module_index], representation, labels, autocast
         )
         if gradient is not None:
-            in_flight[module_index - 1].gradient = gradient  # for its next iteration
+            in_flight[module_index - 1].gradient = gradient  # used in its next iteration
 
 
 def ddg_module_step(module, optimizer, in_flight, inputs, labels, autocast):
-    """One module's part of an iteration of DDG: forward for this mini-batch, then backward and a step for the oldest in
-    flight. Returns the output, detached, and the gradient by the oldest one's inputs, None where there is none.
+    """One module's part of an iteration of DDG: the forward pass of this mini-batch, then backward pass and step of the
+    oldest one in flight. Returns the output, detached, and the gradient by the inputs of the oldest one. The gradient
+    is None in the first module and as long as the oldest one has none.
     """
     inputs = inputs.detach().requires_grad_(not in_flight.is_first)
     weights = {}
-    if not in_flight.is_last:  # later steps must leave these alone; their gradient goes to the module's own
+    if not in_flight.is_last:  # copies, which later steps do not change; their gradient goes to the module's weights
         weights = {name: weight.clone() for name, weight in module.named_parameters()}
     with autocast():
         output = functional_call(module, weights, inputs)
@@ -177,20 +179,22 @@ def ddg_module_step(module, optimizer, in_flight, inputs, labels, autocast):
     if len(in_flight.batches) <= in_flight.delay:
         return representation, None
     oldest = in_flight.batches.popleft()
-    # Each module has its own loss scale; gradients pass from one to the next without
+    # Each module has its own loss scale; gradients are passed from one to the next unscaled
     scale = optimizer.scaler.scale(torch.ones(1, device=labels.device))
     optimizer.zero_grad()
-    oldest.output.backward((in_flight.gradient * scale).view_as(oldest.output).to(oldest.output.dtype))
+    scaled_gradient = (in_flight.gradient * scale).view_as(oldest.output).to(oldest.output.dtype)
+    oldest.output.backward(scaled_gradient)
+    del scaled_gradient  # its memory must not count in the step
     gradient = None if in_flight.is_first else oldest.inputs.grad / scale
     optimizer.step()
     return representation, gradient
 
 
 def dni_step(net, optimizer, images, labels, autocast, context=None):
-    """Decoupled neural interfaces (DNI): in the forward pass each interface back-propagates its synthetic gradient into
-    the part below. In cDNI synthesizers see the labels: ``context`` (B, classes).
+    """Decoupled neural interfaces (DNI): during the forward pass each interface back-propagates its synthetic gradient
+    into the part below. In cDNI the synthesizers also get the labels: ``context`` (B, classes).
     """
-    optimizer.zero_grad()  # first: the forward pass adds gradients already
+    optimizer.zero_grad()  # before the forward pass, which already adds gradients
     representation = images
     with autocast(), synthesizer_context(context):
         for part in net:
@@ -201,7 +205,9 @@ def dni_step(net, optimizer, images, labels, autocast, context=None):
 
 
 def dni_part_step(part, optimizer, inputs, labels, autocast, is_first, is_last):
-    """One part of DNI: its interface has taught it by the time the true gradient arrives for the synthesizer."""
+    """One part of DNI. Its interface back-propagates into it in the forward pass; the gradient from above is for the
+    synthesizer.
+    """
     optimizer.zero_grad()
     with autocast():
         output = part(inputs.detach().requires_grad_(not is_first))

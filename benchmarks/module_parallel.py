@@ -1,30 +1,32 @@
-"""Images/s of modules that learn at the same time, each in its process, beside
-back-propagation in a pipeline and data parallelism, on the learning_curves
-network. Needs no data set, and two idle cores: a thread for each process.
+"""Measures images/s of modules that learn in parallel, each in its own process, and
+compares them with pipelined back-propagation and data parallelism, on the
+learning_curves network. Needs no data set, but two idle cores: each process has
+one thread.
 
     python benchmarks/module_parallel.py --half --output FILE
 
 Rows:
   DGL, K processes      as learning_curves/cifar_dgl.py runs under torchrun
-  DGL, 2 threads        one process, which splits each operation
+  DGL, 2 threads        one process; two threads share the work of each operation
   GPipe m, 1F1B m       back-propagation of the same network without the
-                        auxiliaries in two processes, m micro-batches
-                        (torch.distributed.pipelining); m = 1 is one process
+                        auxiliaries in two processes with m micro-batches
+                        (torch.distributed.pipelining)
   data-parallel         two processes with half of each mini-batch, gradients
                         averaged (DistributedDataParallel)
 Columns:
-  cut           modules of each process
-  images/s      by the clock, which needs as many idle cores as processes; and
-                by CPU time, of which the busiest process has most
+  cut           the number of modules in each process
+  images/s      by wall time, which needs as many idle cores as processes, and by
+                the CPU time of the process that uses the most
   speed-up      of both over one process of the same method
-  ideal         the sum of the modules' CPU times in DGL's one process, over the
-                greatest sum that a process of this row has of them
-  waits %       of the clock's time that the busiest process waits for
+  ideal         the speed-up of a perfect pipeline: the CPU time of all modules in
+                "DGL, 1 process", divided by that of the modules of the process
+                that has the most to do
+  waits %       how much of the wall time the busiest process waits for
                 representations or for room in the queue
-  MB, GB/s      what the busiest link carries per mini-batch, and per second
-Medians over rounds, in which the rows take turns, so that a drift of the
-machine hits all alike. What is on paper for more GPUs and other links:
-benchmarks/module_parallel_paper.py.
+  MB, GB/s      traffic of the busiest link per mini-batch, and per second
+Numbers are medians over rounds. Each round measures every row, so that a drift of
+the machine affects all alike. benchmarks/module_parallel_paper.py computes what to
+expect of more GPUs and other links.
 """
 
 import sys
@@ -59,11 +61,11 @@ WARM_UP = 3  # mini-batches before the clock starts
 
 
 class Row(NamedTuple):
-    method: str  # see work()
+    method: str  # "stages", "replicas", "end to end" or "pipeline": see work
     processes: int
-    threads: int = 1  # of each process
-    schedule: type | None = None  # of a pipeline
-    micro_batches: int = 1
+    threads: int = 1  # in each process
+    schedule: type | None = None  # for a pipeline
+    micro_batches: int = 1  # for a pipeline
 
     @property
     def greedy(self):
@@ -93,7 +95,10 @@ def parse_args():
     parser.add_argument("--rounds", type=flags.integer(1), default=3, help="rounds of all rows")
     parser.add_argument("--batch-size", type=flags.integer(16), default=128, help="images per mini-batch")
     parser.add_argument(
-        "--queue", type=flags.integer(1), default=2, help="max mini-batches in flight between stages, as in the scripts"
+        "--queue",
+        type=flags.integer(1),
+        default=2,
+        help="most mini-batches in flight between stages, as in the scripts",
     )
     parser.add_argument("--half", action="store_true", help="bf16 mixed precision")
     parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the table to this file")
@@ -104,32 +109,27 @@ def parse_args():
 
 
 class Clock:
-    """The seconds that a process spends from mini-batch WARM_UP on: wall time, CPU time, waiting, and the CPU time of
-    each of ``num_modules`` modules.
+    """Measures the seconds that a process spends on mini-batches after the first WARM_UP: wall time, CPU time, waiting,
+    and the CPU time of each of ``num_modules`` modules.
     """
 
     def __init__(self, stage=None, num_modules=0):
         self.stage = stage
+        self.num_modules = num_modules
         self.module_seconds = [0.0] * num_modules
 
-    def measure(self, batches):
-        """Passes on ``batches``."""
+    def timed(self, batches):
+        """Yields the mini-batches of ``batches`` and measures the time until the last one is done."""
         for number, batch in enumerate(batches):
             if number == WARM_UP:
-                self.start()
+                self.module_seconds = [0.0] * self.num_modules
+                wall_at_start = time.perf_counter()
+                cpu_at_start = time.process_time()
+                waited_at_start = self.waited_so_far()
             yield batch
-        self.stop()
-
-    def start(self):
-        self.module_seconds = [0.0 for _ in self.module_seconds]
-        self.wall = time.perf_counter()
-        self.cpu = time.process_time()
-        self.waited = self.waited_so_far()
-
-    def stop(self):
-        self.wall = time.perf_counter() - self.wall
-        self.cpu = time.process_time() - self.cpu
-        self.waited = self.waited_so_far() - self.waited
+        self.wall = time.perf_counter() - wall_at_start
+        self.cpu = time.process_time() - cpu_at_start
+        self.waited = self.waited_so_far() - waited_at_start
 
     def waited_so_far(self):
         if self.stage is None:
@@ -165,16 +165,16 @@ def script_sgd(module):
 
 
 def greedy(args, net, autocast, mesh):
-    """DGL's steps by the modules of this process: a Result."""
-    stage = Stage(net, (3, 32, 32), mesh, queue=args.queue, autocast=autocast)
+    """Runs DGL's steps of the modules of this process: a Result."""
+    stage = Stage(net, torch.zeros(2, 3, 32, 32), mesh, queue=args.queue, autocast=autocast)
     modules = mesh.data_parallel(stage.modules_here)
     optimizers = [ScaledOptimizer(script_sgd(module)) for module in stage.modules_here]
     clock = Clock(stage, len(modules))
     sent = 0
     stage.train()
-    every = mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)
-    train, *_ = mesh.load_images(lambda: (every, every, 10))
-    for representation, labels in clock.measure(stage.inputs(train)):
+    batches = mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)
+    train, _, _ = mesh.load_data(lambda: (batches, batches, 10))
+    for representation, labels in clock.timed(stage.inputs(train)):
         for index, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             started = time.process_time()
             representation = dgl_step([module], [optimizer], representation, labels, autocast)
@@ -186,8 +186,8 @@ def greedy(args, net, autocast, mesh):
 
 
 class Part(nn.Module):
-    """Consecutive modules of a pipeline with the head of the last one. Mixed precision is inside, because a schedule
-    calls the part. What goes from one part to the next is (B, h, w, C): channels-last memory, as contiguous.
+    """Consecutive modules with the head of the last one, as a stage of a pipeline. Autocast is inside, because the
+    schedule calls the part. Parts pass representations on as (B, h, w, C), which makes channels-last memory contiguous.
     """
 
     def __init__(self, modules, autocast, is_first=True, is_last=True):
@@ -213,12 +213,12 @@ def loss_of(logits, labels):
 
 
 def end_to_end(args, net, autocast, mesh):
-    """Back-propagation in one process, or in replicas: a Result."""
+    """Runs back-propagation in one process, or in replicas: a Result."""
     part = Part(net, autocast)
     (module,) = mesh.data_parallel([part])
     optimizer = script_sgd(part)
     clock = Clock()
-    for images, labels in clock.measure(mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)):
+    for images, labels in clock.timed(mini_batches(WARM_UP + args.steps, args.batch_size // mesh.replicas)):
         loss = loss_of(module(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -227,7 +227,7 @@ def end_to_end(args, net, autocast, mesh):
 
 
 def pipeline(args, net, autocast, mesh, row):
-    """Back-propagation in a pipeline, balanced by FLOPs: a Result."""
+    """Runs back-propagation in a pipeline, balanced by FLOPs: a Result."""
     net = without_lower_heads(net)
     surveyed = survey(net, torch.zeros(2, 3, 32, 32), autocast)
     lengths = balance(surveyed.flops, mesh.stages)
@@ -240,7 +240,7 @@ def pipeline(args, net, autocast, mesh, row):
     schedule = row.schedule(stage, row.micro_batches, loss_fn=loss_of)
     optimizer = script_sgd(part)
     clock = Clock()
-    for images, labels in clock.measure(mini_batches(WARM_UP + args.steps, args.batch_size)):
+    for images, labels in clock.timed(mini_batches(WARM_UP + args.steps, args.batch_size)):
         inputs = [images] if is_first else []
         target = {"target": labels} if is_last else {}
         optimizer.zero_grad()
@@ -259,7 +259,7 @@ def without_lower_heads(net):
 
 
 def work(args, row):
-    """What one process of ``row`` does: a Result."""
+    """Runs one process of ``row``: a Result."""
     torch.set_num_threads(row.threads)
     torch.manual_seed(1)
     processes = Processes(CPU)
@@ -282,7 +282,7 @@ def work(args, row):
 
 
 def measure(row, args):
-    """The Results of all processes of ``row``, by rank."""
+    """Runs ``row``: a list of the Results of its processes, by rank."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -299,23 +299,23 @@ def measure(row, args):
 
 
 def clock_rate(results, images):
-    """Images/s by the clock."""
+    """Images/s by wall time."""
     return images / max(result.wall for result in results)
 
 
 def cpu_rate(results, images):
-    """Images/s if only the CPU time of the busiest process counted."""
+    """Images/s by the CPU time of the busiest process."""
     return images / max(result.cpu for result in results)
 
 
 def share_waited(results):
-    """The share of the clock's time, in %, that the busiest process waits."""
+    """How much of the wall time the busiest process waits, in %."""
     busiest = max(results, key=lambda result: result.cpu)
     return 100 * busiest.waited / busiest.wall
 
 
 def greatest_sum(module_seconds, lengths):
-    """The most that a process has of the modules' seconds; ``lengths``: the number of modules of each."""
+    """The sum of ``module_seconds`` in the process that has the most. ``lengths``: the number of modules in each."""
     sums = []
     first = 0
     for length in lengths:
@@ -325,8 +325,8 @@ def greatest_sum(module_seconds, lengths):
 
 
 def make_table(rounds, args):
-    """A frame with a row for each of ROWS, from the Results of all rounds, [{row: [Result of each process]}], and the
-    modules' CPU milliseconds per step.
+    """(frame with a row for each of ROWS, the modules' CPU milliseconds per step). ``rounds``: the Results of each
+    round, [{row: [Result of each process]}].
     """
     images = args.steps * args.batch_size
     timed = [results[DGL_BASE][0].module_seconds for results in rounds]

@@ -1,29 +1,31 @@
-"""What modules in parallel give on paper: VGG-19 and ResNet-152 at 224×224 on
-several GPUs, over NVLink, 100 and 10 Gb/s Ethernet. Nothing here is measured on
-a GPU: FLOPs, bytes and memory are counted from the networks themselves, fp32,
-and a GPU is taken to compute --tflops of its FLOPs a second, whatever they are.
+"""Computes what to expect of modules in parallel: VGG-19 and ResNet-152 at 224×224
+on several GPUs, over NVLink, 100 and 10 Gb/s Ethernet. Nothing is measured on a
+GPU: FLOPs, bytes and memory are counted from the networks themselves, in fp32, and
+every GPU is assumed to reach --tflops.
 
     python benchmarks/module_parallel_paper.py --output FILE
 
-The first table has images/s, that of back-propagation on one GPU being 1. With
-G GPUs, mini-batches of b images, FLOPs f of a training image over rate R in a
-module's seconds t = b f / R, r bytes of a representation between two modules of
-an image, W bytes/s of a link in each direction, P bytes of gradients, a
-mini-batch takes
-  DGL            max over modules of t, and over links of b r / W: sending goes
-                 on while the next is computed; auxiliaries count
-  1F1B m         (m + G - 1) / m × max over stages of t and over links of
-                 b r / W: bubbles are (G - 1) / (m + G - 1) of the time of m
-                 micro-batches, GPipe's or 1F1B's; nothing else is lost
-  data-parallel  T / 3 + max(2 T / 3, 2 (G - 1) / G × P / W), T = sum of t / G:
-                 a ring's all-reduce, wholly beside the backward pass
-Modules are torchvision's network cut in G of about equal FLOPs
-(decoupled.decouple); pipelines have their bodies. Back-propagation of a body
-counts as three forward passes.
+The first table has images/s relative to back-propagation on one GPU. The symbols:
+  G  number of GPUs
+  P  bytes of gradients
+  W  bytes/s of a link in each direction
+  t  seconds that a module computes for one mini-batch: FLOPs / --tflops
+  s  seconds that a link takes for the representations of one mini-batch
+One mini-batch takes
+  DGL            max(t of any module, s of any link): a module sends while it
+                 computes the next mini-batch. t includes the auxiliaries
+  1F1B m         (m + G - 1) / m × max(t of any stage, s of any link): with m
+                 micro-batches, in 1F1B as in GPipe, bubbles take (G - 1) /
+                 (m + G - 1) of the time; nothing else is lost
+  data-parallel  T / 3 + max(2 T / 3, 2 (G - 1) / G × P / W), with T = (sum of
+                 t) / G: a ring all-reduce that overlaps the backward pass
+The modules are G parts of torchvision's network with about equal FLOPs
+(decoupled.decouple); the stages of pipelines are their bodies. Back-propagation
+through a body counts as three forward passes.
 
 The second table has the memory of the fullest GPU in GiB: weights, gradients,
-momentum and the peak of a step (decoupled.analysis.costs); 1F1B keeps at most G
-micro-batches of the lowest stage; DGL's queue of two on both sides counts.
+momentum and the peak of a step (decoupled.analysis.costs). The lowest stage of 1F1B
+keeps at most G micro-batches. DGL has a queue of --queue mini-batches on both sides.
 """
 
 import math
@@ -43,7 +45,7 @@ from decoupled.training.environment import environment
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark_output import check_output, publish
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))  # for what its scripts import beside them
+sys.path.append(str(Path(__file__).resolve().parents[1] / "imagenet"))
 from greedy_torchvision import greedy_torchvision
 
 LINKS = {"NVLink": 300e9, "100 Gb/s": 12.5e9, "10 Gb/s": 1.25e9}  # bytes/s in each direction
@@ -53,12 +55,16 @@ MICRO_BATCHES = (8, 32)  # of a pipeline
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--networks", default=",".join(NETWORKS.values()), help="of torchvision, separated by commas")
+    parser.add_argument(
+        "--networks", default=",".join(NETWORKS.values()), help="torchvision networks, separated by commas"
+    )
     parser.add_argument("--gpus", type=flags.integers, default=[2, 4, 8], metavar="G,G,…", help="numbers of GPUs")
     parser.add_argument("--batch-size", type=flags.integer(2), default=256, help="images per mini-batch, over all GPUs")
     parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of an image")
-    parser.add_argument("--queue", type=flags.integer(1), default=2, help="mini-batches in flight between two modules")
-    parser.add_argument("--tflops", type=flags.number(above=0), default=60.0, help="10^12 FLOPs per second of a GPU")
+    parser.add_argument(
+        "--queue", type=flags.integer(1), default=2, help="most mini-batches in flight between two modules"
+    )
+    parser.add_argument("--tflops", type=flags.number(above=0), default=60.0, help="TFLOP/s of a GPU")
     parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the tables to this file")
     return parser.parse_args()
 
@@ -76,15 +82,19 @@ def parameter_bytes(module):
 
 
 def whole_network(net):
-    """The bodies of ``net`` with its last head: what back-propagation trains."""
+    """The network that back-propagation trains: the bodies of ``net`` with its last head."""
     return nn.Sequential(*(module.body for module in net), net[-1].auxiliary)
 
 
 def backprop_memory(net, images):
-    """Bytes that back-propagation of the bodies of ``net`` with its last head takes, weights included."""
+    """The peak bytes of a back-propagation step of whole_network(net), weights included."""
     whole = whole_network(net)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    step = training_step(lambda: (F.cross_entropy(whole(images), labels),), whole)
+
+    def forward():
+        return (F.cross_entropy(whole(images), labels),)
+
+    step = training_step(forward, whole)
     memory = peak_memory(lambda: (step(), step()), images.device)
     whole.zero_grad()
     return memory + parameter_bytes(whole)
@@ -92,28 +102,27 @@ def backprop_memory(net, images):
 
 def run_forward(module, inputs):
     """(bytes that the graph of a forward pass keeps, output included; the output, detached)."""
-    with LiveStorages() as storages:
+    with LiveStorages() as memory:
         output = module(inputs.detach().requires_grad_())
-        return storages.live, output.detach()
+        return memory.live, output.detach()
 
 
 def pipeline_memory(net, inputs, micro_batches):
-    """Bytes of the fullest stage in 1F1B, where stage n of G keeps at most G - n micro-batches, n from 0.
-    ``inputs``: one micro-batch of images.
+    """Bytes of the fullest stage in 1F1B, where stage k of G, from 0, keeps at most G - k micro-batches. ``inputs``:
+    one micro-batch of images.
     """
-    stages = []
-    for n, module in enumerate(net):
-        waiting = len(net) - n
-        stage = module.body
-        if waiting == 1:
-            stage = nn.Sequential(module.body, module.auxiliary)
-        graph, inputs = run_forward(stage, inputs)
-        stages.append(3 * parameter_bytes(stage) + min(micro_batches, waiting) * graph)
-    return max(stages)
+    needed = []
+    for k, module in enumerate(net):
+        in_flight = min(micro_batches, len(net) - k)
+        is_last = k == len(net) - 1
+        stage = nn.Sequential(module.body, module.auxiliary) if is_last else module.body
+        graph_bytes, inputs = run_forward(stage, inputs)
+        needed.append(3 * parameter_bytes(stage) + in_flight * graph_bytes)  # weights, gradients, momentum; graphs
+    return max(needed)
 
 
 def representation_bytes(net, images):
-    """[bytes of the images, of each module's output]."""
+    """Bytes of the images and of each module's output: a list."""
     sizes = [images.nbytes]
     representation = images
     for module in net:
@@ -124,8 +133,8 @@ def representation_bytes(net, images):
 
 
 def dgl_memory(net, module_costs, sizes, queue):
-    """Bytes of the fullest GPU in DGL, a module each: weights, the peak of a step, and ``queue`` mini-batches that wait
-    on both sides. ``sizes``: see representation_bytes.
+    """Bytes of the fullest GPU in DGL with one module on each: weights, the peak of a step, and ``queue`` mini-batches
+    that wait on both sides. ``sizes`` come from representation_bytes.
     """
     gpus = len(net)
     needed = []
@@ -138,12 +147,12 @@ def dgl_memory(net, module_costs, sizes, queue):
 
 
 class Demands(NamedTuple):
-    """What a network of G modules demands. ``count_demands`` counts it."""
+    """What training a network of G modules demands of GPUs and links: see count_demands."""
 
     batch_size: int
-    dgl_flops: list  # of each module, per training image, auxiliary included
-    body_flops: list  # the same of its body with back-propagation
-    link_bytes: list  # per image, of each representation between two modules
+    dgl_flops: list  # of each module, per training image, with its auxiliary
+    body_flops: list  # of each module's body in back-propagation, per training image; the last has the head
+    link_bytes: list  # of the representation between each two modules, per image
     backprop_gradients: int  # bytes
     dgl_gradients: int  # bytes
 
@@ -163,7 +172,7 @@ def count_demands(net, module_costs, sizes, batch_size):
 
 
 def relative_speeds(demands, flops_per_second, bytes_per_second):
-    """{method: images/s, those of back-propagation on one GPU being 1}."""
+    """{method: images/s, relative to back-propagation on one GPU}."""
     gpus = len(demands.dgl_flops)
     scale = demands.batch_size / flops_per_second
     sending = demands.batch_size * max(demands.link_bytes) / bytes_per_second
@@ -175,9 +184,9 @@ def relative_speeds(demands, flops_per_second, bytes_per_second):
         return total / gpus / 3 + max(2 / 3 * total / gpus, all_reduce)
 
     seconds = {"one GPU, DGL": dgl, "DGL": max(scale * max(demands.dgl_flops), sending)}
-    for count in MICRO_BATCHES:
-        bubbles = (count + gpus - 1) / count
-        seconds[f"1F1B {count}"] = bubbles * max(scale * max(demands.body_flops), sending)
+    for micro_batches in MICRO_BATCHES:
+        with_bubbles = (micro_batches + gpus - 1) / micro_batches
+        seconds[f"1F1B {micro_batches}"] = with_bubbles * max(scale * max(demands.body_flops), sending)
     seconds["data-parallel b.-p."] = data_parallel(backprop, demands.backprop_gradients)
     seconds["data-parallel DGL"] = data_parallel(dgl, demands.dgl_gradients)
     return {method: backprop / time for method, time in seconds.items()}
@@ -187,22 +196,22 @@ def fullest_memory(net, module_costs, sizes, args):
     """{method: bytes of the fullest GPU}."""
     gpus = len(net)
     side = args.image_size
-    share = meta_images(math.ceil(args.batch_size / gpus), side)
-    replica = costs(net, share)["memory"].xs("module", level="part").max()
+    images_of_replica = meta_images(math.ceil(args.batch_size / gpus), side)
+    replica_peak = costs(net, images_of_replica)["memory"].xs("module", level="part").max()
     memory = {
         "one GPU, b.-p.": backprop_memory(net, meta_images(args.batch_size, side)),
         "DGL": dgl_memory(net, module_costs, sizes, args.queue),
     }
-    for count in MICRO_BATCHES:
-        micro_batch = meta_images(math.ceil(args.batch_size / count), side)
-        memory[f"1F1B {count}"] = pipeline_memory(net, micro_batch, count)
-    memory["data-parallel b.-p."] = backprop_memory(net, share)
-    memory["data-parallel DGL"] = replica + 3 * parameter_bytes(net)
+    for micro_batches in MICRO_BATCHES:
+        micro_batch = meta_images(math.ceil(args.batch_size / micro_batches), side)
+        memory[f"1F1B {micro_batches}"] = pipeline_memory(net, micro_batch, micro_batches)
+    memory["data-parallel b.-p."] = backprop_memory(net, images_of_replica)
+    memory["data-parallel DGL"] = replica_peak + 3 * parameter_bytes(net)
     return memory
 
 
 def make_tables(args):
-    """(frame of relative speeds, frame of the fullest GPU's GiB)."""
+    """(frame of relative speeds, frame of the fullest GPU's memory in GiB)."""
     names = {arch: name for name, arch in NETWORKS.items()}
     speeds = {}
     memory = {}
@@ -217,7 +226,7 @@ def make_tables(args):
             for link, bytes_per_second in LINKS.items():
                 speeds[name, gpus, link] = relative_speeds(demands, 1e12 * args.tflops, bytes_per_second)
             fullest = fullest_memory(net, module_costs, sizes, args)
-            memory[name, gpus] = {method: count / 2**30 for method, count in fullest.items()}
+            memory[name, gpus] = {method: size / 2**30 for method, size in fullest.items()}
     return (
         pd.DataFrame.from_dict(speeds, orient="index").rename_axis(["network", "GPUs", "link"]),
         pd.DataFrame.from_dict(memory, orient="index").rename_axis(["network", "GPUs"]),

@@ -1,44 +1,46 @@
-"""What a training step costs by each method: time, FLOPs, and memory on one
-device and on each of K, at one network and batch.
+"""Compares the training steps of all methods on one network and one batch size:
+time, FLOPs, and memory on one device and on each of K devices.
 
     python benchmarks/step_costs.py
     python benchmarks/step_costs.py --network resnet152 --count --budget 16
 
-Rows, for each K of --splits; each is the step of that method's script, SGD with
-momentum. "all" is the most modules: each layer, or each residual block.
+Rows, for each K of --splits. Each is the step of that method's script, with SGD
+with momentum. K = all is the largest number of modules: one per layer, or per
+residual block.
   back-propagation  K = 1
-  pipeline          back-propagation in K stages, a device each, which hold a
-                    mini-batch in flight: 1F1B's lowest with K micro-batches.
-                    On one device it is back-propagation
-  checkpointing     only what is between K parts is kept, they are recomputed
+  pipeline          back-propagation in K stages, each on its own device with one
+                    mini-batch in flight, as the lowest stage of 1F1B has with K
+                    micro-batches. On one device it is back-propagation
+  checkpointing     only the representations between K parts are kept; the parts
+                    are computed again
   DGL               modules with MLP-SR auxiliaries
-  sequential        one module after the other learns: a step of each in turn.
-                    It has no use for several devices
+  sequential        the modules learn one after the other: a step of each. It
+                    cannot use several devices
   DDG               delayed gradients, K - 1 mini-batches in flight
   DNI               K - 1 interfaces, with the synthesizer of the DNI paper's
-                    CNN: three 5x5 convolutions of the representation's channels
-                    at its size. Gradients go before the forward pass, which adds
-                    to them, and not after it as elsewhere
+                    CNN: three 5x5 convolutions with the representation's
+                    channels, at its size. Gradients are freed before the forward
+                    pass, which adds to them, not after it as in other methods
 Columns:
-  ms/step, images/s  median over the rounds, on one device, where modules take
-                     turns; a row has a process of its own, for networks that
-                     share one slow each other
+  ms/step, images/s  median over the rounds, on one device, where the modules
+                     take turns. Each row is measured in its own process, because
+                     networks in one process slow each other down
   GFLOP/image        of a step; a multiply-add is 2 (decoupled.analysis.costs)
-  fixed MiB          parameters and buffers, gradients, momentum: of auxiliaries
-                     and synthesizers too
-  peak MiB           all tensors alive at the worst moment of a step, network
-                     and images included, after K steps before it
-  fullest MiB        the same of the fullest of K devices, each with a module,
-                     its input, and what comes down to it
-  largest, more      with --budget: largest batch whose peak is within it, and %
-                     more than back-propagation's
-  CUDA ...           the same by the allocator of CUDA, in which kernels'
-                     workspaces count; CUDA largest: that really ran. Neither
-                     has what the driver takes for itself
-Peaks and FLOPs are counted by FakeTensors, which have sizes and no values, the
-same on every machine. Without computing, by --count, or where a step needs more
-than the machine has, there is nothing else. Beneath: each device's peak, and
-what methods save beside back-propagation.
+  fixed MiB          parameters, buffers, gradients and momentum, including those
+                     of auxiliaries and synthesizers
+  peak MiB           the peak memory of a step after K others: all tensors,
+                     network and images included
+  fullest MiB        the same for the fullest of K devices, each with a module,
+                     its input, and the gradient from the module above
+  largest, more      with --budget: the largest batch whose peak is within it,
+                     and how many % more images than back-propagation's
+  CUDA ...           the same, measured by CUDA's allocator, which includes
+                     kernels' workspaces but not the driver's own memory. CUDA
+                     largest is a batch that really ran
+Peaks and FLOPs are counted with FakeTensors, which have shapes but no values: they
+are the same on every machine. With --count, or if a step needs more memory than
+the machine has, nothing else is reported. Below the table: the peak of each
+device, and how much memory each method saves compared with back-propagation.
 """
 
 import functools
@@ -73,13 +75,13 @@ from benchmark_output import check_output, publish
 from method_networks import NETWORKS, SMALL, chained_network, decoupled_network, interfaced_network, most_modules
 from method_steps import InFlight, ScaledOptimizer, autocast_on, sgd
 
-SECONDS = 0.1  # a row is repeated within a round for at least as long
+MIN_SECONDS = 0.1  # how long a row is repeated in each round, at least
 MIB = 2**20
 GIB = 2**30
 
 
-# Methods. make_step(args, net, images, labels) makes the step of all modules on one device, and
-# make_device_step(args, net, k, inputs, labels) that of module k on a device of its own.
+# Methods. make_step(args, net, images, labels) returns the step of all modules on one device, and
+# make_device_step(args, net, k, inputs, labels) that of module k, from 0, on its own device. Steps are callables.
 
 
 def autocast_of(args):
@@ -127,7 +129,7 @@ def ddg_device(args, net, k, inputs, labels):
     def step():
         output, _ = method_steps.ddg_module_step(net[k], optimizer, in_flight, inputs, labels, autocast)
         if not in_flight.is_last:
-            in_flight.gradient = torch.empty_like(output)  # arrives from above, for the next iteration
+            in_flight.gradient = torch.empty_like(output)  # stands in for what arrives from above
 
     return step
 
@@ -139,7 +141,7 @@ def dni(args, net, images, labels):
 
 
 def device_step_of(part_step):
-    """A make_device_step from dni_part_step or pipeline_stage_step."""
+    """The make_device_step of a method whose step is dni_part_step or pipeline_stage_step."""
 
     def make(args, net, k, inputs, labels):
         optimizer = sgd(net[k])
@@ -153,9 +155,9 @@ def device_step_of(part_step):
 
 class Method(NamedTuple):
     build: Callable  # (args, splits) → modules
-    make_step: Callable | None = None  # None: on one device it is back-propagation
-    make_device_step: Callable | None = None  # None: modules cannot learn at the same time
-    delayed: bool = False  # mini-batches are in flight between steps
+    make_step: Callable | None = None  # None for a method that is back-propagation on one device
+    make_device_step: Callable | None = None  # None for a method whose modules cannot learn at the same time
+    delayed: bool = False  # whether mini-batches stay in flight between steps
 
 
 METHODS = {
@@ -179,9 +181,9 @@ def parse_args():
         metavar="NAME",
         help=f"{', '.join(NETWORKS)} (default: cifar_resnet)",
     )
-    parser.add_argument("--depth", type=flags.integer(1, 2000), help="of cifar_resnet, 6n+2 (default: 110)")
+    parser.add_argument("--depth", type=flags.integer(1, 2000), help="layers of cifar_resnet, 6n+2 (default: 110)")
     parser.add_argument(
-        "--image-size", type=flags.integer(32), help="side of the images of an ImageNet network (default: 224)"
+        "--image-size", type=flags.integer(32), help="side of the images, for ImageNet networks (default: 224)"
     )
     parser.add_argument(
         "--batch-size", type=flags.integer(2), help="images per step (default: 128; ImageNet networks: 32)"
@@ -201,7 +203,7 @@ def parse_args():
         default=OTHERS,
         help="methods to compare with back-propagation (default: all)",
     )
-    parser.add_argument("--count", action="store_true", help="count only: run and time nothing")
+    parser.add_argument("--count", action="store_true", help="only count memory and FLOPs: run and time nothing")
     parser.add_argument(
         "--budget", type=flags.number(above=0), metavar="GIB", help="find the largest batch that fits in this memory"
     )
@@ -213,7 +215,7 @@ def parse_args():
         "--row",
         nargs=3,
         metavar=("METHOD", "K", "BATCH"),
-        help="measure this row only and print JSON; BATCH is where the search for the largest batch starts",
+        help="measure only this row and print JSON; the search for the largest batch starts at BATCH",
     )
     args = parser.parse_args()
     small = args.network in SMALL
@@ -242,7 +244,7 @@ def number_of_modules(text):
 
 
 class Measured(NamedTuple):
-    """A row: ``columns`` of the main table, and the peak MiB of each device, if the row has several."""
+    """A row: ``columns`` of the main table, {name: value}, and ``devices``, the peak MiB of each device."""
 
     columns: dict
     devices: list
@@ -259,7 +261,7 @@ def prepare(net, device):
     """Moves ``net`` to ``device`` in channels-last memory, in train mode, and returns it."""
     if not isinstance(next(net.parameters()), FakeTensor):
         return net.to(device, memory_format=torch.channels_last).train()
-    # Module.to does nothing to FakeTensors. A gradient of another format than its weight would be copied
+    # Module.to does not change FakeTensors. With another format than its weight, a gradient would be copied
     for module in net.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 4:
@@ -268,46 +270,46 @@ def prepare(net, device):
 
 
 def steps_to_settle(method, splits, k=0):
-    """Steps of module ``k`` after which all lasting memory is there: the momentum and what DDG has in flight."""
+    """The number of steps after which module ``k`` has all its lasting memory: momentum, and mini-batches in flight."""
     if method.delayed:
         return splits - k
     return 1
 
 
-def peak_bytes(make_step, held, before, device):
-    """The most bytes that a step needs after ``before`` others, and that step. The tensors ``held`` exist already and
-    count. On CUDA the allocator counts, so nothing else may be there.
+def peak_bytes(make_step, existing, earlier_steps, device):
+    """(peak memory in bytes of the step after ``earlier_steps`` others, that step). The tensors ``existing`` count. On
+    CUDA the allocator counts everything, so there must be no other tensors.
     """
     if device.type == "cuda":
         step = make_step()
-        for _ in range(before):
+        for _ in range(earlier_steps):
             step()
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device), step
-    with LiveStorages() as storages:
-        for tensor in held:
+    with LiveStorages() as memory:
+        for tensor in existing:
             storage = tensor.untyped_storage()
-            storages.know(storage, storage.nbytes())
+            memory.remember(storage, storage.nbytes())
         step = make_step()
-        for _ in range(before):
+        for _ in range(earlier_steps):
             step()
-        storages.peak = storages.live
+        memory.peak = memory.live
         step()
-    return storages.peak, step
+    return memory.peak, step
 
 
 def one_device_peak(args, method, net, size):
-    """The peak bytes of a step with batch ``size`` on one device, and that step."""
+    """(peak memory in bytes of a step with ``size`` images on one device, that step)."""
     device = pick_device(args.device)
     images, labels = random_batch(args, size, device)
     make_step = functools.partial(method.make_step, args, net, images, labels)
-    held = [*net.parameters(), *net.buffers(), images, labels]
-    return peak_bytes(make_step, held, steps_to_settle(method, len(net)), device)
+    existing = [*net.parameters(), *net.buffers(), images, labels]
+    return peak_bytes(make_step, existing, steps_to_settle(method, len(net)), device)
 
 
 def device_peaks(args, method, splits):
-    """The peak MiB of each of ``splits`` devices, each with a module."""
+    """The peak MiB of each of ``splits`` devices, with one module on each."""
     device = pick_device(args.device)
     autocast = autocast_of(args)
     net = method.build(args, splits)
@@ -316,23 +318,23 @@ def device_peaks(args, method, splits):
     for k in range(splits):
         module = prepare(net[k], device)
         make_step = functools.partial(method.make_device_step, args, net, k, inputs, labels)
-        held = [inputs, *module.parameters(), *module.buffers()]
-        has_labels = k == splits - 1 or hasattr(module, "auxiliary")
-        if has_labels:
-            held.append(labels)
-        peak, _ = peak_bytes(make_step, held, steps_to_settle(method, splits, k), device)
+        existing = [inputs, *module.parameters(), *module.buffers()]
+        needs_labels = k == splits - 1 or hasattr(module, "auxiliary")
+        if needs_labels:
+            existing.append(labels)
+        peak, _ = peak_bytes(make_step, existing, steps_to_settle(method, splits, k), device)
         peaks.append(peak / MIB)
         body = getattr(module, "body", module)
         with torch.no_grad(), autocast():
             inputs = body(inputs)
-        net[k] = nn.Identity()
-        del module, body, make_step, held
+        net[k] = nn.Identity()  # frees the module's memory
+        del module, body, make_step, existing
     return peaks
 
 
 def count(args, method, splits):
-    """The counted part of a row, without computing."""
-    args = Namespace(**{**vars(args), "device": "cpu"})
+    """The Measured row as counted with FakeTensors, without computing."""
+    args = Namespace(**(vars(args) | {"device": "cpu"}))
     columns = {}
     devices = []
     with FakeTensorMode():
@@ -357,7 +359,7 @@ def count(args, method, splits):
 
 
 def counted_largest(args, method, net, known_peak):
-    """The largest batch within the budget, searched for around a linear guess. ``known_peak``: of --batch-size."""
+    """The largest batch within the budget, found around a linear guess. ``known_peak``: that of --batch-size."""
     budget = args.budget * GIB
 
     @functools.cache
@@ -373,7 +375,7 @@ def counted_largest(args, method, net, known_peak):
 
 
 def largest(fits, guess):
-    """The largest integer ≥ 0 for which ``fits`` holds, found around ``guess``. All smaller ones must fit too."""
+    """The largest integer ≥ 0 for which ``fits`` is true, searched around ``guess``. All smaller ones must fit, too."""
     low = 0
     high = None
     stride = 1
@@ -397,7 +399,7 @@ def largest(fits, guess):
 
 
 def measure(args, method, splits, guess):
-    """The measured part of a row, by the clock and CUDA's allocator: for a process of its own."""
+    """The Measured row by the clock and CUDA's allocator. It must run in its own process."""
     device = pick_device(args.device)
     on_cuda = device.type == "cuda"
     columns = {}
@@ -406,7 +408,7 @@ def measure(args, method, splits, guess):
     if method.make_step:
         net = prepare(method.build(args, splits), device)
         peak, step = one_device_peak(args, method, net, args.batch_size)
-        calls = math.ceil(SECONDS / step_seconds(step, 1, device))
+        calls = math.ceil(MIN_SECONDS / step_seconds(step, 1, device))
         seconds = statistics.median(step_seconds(step, calls, device) for _ in range(args.repeats))
         columns = {"ms/step": 1000 * seconds, "images/s": args.batch_size / seconds}
         del step
@@ -426,7 +428,7 @@ def measure(args, method, splits, guess):
 
 
 def largest_that_runs(args, method, net, guess):
-    """The largest batch whose steps run when PyTorch may take no more than the budget."""
+    """The largest batch whose steps run if PyTorch may allocate no more than the budget."""
     device = pick_device(args.device)
 
     def fits(size):
@@ -445,18 +447,22 @@ def largest_that_runs(args, method, net, guess):
     return limit
 
 
-def memory_of(device):
-    """Bytes."""
+def memory_size(device):
+    """The memory of ``device`` in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measure_in_process(args, name, splits, counted):
-    """The measured part of a row, by a process of its own; empty where that cannot be. ``counted``: its columns."""
+    """What measure returns, run in its own process. Empty if nothing can be measured. ``counted``: the columns that
+    were counted.
+    """
     device = pick_device(args.device)
     needed = counted.get("peak MiB", 0) * MIB
-    if needed > memory_of(device) or (not METHODS[name].make_step and device.type != "cuda"):
+    fits = needed <= memory_size(device)
+    is_measurable = METHODS[name].make_step or device.type == "cuda"
+    if not (fits and is_measurable):
         return Measured({}, [])
     guess = int(counted.get("largest", 0))
     command = [sys.executable, __file__, *sys.argv[1:], "--row", name, str(splits), str(guess)]
@@ -473,7 +479,7 @@ def measure_in_process(args, name, splits, counted):
 
 
 def describe_saving(peak, base):
-    """``peak`` relative to ``base``, in words."""
+    """How ``peak`` compares with ``base``, in words."""
     if math.isnan(peak) or math.isnan(base):
         return ""
     more = 100 * (peak / base - 1)
@@ -485,7 +491,7 @@ def describe_saving(peak, base):
 
 
 def savings(frame):
-    """A frame of words: what each row saves. ``frame`` is the main table."""
+    """A frame of texts: what each row of ``frame``, the main table, saves."""
     base = frame["peak MiB"].iloc[0]
     rows = {}
     for (name, splits), row in frame.iloc[1:].iterrows():
@@ -522,7 +528,7 @@ COLUMNS = [
 
 
 def make_tables(args, measure_row=measure_in_process):
-    """(main frame, {(method, K, "counted" or "CUDA"): MiB of each device}). Reports progress on stderr."""
+    """(main table, {(method, K, "counted" or "CUDA"): MiB of each device}). Prints progress to stderr."""
     todo = [("back-propagation", 1)]
     for name in METHODS:
         if name in args.methods:
@@ -547,7 +553,7 @@ def make_tables(args, measure_row=measure_in_process):
 
 
 def list_devices(devices):
-    """Lines with the peaks of each device, for rows with several."""
+    """Lines with the peak of each device, for rows with several."""
     lines = []
     for (name, splits, by), peaks in devices.items():
         if len(peaks) < 2:
@@ -576,7 +582,7 @@ def header(args):
 
 
 def report(args, frame, devices):
-    """The text to print."""
+    """The text of the whole output."""
     whole_numbers = {name: "{:.0f}".format for name in frame if "largest" in name or "more" in name}
     return "\n\n".join(
         [
@@ -600,7 +606,7 @@ def main():
     check_output(args.output)
     with FakeTensorMode():
         for splits in args.splits:
-            decoupled_network(args, splits)  # raises InputError where the network cannot be split so
+            decoupled_network(args, splits)  # raises InputError, before the work, if the network cannot be split so
     publish(report(args, *make_tables(args)), args.output)
 
 

@@ -1,37 +1,40 @@
-"""Throughput and memory of training steps beside the matrix-product ceiling,
-for two networks. Needs no data set: the images are random.
+"""Measures throughput and memory of training steps, and how near they come to the
+speed of a large matrix product, for two networks. Needs no data set: the images
+are random.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --half --network dni
 
-learning_curves: DGL beside sequential greedy learning and back-propagation. It
-shows how near the machine's ceiling each step runs; that DGL's needs less
-memory than back-propagation's; that what is not the step (data, meters, log) is
-a small part of an epoch; what evaluating every head costs beside the last
-alone. dni: back-propagation, DGL, DNI and cDNI. It shows that DGL's step costs
-its modules' FLOPs and no more, at which share of the ceiling beside
-back-propagation's, and that synthesizers run no more often than the method
-needs.
+learning_curves compares DGL with sequential greedy learning and back-propagation.
+It shows how near each step comes to the machine's ceiling, that DGL's needs less
+memory than back-propagation's, that everything but the step (data, meters, log) is
+a small part of an epoch, and how much longer it takes to evaluate every head than
+the last one. dni compares back-propagation, DGL, DNI and cDNI. It shows that the
+FLOPs of DGL's step are those of its modules and no more, how near DGL comes to the
+ceiling compared with back-propagation, and that synthesizers run no more often than
+the method needs.
 
 Columns:
   images/s      median over the rounds
-  % of DGL      time an image takes, DGL's step being 100
+  % of DGL      time per image, in % of that of DGL's step
   GFLOP/image   counted in that very step; a multiply-add is 2 (decoupled.analysis.costs)
   GFLOP/s       the product of both
-  % of ceiling  GFLOP/s beside the best large square matrix product of the same
-                precision, measured before and after each round
+  % of ceiling  GFLOP/s in % of those of the fastest large square matrix product in
+                the same precision, measured before and after each round
   MB/image      read and written by the step's operations (Traffic)
-  % of limit    of the least time in which the machine could run the step: for
-                each operation in turn, its FLOPs at the ceiling or its bytes at
-                the memory bandwidth, whichever takes longer. Small tensors stay
-                in caches, which are faster: there it can be above 100
-  peak MiB      made by two steps from the start on, momentum included, on top
-                of network and images (decoupled.analysis.costs.peak_memory)
-Rows, a table for each network: training steps on one batch, already on the
-device. "stage n" trains module n on the frozen ones below; the mean over stages
-is that of sequential training as a whole (its peak is the largest). Evaluation
-includes its data and meters. "an epoch's" rows happen once per 50,000 images.
-Each round measures every row, so that a drift of the machine affects all alike.
+  % of limit    the shortest time in which the machine could run the step, in % of
+                the measured time. The shortest time of an operation is that of its
+                FLOPs at the ceiling or that of its bytes at the memory bandwidth,
+                whichever is longer. Small tensors stay in caches, which are
+                faster: there it can be above 100
+  peak MiB      peak of the first two steps, momentum included, without network
+                and images (decoupled.analysis.costs.peak_memory)
+Rows, in a table for each network, are training steps on one batch that is already
+on the device. "stage n" trains module n on the frozen ones below; the mean over
+stages stands for sequential training as a whole (its peak is the largest).
+Evaluation includes its data and meters. Rows called "an epoch's" happen once per
+50,000 images. Each round measures every row, so that a drift of the machine affects
+all alike.
 """
 
 import atexit
@@ -73,7 +76,7 @@ from decoupled.training.run import Run
 sys.path.insert(0, str(Path(__file__).parent))
 from method_steps import ScaledOptimizer, autocast_on, dgl_step, dni_step, sequential_module_step, sgd
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "dni"))  # for what its scripts import beside them
+sys.path.append(str(Path(__file__).resolve().parents[1] / "dni"))  # its scripts import modules from their folder
 from dni import cifar_cnn_dni, cifar_dgl
 
 CLASSES = 10  # CIFAR-10's
@@ -88,16 +91,16 @@ class Sizes(NamedTuple):
     train: int  # images
     test: int  # images
     test_batch: int  # images
-    seconds: float  # a row is repeated within a round for at least as long
-    matrix: dict  # by device: side of the matrices whose product is the ceiling, enough to reach it
-    stream: dict  # by device: elements of an array that is streamed from memory, many times the caches
+    min_seconds: float  # how long a row is repeated in each round, at least
+    matrix: dict  # {device type: side of the matrices whose product gives the ceiling}
+    stream: dict  # {device type: elements of the arrays that give the bandwidth, many times the caches}
 
 
 FULL = Sizes(
     train=50_000,
     test=10_000,
     test_batch=1000,
-    seconds=0.1,
+    min_seconds=0.1,
     matrix={"cpu": 2048, "mps": 4096, "cuda": 8192},
     stream={"cpu": 2**25, "mps": 2**25, "cuda": 2**27},
 )
@@ -105,7 +108,7 @@ SMOKE = Sizes(
     train=64,
     test=16,
     test_batch=8,
-    seconds=1e-9,
+    min_seconds=1e-9,
     matrix={"cpu": 64, "mps": 64, "cuda": 64},
     stream={"cpu": 64, "mps": 64, "cuda": 64},
 )
@@ -113,10 +116,10 @@ SMOKE = Sizes(
 
 def parse_args():
     parser = flags.Parser(__doc__)
-    parser.add_argument("--network", choices=("all", *BATCH_SIZE), default="all", help="networks")
+    parser.add_argument("--network", choices=("all", *BATCH_SIZE), default="all", help="which network")
     parser.add_argument("--half", action="store_true", help="mixed precision: fp16 on CUDA, bf16 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--threads", type=flags.integer(1), help="CPU threads of PyTorch (default: its own choice)")
+    parser.add_argument("--threads", type=flags.integer(1), help="CPU threads of PyTorch (default: PyTorch's)")
     parser.add_argument(
         "--batch-size",
         type=flags.integer(2),
@@ -124,10 +127,10 @@ def parse_args():
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument(
-        "--plain-malloc", action="store_true", help="without decoupled.training.precision.keep_freed_memory"
+        "--plain-malloc", action="store_true", help="do not call decoupled.training.precision.keep_freed_memory"
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to see that everything runs: the numbers mean nothing"
+        "--smoke", action="store_true", help="tiny sizes, only to check that everything runs: the numbers mean nothing"
     )
     return parser.parse_args()
 
@@ -147,20 +150,20 @@ class Setting(NamedTuple):
         return autocast_on(self.device, self.half)
 
     def place(self, net):
-        """``net`` on the device, in channels-last memory and train mode."""
+        """Moves ``net`` to the device, in channels-last memory and train mode, and returns it."""
         return net.to(self.device, memory_format=torch.channels_last).train()
 
 
 class Row(NamedTuple):
-    """A row of the table: ``step()`` processes ``images`` images. ``net`` is there where its costs are looked into."""
+    """A row of the table: ``step()`` processes ``images`` images. ``net`` is given if describe_parts needs it."""
 
     name: str
     images: int
     step: Callable
-    net: nn.Module = None
+    net: nn.Module | None = None
 
 
-# The rows of learning_curves. One function per method makes its own network and returns a list of rows.
+# The rows of learning_curves. Each of them has its own network.
 
 
 def learning_curves_rows(setting, sizes):
@@ -308,15 +311,15 @@ def dni_greedy_row(setting):
 
 
 def settle(rows):
-    """Takes each row's step once. On CUDA its libraries try kernels and take lasting workspaces at the first step, and
-    no row's peak should include those.
+    """Runs each row's step once. In the first step CUDA's libraries try kernels and allocate workspaces that they keep,
+    which must not count in the peak of any row.
     """
     for row in rows:
         row.step()
 
 
 def matrix_product(half, device, sizes):
-    """A callable that multiplies two large square matrices in the convolutions' precision, and its FLOPs."""
+    """(a callable that multiplies two large square matrices in the precision of the convolutions, its FLOPs)."""
     dtype = torch.float32
     if half:
         dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
@@ -326,7 +329,7 @@ def matrix_product(half, device, sizes):
     product = torch.empty(side, side, device=device, dtype=dtype)
 
     def multiply():
-        # CUDA's convolutions use TF32 in fp32 by default, its matrix products do not
+        # By default fp32 convolutions on CUDA use TF32, but matrix products do not
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
         torch.mm(left, right, out=product)
@@ -336,17 +339,17 @@ def matrix_product(half, device, sizes):
 
 
 class Operation(NamedTuple):
-    """What one operation on a device costs."""
+    """The costs of one operation."""
 
     flops: int
     size: int  # bytes read and written
 
 
 class Traffic(TorchDispatchMode):
-    """Inside the block: ``operations``, an Operation for each that runs, backward passes included.
+    """Counts the operations that run inside the block, backward passes included: ``operations``, a list of Operation.
 
-    Bytes are those of the tensors it reads and of its results, each tensor once and as if there were no caches; an
-    in-place result counts twice. Views and memory that is only reserved move nothing.
+    Bytes are those of the tensors that an operation reads and of its results, each tensor once and as if there were no
+    caches; a tensor changed in place counts as read and written. Views and empty tensors cost nothing.
     """
 
     def __init__(self):
@@ -355,7 +358,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # composite operations come whole
+        if torch.is_inference_mode_enabled():  # composite operations are not decomposed before they arrive here
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -365,7 +368,7 @@ class Traffic(TorchDispatchMode):
             return result
         read = distinct_tensors((args, kwargs))
         written = distinct_tensors(result)
-        if func._schema.is_mutable and not written:  # such as fused optimizers
+        if func._schema.is_mutable and not written:  # it returns nothing, as fused optimizers do
             written = read
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
@@ -384,7 +387,7 @@ def num_bytes(tensors):
 
 
 def stream(device, sizes):
-    """A callable that reads two arrays and writes a third, each much larger than the caches, and the bytes of that."""
+    """(a callable that reads two arrays and writes a third, each much larger than the caches, the bytes it moves)."""
     elements = sizes.stream[device.type]
     left = torch.ones(elements, device=device)
     right = torch.ones(elements, device=device)
@@ -393,16 +396,16 @@ def stream(device, sizes):
 
 
 class Measurements(NamedTuple):
-    """What the rows of one network cost."""
+    """The costs of the rows of one network."""
 
     costs: pd.DataFrame  # by row: images, FLOPs per image, bytes per image, least seconds per image, peak memory
-    times: pd.DataFrame  # seconds per image, rounds × rows
+    times: pd.DataFrame  # seconds per image: a line per round, a column per row
     ceiling: float  # FLOP/s
     bandwidth: float  # bytes/s
 
 
 def measure(rows, setting, sizes, repeats):
-    """Measurements of ``rows``."""
+    """The Measurements of ``rows``."""
     device = setting.device
     memory = []
     flops = []
@@ -414,19 +417,22 @@ def measure(rows, setting, sizes, repeats):
         with Traffic() as counted:
             row.step()
         traffic.append(counted.operations)
-        calls.append(math.ceil(sizes.seconds / step_seconds(row.step, 1, device)))
+        calls.append(math.ceil(sizes.min_seconds / step_seconds(row.step, 1, device)))
 
     multiply, product_flops = matrix_product(setting.half, device, sizes)
     add, streamed = stream(device, sizes)
     step_seconds(add, 1, device)  # warm up
     step_seconds(multiply, 1, device)
     products = [step_seconds(multiply, 1, device)]
-    product_calls = math.ceil(sizes.seconds / products[0])
+    product_calls = math.ceil(sizes.min_seconds / products[0])
     sums = []
     rounds = []
     for _ in range(repeats):
         products.append(step_seconds(multiply, product_calls, device))
-        rounds.append([step_seconds(row.step, n, device) / row.images for row, n in zip(rows, calls, strict=True)])
+        times = []
+        for row, row_calls in zip(rows, calls, strict=True):
+            times.append(step_seconds(row.step, row_calls, device) / row.images)
+        rounds.append(times)
         products.append(step_seconds(multiply, product_calls, device))
         sums.append(step_seconds(add, 3, device))
     ceiling = product_flops / min(products)
@@ -448,12 +454,12 @@ def measure(rows, setting, sizes, repeats):
 
 
 def least_seconds(operations, ceiling, bandwidth):
-    """The least time in which the machine could run ``operations`` one after the other."""
+    """The shortest time in which the machine could run ``operations`` one after the other."""
     return sum(max(each.flops / ceiling, each.size / bandwidth) for each in operations)
 
 
 def add_sequential_mean(measured):
-    """Measurements with a row for the mean over the stages of sequential learning, below these, if they have any."""
+    """``measured`` with another row below the stages of sequential learning, if there are any: the mean over them."""
     names = list(measured.times.columns)
     stages = [name for name in names if name.startswith("sequential step, stage")]
     if not stages:
@@ -499,12 +505,12 @@ def format_table(table):
 
 
 def describe_epoch(rows, table, times, sizes):
-    """The share of an epoch of DGL that data, meters and log take, and the cost of evaluating all heads."""
+    """Lines about how much of an epoch of DGL data, meters and log take, and what evaluating all heads costs."""
     typical = times.median()
     seconds = {
         "data": sizes.train * (typical["data, training batch"] + typical["data, an epoch's order"])
         + sizes.test * typical["data, test batch"],
-        # A little too much for the test images: their batches are larger
+        # A little too long for the test images, whose batches are larger
         "meters": (sizes.train + sizes.test) * typical["meters, training batch"],
         "log": sizes.train * typical["log, an epoch's"],
     }
@@ -524,7 +530,7 @@ def describe_epoch(rows, table, times, sizes):
 
 
 def describe_parts(rows, table, times, sizes):
-    """How DGL's step compares with the sum of its parts at back-propagation's share of the ceiling, and how often
+    """Lines about how DGL's step compares with the sum of its modules at the GFLOP/s of back-propagation, and how often
     synthesizers run.
     """
     (net,) = [row.net for row in rows if row.name == "DGL step"]
@@ -547,11 +553,13 @@ def describe_parts(rows, table, times, sizes):
 
 
 def synthesizer_runs(row):
-    """How often synthesizers run in a step."""
+    """How many times synthesizers run in a step."""
     runs = []
     hooks = []
     for module in row.net.modules():
-        if type(module).__name__ == "ConvSynthesizer":  # by name: scripts are loaded by path
+        if (
+            type(module).__name__ == "ConvSynthesizer"
+        ):  # by name: the class of a script loaded by path is another object
             hooks.append(module.register_forward_hook(lambda *_: runs.append(1)))
     row.step()
     for hook in hooks:

@@ -93,7 +93,7 @@ def decoupled_resnet(depth, splits, classes, width=16):
     shape = (3, 32, 32)
     for body in bodies[:-1]:
         shape = output_shape(body, shape)
-        auxiliary = mlp_sr_auxiliary(shape[0], shape[1:], classes)
+        auxiliary = mlp_sr_auxiliary(shape, classes)
         auxiliaries.append(draw_batch_norm_weights(auxiliary))  # as in the published runs
     return DecoupledNetwork(map(DecoupledModule, bodies, [*auxiliaries, classifier]))
 

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-COMMANDS = {  # name: (module with its main, what it does)
+COMMANDS = {  # name: (module in decoupled.analysis whose main runs it, what it does)
     "plot": ("plots", "draw learning curves from logs"),
     "predict": ("predict", "classify images with a trained network, measure early exits"),
     "export": ("export", "write logs as a table, or for TensorBoard"),
@@ -18,7 +18,7 @@ def parse_args():
     parser = argparse.ArgumentParser(
         prog="python -m decoupled",
         usage="python -m decoupled COMMAND …",
-        description="What comes after a training run. Each COMMAND has a --help of its own.",
+        description="Tools for finished training runs. Each COMMAND has its own --help.",
         epilog="\n".join(["commands:", *commands]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -29,7 +29,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may be missing here
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a backend set by a notebook may not be installed
     from decoupled.training import flags
 
     module, _ = COMMANDS[args.command]

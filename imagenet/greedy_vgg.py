@@ -85,10 +85,7 @@ def with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_
     shape = (3, image_size, image_size)
     for body in bodies:
         shape = output_shape(body, shape)
-        if body is bodies[-1]:
-            head = make_last_head(shape)
-        else:
-            head = mlp_sr_auxiliary(shape[0], shape[1:], classes, convs, hidden_layers)
+        head = make_last_head(shape) if body is bodies[-1] else mlp_sr_auxiliary(shape, classes, convs, hidden_layers)
         modules.append(DecoupledModule(body, head))
     return DecoupledNetwork(modules)
 

@@ -191,7 +191,7 @@ def setup(args, build):
         distributed=True,
         stages=args.stages,
         loss_scale=args.static_loss_scale,
-        free_on_resume=("data", "workers", "print_freq"),
+        free_on_resume=("data", "print_freq"),
     )
     mesh = run.mesh
 
@@ -211,8 +211,7 @@ def setup(args, build):
             device=run.device,
         )
 
-    with run.console.reading():
-        train, val, classes = mesh.load_images(load)
+    train, val, classes = run.data(load)
     net = build(args, classes)
     if mesh.replicas > 1:
         if args.local_batch_norm:
@@ -221,7 +220,7 @@ def setup(args, build):
             replicas = "all processes" if mesh.stages == 1 else "the replicas of each module"
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
-    net = run.distribute(net, shape=(3, args.image_size, args.image_size))
+    net = run.distribute(net)
     modules = mesh.data_parallel(net.modules_here, args.local_batch_norm)
     return Setup(run, train, val, net, modules)
 

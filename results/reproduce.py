@@ -1,5 +1,5 @@
-"""The paper's numbers beside ours: runs what is missing of the tables' rows, and
-writes the tables from the logs.
+"""Reproduces the paper's results: runs the experiments in rows.csv that have no
+log yet, and writes the tables, the paper's numbers beside ours, from the logs.
 
     python results/reproduce.py list
     python results/reproduce.py run learning_curves-parallel 'dni-*-20' --half
@@ -7,7 +7,7 @@ writes the tables from the logs.
     python results/reproduce.py table
     python results/reproduce.py check
 
-ROW is a name in rows.csv, or a pattern of names.
+ROW is a name in rows.csv, or a pattern for several names.
 """
 
 import fnmatch
@@ -29,11 +29,11 @@ from decoupled.errors import writing
 from decoupled.logs import newest, parse_run_name
 from decoupled.training import flags
 
-GRACE = 60  # seconds that runs have to save and leave
+GRACE = 60  # seconds in which interrupted runs must save and exit
 
 
 class CommandParser(flags.Parser):
-    """The parser of one command, which argparse makes with the name of the whole."""
+    """The parser of one command. argparse passes ``prog``, which names the script and the command."""
 
     def __init__(self, prog, description, **options):
         super().__init__(description)
@@ -48,12 +48,12 @@ def parse_args():
     add_list(commands)
     add_run(commands)
     commands.add_parser(
-        "table", description="Writes the tables of the pages from the logs in results/.", help="write the tables"
+        "table", description="Writes the tables in the README files from the logs in results/.", help="write the tables"
     )
     commands.add_parser(
         "check",
-        description="Fails where the tables are not what the logs in results/ give.",
-        help="are the tables what the logs give?",
+        description="Fails if the tables in the README files do not agree with the logs in results/.",
+        help="check the tables against the logs",
     )
     return parser.parse_args()
 
@@ -61,36 +61,34 @@ def parse_args():
 def add_list(commands):
     parser = commands.add_parser(
         "list",
-        description="Lists the rows: how many of their seeds are done, and what training one seed costs.",
-        help="list the rows: seeds done and missing, cost",
+        description="Lists the rows, how many of their seeds are done, and the cost of training one seed.",
+        help="list the rows, their finished seeds and their cost",
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="these only")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="list only these")
     add_results(parser)
 
 
 def add_run(commands):
     parser = commands.add_parser(
         "run",
-        help="run or resume what is missing",
-        description="""Runs what is missing of the rows: every seed that results/ has no finished log of.
+        help="run or resume the seeds that have no finished log",
+        description="""Runs every seed of the rows that has no finished log in results/.
 
-The first seed of every row comes before the second of any. Each run is a process
-with one CPU thread, started in the repository's root, from which --data-dir and
---log-dir are taken. An interrupted run is resumed, with the same --half and
+The first seeds of all rows come before the second ones. Each run is a process with
+one CPU thread. It starts in the repository's root: relative --data-dir and --log-dir
+are relative to that. An interrupted run is resumed, with the same --half and
 --device. The log of a finished run is copied to results/EXPERIMENT/ROW-seedS.log.""",
     )
-    parser.add_argument("rows", nargs="+", metavar="ROW", help="these rows")
-    parser.add_argument(
-        "--jobs", type=flags.integer(1), default=1, metavar="N", help="how many processes run at the same time"
-    )
+    parser.add_argument("rows", nargs="+", metavar="ROW", help="the rows to run")
+    parser.add_argument("--jobs", type=flags.integer(1), default=1, metavar="N", help="how many runs at the same time")
     parser.add_argument(
         "--budget",
         type=flags.number(above=0),
         metavar="MINUTES",
-        help="then stop all runs as Ctrl-C does; the same command resumes them (default: no limit)",
+        help="stop all runs after this time as Ctrl-C does; the same command resumes them (default: no limit)",
     )
     parser.add_argument(
-        "--seeds", type=flags.integer(1), metavar="N", help="the first N seeds of each row (default: all)"
+        "--seeds", type=flags.integer(1), metavar="N", help="only the first N seeds of each row (default: all)"
     )
     parser.add_argument("--half", action="store_true", help="mixed precision")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -108,8 +106,8 @@ def add_results(parser):
 
 
 def choose_rows(patterns, rows):
-    """The ``rows``, {name: Row}, that one of the ``patterns`` matches, in the patterns' order. Raises InputError for a
-    pattern that matches none.
+    """Those of ``rows``, {name: Row}, that match one of ``patterns``, in the order of the patterns. Raises InputError
+    for a pattern that matches none.
     """
     chosen = {}
     for pattern in patterns:
@@ -131,8 +129,11 @@ def list_rows(args):
         logs = read_runs(row, Path(args.results)).values()
         done = sum(is_finished(log, row) for log in logs)
         what = f"{row.variant}, {row.size}, {row.data}, {row.epochs} epochs"
-        lines.append((row.row, f"{done} of {len(row.seeds)}", f"{row.pflop:g}", what))
-    name_width, done_width, cost_width, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+        lines.append((row.name, f"{done} of {len(row.seeds)}", f"{row.pflop:g}", what))
+    names, counts, costs, _ = zip(*lines, strict=True)
+    name_width = max(map(len, names))
+    done_width = max(map(len, counts))
+    cost_width = max(map(len, costs))
     for name, done, cost, what in lines:
         print(f"{name:<{name_width}}  {done:<{done_width}}  {cost:>{cost_width}}  {what}")
 
@@ -141,7 +142,7 @@ def list_rows(args):
 
 
 class Job(NamedTuple):
-    """A run that is under way; ``output`` is the file that it prints to."""
+    """A run in progress; ``output`` is the file that it prints to."""
 
     row: Row
     seed: int
@@ -154,16 +155,16 @@ class Job(NamedTuple):
 
 
 def run_missing(args):
-    """Runs what is missing of the rows chosen, within the budget."""
+    """Runs the missing seeds of the chosen rows until the budget is spent."""
     started = time.monotonic()
-    # A shell ignores SIGINT for what it starts in the background, and so would the runs.
+    # A shell makes background commands ignore SIGINT, and the runs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     missing = missing_runs(args)
     with writing(args.log_dir, "name another --log-dir"):
         Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     jobs = []
-    complaints = []
+    failed = []
     try:
         while missing or jobs:
             if args.budget is not None and time.monotonic() > started + 60 * args.budget:
@@ -172,40 +173,47 @@ def run_missing(args):
                 row, seed = missing.pop(0)
                 jobs.append(start_run(row, seed, args))
             time.sleep(0.2)
-            for job in [job for job in jobs if job.process.poll() is not None]:
+            ended = [job for job in jobs if job.process.poll() is not None]
+            for job in ended:
                 jobs.remove(job)
                 try:
                     finish_run(job, args)
                 except InputError as error:
                     print(error, file=sys.stderr)
-                    complaints.append(job.name)
+                    failed.append(job.name)
     finally:
         stop_runs(jobs)
     for job in jobs:
         print(f"{job.name}: stopped; the same command resumes it")
-    if complaints:
-        raise InputError(f"failed, see above: {', '.join(complaints)}")
+    if failed:
+        raise InputError(f"failed, see above: {', '.join(failed)}")
 
 
 def missing_runs(args):
-    """[(row, seed)] of the rows chosen, without a finished log, the first seeds of all rows first."""
+    """[(row, seed)] of the chosen rows that have no finished log. Prints the logs of those that have."""
     rows = choose_rows(args.rows, read_rows(Path(args.results) / "rows.csv"))
     missing = []
-    for place in range(max(len(row.seeds) for row in rows)):
-        for row in rows:
-            if place >= len(row.seeds[: args.seeds]):
-                continue
-            seed = row.seeds[place]
-            log = read_runs(row, Path(args.results)).get(seed)
-            if log is not None and is_finished(log, row):
-                print(f"{row.run_name(seed)}: done ({os.path.relpath(log.path)})")
-            else:
-                missing.append((row, seed))
+    for row, seed in first_seeds_first(rows, args.seeds):
+        log = read_runs(row, Path(args.results)).get(seed)
+        if log is not None and is_finished(log, row):
+            print(f"{row.run_name(seed)}: done ({os.path.relpath(log.path)})")
+        else:
+            missing.append((row, seed))
     return missing
 
 
-def command(row, seed, args):
-    """The words of a run's command, which begins it or resumes the newest checkpoint of its name in --log-dir."""
+def first_seeds_first(rows, count):
+    """[(row, seed)]: the first seed of every row, then the second ones, and so on up to ``count``; None means all."""
+    ordered = []
+    for index in range(max(len(row.seeds) for row in rows)):
+        for row in rows:
+            if index < len(row.seeds[:count]):
+                ordered.append((row, row.seeds[index]))
+    return ordered
+
+
+def run_command(row, seed, args):
+    """The words of the command that starts a run, or resumes the newest checkpoint of its name in --log-dir."""
     words = ["python", row.script]
     if row.experiment == "imagenet":
         words.append(args.data_dir)
@@ -221,8 +229,8 @@ def command(row, seed, args):
 
 
 def start_run(row, seed, args):
-    """Starts a run in a process of its own: a Job."""
-    words = command(row, seed, args)
+    """Starts a run in its own process and returns its Job."""
+    words = run_command(row, seed, args)
     print(shlex.join(words), flush=True)
     output = Path(args.log_dir) / f"{row.run_name(seed)}.out"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -239,23 +247,26 @@ def start_run(row, seed, args):
 
 
 def stop_runs(jobs):
-    """Interrupts the jobs and waits for them; those that do not leave are killed, which their checkpoints survive."""
+    """Interrupts the jobs and waits for them. Those that do not exit are killed; their checkpoints stay usable."""
     for job in jobs:
         job.process.send_signal(signal.SIGINT)
-    end = time.monotonic() + GRACE
+    deadline = time.monotonic() + GRACE
     for job in jobs:
         try:
-            job.process.wait(max(0, end - time.monotonic()))
+            job.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             job.process.kill()
             job.process.wait()
 
 
 def finish_run(job, args):
-    """Copies the log of a job whose process has ended. Raises InputError where it failed, or is no run of its row."""
+    """Copies the log of a job whose process has ended to the results. Raises InputError if the run failed, or if the
+    log is not of a finished run of its row.
+    """
     if job.process.returncode != 0:
-        last = (job.output.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"{job.name} ended with exit code {job.process.returncode}: {last}")
+        lines = job.output.read_text(errors="replace").strip().splitlines()
+        last_line = lines[-1] if lines else "no output"
+        raise InputError(f"{job.name} ended with exit code {job.process.returncode}: {last_line}")
     path = find_log(job, args.log_dir)
     if path is None:
         raise InputError(f"{job.name} left no log in {args.log_dir}: see {job.output}")
@@ -269,11 +280,11 @@ def finish_run(job, args):
     shutil.copyfile(path, target)
     print(f"{job.name}: {os.path.relpath(target)}")
     if job.row.experiment == "async_buffer":
-        path.with_suffix(".pt").unlink(missing_ok=True)  # its replay buffers take gigabytes
+        path.with_suffix(".pt").unlink(missing_ok=True)  # with the replay buffers it takes gigabytes
 
 
 def find_log(job, folder):
-    """The newest log of the job's run in ``folder``; None where there is none."""
+    """The newest log of the job's run in ``folder``; None if there is none."""
     prefix = f"{job.row.script.removesuffix('.py').replace('/', '-')}-{job.name}"
     logs = []
     for path in Path(folder).glob("*.log"):
@@ -289,30 +300,30 @@ def find_log(job, folder):
 def write_tables():
     rows, runs = read_all()
     for page in result_tables.PAGES:
-        text = result_tables.filled(page, rows, runs)
+        text = result_tables.fill_tables(page, rows, runs)
         if text != page.read_text():
             page.write_text(text)
             print(f"written: {page.relative_to(ROOT)}")
 
 
 def check_tables():
-    """Raises InputError for the pages whose tables are not what the logs give, and for results in no table."""
+    """Raises InputError if a table does not agree with the logs, or if README.md has results that no table has."""
     rows, runs = read_all()
     stale = []
     for page in result_tables.PAGES:
-        if result_tables.filled(page, rows, runs) != page.read_text():
+        if result_tables.fill_tables(page, rows, runs) != page.read_text():
             stale.append(str(page.relative_to(ROOT)))
     if stale:
-        raise InputError(f"the tables in {', '.join(stale)} are not what the logs give: `table` writes them")
-    unfounded = result_tables.unfounded()
-    if unfounded:
-        raise InputError(f"README.md has results that no table in results/README.md has: {', '.join(unfounded)}")
+        raise InputError(f"the tables in {', '.join(stale)} do not agree with the logs: run `reproduce.py table`")
+    untraced = result_tables.results_in_no_table()
+    if untraced:
+        raise InputError(f"README.md has results that no table in results/README.md has: {', '.join(untraced)}")
 
 
 def read_all():
     """The rows, {name: Row}, and their logs, {name: {seed: Log}}."""
     rows = read_rows()
-    return rows, {row.row: read_runs(row) for row in rows.values()}
+    return rows, {name: read_runs(row) for name, row in rows.items()}
 
 
 def main():

@@ -1,7 +1,8 @@
-"""The rows of the tables (rows.csv), and the logs that are runs of each row.
+"""The rows of the tables (rows.csv) and the logs of each row.
 
-The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them, and those that the row's column
-``logs`` names. Each must be a run of that row: its script, the arguments that decide the result, and its data.
+The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them, and those named in the row's
+column ``logs``. Each must be of a run of that row: of the same script, on the same data, with the same values of all
+arguments that influence the result.
 """
 
 import csv
@@ -21,18 +22,37 @@ from decoupled.logs import read_log
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 
-# Scripts whose first epochs depend on how many there are in all: a longer run is not a run of the row.
-OF_FIXED_LENGTH = ("learning_curves/cifar_sequential_greedy.py", "async_buffer/cifar_buffer.py")
+# Scripts whose first epochs depend on the total number of epochs: a longer run is not a run of the row.
+DEPEND_ON_LENGTH = ("learning_curves/cifar_sequential_greedy.py", "async_buffer/cifar_buffer.py")
 
-# Arguments that say how and where a run was made, not what it is. Seed and epochs are compared on their own.
+# Arguments that may differ: they say how and where a run was made. Seed and epochs are compared separately.
 FREE_ARGUMENTS = {
-    *("resume", "log_dir", "save_folder", "data_dir", "data", "name", "save_every", "debug"),
-    *("device", "half", "compile", "deterministic", "static_loss_scale", "dynamic_loss_scale", "buffer_device"),
-    *("workers", "backend", "log_interval", "print_freq", "test_batch_size", "seed", "epochs"),
+    "resume",
+    "log_dir",
+    "save_folder",
+    "data_dir",
+    "data",
+    "name",
+    "save_every",
+    "debug",
+    "device",
+    "half",
+    "compile",
+    "deterministic",
+    "static_loss_scale",
+    "dynamic_loss_scale",
+    "buffer_device",
+    "workers",
+    "backend",
+    "log_interval",
+    "print_freq",
+    "test_batch_size",
+    "seed",
+    "epochs",
 }
-RENAMED_VALUES = {"lifo": "priority_lifo"}  # values of flags that older logs have, by their present names
+RENAMED_VALUES = {"lifo": "priority_lifo"}  # flag values in older logs: their names now
 
-DATA = {  # the data of a row: the pattern of the log's line about the training images
+DATA = {  # a row's data: the pattern of the log's line about the training images
     "CIFAR-10": r"\d+ images of cifar10 \((PNG|original)\).*",
     "CIFAR-10 (JPEG)": r"\d+ images of cifar10 \(JPEG\).*",
     "ImageNet": r"1281167 images of .*",
@@ -43,12 +63,13 @@ DATA = {  # the data of a row: the pattern of the log's line about the training 
 class Row(NamedTuple):
     """A line of rows.csv.
 
-    head   the number of the last head, whose result is the row's
-    pflop  what training one seed costs
-    logs   names in results/EXPERIMENT of logs that are not called ROW-seedS.log
+    name   the column "row"
+    head   the number of the last head; its result is the row's
+    pflop  the cost of training one seed
+    logs   names of logs in results/EXPERIMENT that are not called ROW-seedS.log
     """
 
-    row: str
+    name: str
     variant: str
     size: str
     script: str
@@ -72,16 +93,16 @@ class Row(NamedTuple):
         return self.arguments["epochs"]
 
     def run_name(self, seed):
-        """The --name of a run, which is its log's name in results/ too."""
-        return f"{self.row}-seed{seed}"
+        """The --name of a run, and the name of its log in results/."""
+        return f"{self.name}-seed{seed}"
 
 
 class Log(NamedTuple):
     """A run's log.
 
     frame    its results so far, from read_log
-    commits  those of its start and of each resume
-    epochs   how many epochs its last start was for
+    commits  of the repository, when the run was started and at each resume
+    epochs   the total number of epochs asked for, by the last resume if there was one
     """
 
     path: Path
@@ -102,8 +123,8 @@ class Log(NamedTuple):
     def seconds(self):
         return self.frame.attrs["seconds"]
 
-    def reached(self, head):
-        """The last epoch with a line of ``head``, 0 before the first."""
+    def last_epoch(self, head):
+        """The last epoch that the log has results of ``head`` for; 0 if there is none."""
         return max(self.frame.loc[self.frame["n"] == head, "epoch"], default=0)
 
 
@@ -112,18 +133,23 @@ def read_rows(path=RESULTS / "rows.csv"):
     rows = {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
-            line["head"] = int(line["head"])
-            line["seeds"] = tuple(map(int, line["seeds"].split()))
-            line["pflop"] = float(line["pflop"])
-            line["logs"] = tuple(line["logs"].split())
-            row = Row(**line)
-            if row.row in rows:
-                raise InputError(f"{path}: two rows are called {row.row}: rename one")
+            row = Row(
+                name=line["row"],
+                variant=line["variant"],
+                size=line["size"],
+                script=line["script"],
+                flags=line["flags"],
+                data=line["data"],
+                head=int(line["head"]),
+                seeds=tuple(map(int, line["seeds"].split())),
+                pflop=float(line["pflop"]),
+                logs=tuple(line["logs"].split()),
+            )
+            if row.name in rows:
+                raise InputError(f"{path}: two rows are called {row.name}: rename one")
             if row.data not in DATA:
-                raise InputError(
-                    f"{path}: the data {row.data!r} of {row.row} are unknown: choose from {', '.join(DATA)}"
-                )
-            rows[row.row] = row
+                raise InputError(f"{path}: {row.name} has unknown data {row.data!r}: choose from {', '.join(DATA)}")
+            rows[row.name] = row
     return rows
 
 
@@ -142,7 +168,7 @@ def load_parse_args(script):
 
 @functools.cache
 def parse_flags(script, flags):
-    """The arguments of ``script`` with ``flags``, defaults included: a dict."""
+    """The arguments that ``script`` parses from ``flags``, defaults included: a dict."""
     positional = ["DIR"] if script.startswith("imagenet/") else []
     argv = sys.argv
     sys.argv = [script, *positional, *shlex.split(flags)]
@@ -156,7 +182,7 @@ def parse_flags(script, flags):
 
 
 def read_run_log(path):
-    """The Log at ``path``. Raises InputError for a log that does not say how its run was made."""
+    """Reads the Log at ``path``. Raises InputError if it does not say how its run was made."""
     frame = read_log(path, allow_empty=True)
     comments = {}
     commits = []
@@ -168,7 +194,7 @@ def read_run_log(path):
     for key in ("command", "commit", "device", "train"):
         if key not in comments:
             raise InputError(f"{path} has no line '# {key}: …': name a log of these scripts")
-    _, script, *_ = shlex.split(comments["command"])
+    _python, script, *_flags = shlex.split(comments["command"])
     device = comments["device"]
     threads = ""
     precision = ""
@@ -181,17 +207,17 @@ def read_run_log(path):
 
 
 def check_log(row, log):
-    """Raises InputError, naming the difference, where ``log`` is not of a run of ``row``."""
-    script = "/".join(Path(log.script).parts[-2:])  # without its folder, where it was started in that
+    """Raises InputError, which names the difference, if ``log`` is not of a run of ``row``."""
+    script = "/".join(Path(log.script).parts[-2:])  # FOLDER/SCRIPT, or SCRIPT if it was started in its folder
     if script not in (row.script, Path(row.script).name):
-        raise InputError(f"{log.path} is a run of {script}, and {row.row} of {row.script}")
+        raise InputError(f"{log.path} is a run of {script}, and {row.name} of {row.script}")
     if not re.fullmatch(DATA[row.data], log.data):
-        raise InputError(f"{log.path} is a run on {log.data}, and {row.row} on {row.data}")
+        raise InputError(f"{log.path} is a run on {log.data}, and {row.name} on {row.data}")
     if log.arguments.get("seed") not in row.seeds:
-        raise InputError(f"{log.path} is a run with seed {log.arguments.get('seed')}, which {row.row} does not have")
-    if row.script in OF_FIXED_LENGTH and log.epochs != row.epochs:
-        raise InputError(f"{log.path} is a run of {log.epochs} epochs, and {row.row} of {row.epochs}")
-    defaults = parse_flags(row.script, "")  # for flags that are younger than the log
+        raise InputError(f"{log.path} is a run with seed {log.arguments.get('seed')}, which {row.name} does not have")
+    if row.script in DEPEND_ON_LENGTH and log.epochs != row.epochs:
+        raise InputError(f"{log.path} is a run of {log.epochs} epochs, and {row.name} of {row.epochs}")
+    defaults = parse_flags(row.script, "")  # for flags that did not exist yet when the log was written
     for name, value in row.arguments.items():
         if name in FREE_ARGUMENTS:
             continue
@@ -199,12 +225,12 @@ def check_log(row, log):
         if isinstance(logged, str):
             logged = RENAMED_VALUES.get(logged, logged)
         if logged != value:
-            raise InputError(f"{log.path} is a run with {name} {logged}, and {row.row} has {value}")
+            raise InputError(f"{log.path} is a run with {name} {logged}, and {row.name} has {value}")
 
 
 def read_runs(row, results=RESULTS):
-    """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not; of several with one seed, the one
-    that got furthest. Raises InputError for a log that the row names and that is missing or another row's.
+    """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not. If several have the same seed, it
+    is the one with the most epochs. Raises InputError if a log named by the row is missing or of another row.
     """
     folder = results / row.experiment
     logs = [read_run_log(folder / name) for name in row.logs]
@@ -216,18 +242,18 @@ def read_runs(row, results=RESULTS):
     for log in logs:
         check_log(row, log)
         seed = log.arguments["seed"]
-        if seed not in runs or log.reached(row.head) > runs[seed].reached(row.head):
+        if seed not in runs or log.last_epoch(row.head) > runs[seed].last_epoch(row.head):
             runs[seed] = log
     return {seed: runs[seed] for seed in row.seeds if seed in runs}
 
 
 def is_finished(log, row):
     """Whether ``log`` has all epochs of ``row``."""
-    return log.reached(row.head) >= row.epochs
+    return log.last_epoch(row.head) >= row.epochs
 
 
 def wall_time(log, row):
     """Seconds that the epochs of ``row`` took."""
-    if row.script in OF_FIXED_LENGTH:
+    if row.script in DEPEND_ON_LENGTH:  # with a time per module and epoch, if modules learn one after the other
         return sum(log.seconds)
     return sum(log.seconds[: row.epochs])

@@ -1,10 +1,11 @@
-"""The tables of the pages: Markdown made from the logs, the paper's numbers and the authors' curves, between markers
+"""The tables in the README files: Markdown made from the logs, the paper's numbers and the authors' curves. A table
+stands between these markers:
 
     <!-- table: NAME -->
     <!-- /table -->
 
-Every value is one of the last epoch, or of the epochs named, never of the best one. With three seeds or more a cell has
-mean ± standard deviation, with two the mean (and each), with one its value.
+Values are from the last epoch, or from the epochs that the table names, never from the best epoch. A cell has the mean
+± standard deviation of three or more seeds, the mean (and both values) of two, or the value of one.
 """
 
 import os
@@ -25,7 +26,12 @@ AUTHORS = pd.read_csv(RESULTS / "authors_curves.csv").set_index(["log", "n", "ep
 
 
 class Metric(NamedTuple):
-    """A column of results: ``title``, the name of the ``metric`` in logs, the ``head`` (None: the row's last one)."""
+    """A column of results.
+
+    title   the column's heading
+    metric  the column of read_log
+    head    None means the row's last one
+    """
 
     title: str
     metric: str
@@ -51,7 +57,7 @@ HOW = ("epochs", "device", "precision", "wall time", "commit")  # columns that s
 
 
 def cell(values, digits=2):
-    """The text of a result with one value per seed. Empty without values."""
+    """The text of a result with one value per seed. Empty if there are no values."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -64,7 +70,7 @@ def cell(values, digits=2):
 
 
 def duration(seconds):
-    """Seconds in the unit that a reader wants."""
+    """The text of a time in s, min or h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -73,19 +79,19 @@ def duration(seconds):
 
 
 def device(log):
-    """The device of a run, and its number of threads where the log has one."""
+    """The device of a run, with its number of threads if the log has one."""
     if not log.threads:
         return log.device
     threads = "thread" if log.threads == "1" else "threads"
     return f"{log.device}, {log.threads} {threads}"
 
 
-def each_once(values):
+def join_distinct(values):
     return ", ".join(dict.fromkeys(values))
 
 
 def markdown(columns, lines):
-    """A Markdown table with ``columns`` of ``lines``, dicts {column: value}; a missing value is an empty cell."""
+    """A Markdown table of ``lines``, dicts {column: value}. A missing value gives an empty cell."""
     table = [columns, ["---"] * len(columns)]
     for line in lines:
         table.append([line.get(column, "") for column in columns])
@@ -96,21 +102,21 @@ def markdown(columns, lines):
 
 
 def mean_over(log, metric, head, epochs):
-    """The mean of ``metric`` of ``head`` over ``epochs`` in ``log``; None where one of them is missing."""
+    """The mean of ``metric`` of ``head`` over ``epochs`` in ``log``; None if one of them is missing."""
     frame = log.frame[(log.frame["n"] == head) & log.frame["epoch"].isin(epochs)]
     if metric not in frame or len(frame) != len(epochs):
         return None
     return frame[metric].mean()
 
 
-def over_seeds(logs, metric, head, epochs):
-    """mean_over of each of ``logs`` that has it: a list."""
+def means_of_logs(logs, metric, head, epochs):
+    """A list: mean_over for each of ``logs`` that has all ``epochs``."""
     means = [mean_over(log, metric, head, epochs) for log in logs]
     return [mean for mean in means if mean is not None]
 
 
 def authors_log(variant):
-    """The name of the authors' log of ``variant``; None where they published none."""
+    """The name of the authors' log of ``variant``; None if they published none."""
     sources = PAPER.loc[(PAPER["variant"] == variant) & PAPER["source"].str.startswith("authors' log"), "source"]
     if sources.empty:
         return None
@@ -126,12 +132,12 @@ def authors_mean_over(variant, metric, head, epochs):
     return None if pd.isna(mean) else mean
 
 
-# Tables: functions of (rows, runs, folder), the rows {name: Row}, their logs {name: {seed: Log}}, and the page's folder
+# Tables: functions of (rows, runs, folder): rows is {name: Row}, runs their logs {name: {seed: Log}}, folder the page's
 
 
 def result_lines(rows, runs, folder, experiment, variants=None):
-    """A line for each of the paper's and the authors' numbers of an experiment, and one for each of our rows that is
-    finished: lists of {column: value}, by variant.
+    """The lines of an experiment's table, {column: value}: for each variant the published numbers, then our rows with
+    finished logs.
     """
     metrics = METRICS[experiment]
     lines = []
@@ -142,22 +148,22 @@ def result_lines(rows, runs, folder, experiment, variants=None):
         of_variant = [row for row in of_experiment if row.variant == variant]
         lines += published_lines(of_variant[0], metrics)
         for row in of_variant:
-            logs = {seed: log for seed, log in runs[row.row].items() if is_finished(log, row)}
+            logs = {seed: log for seed, log in runs[row.name].items() if is_finished(log, row)}
             if logs:
                 lines.append(our_line(row, logs, metrics, folder))
     return lines
 
 
 def published_lines(row, metrics):
-    """The numbers of the paper, and of the authors' log, that ``row`` stands beside."""
+    """The numbers of the paper and of the authors' log to which ``row`` is compared."""
     is_of_row = (PAPER["experiment"] == row.experiment) & (PAPER["variant"] == row.variant)
     of_row = PAPER[is_of_row & PAPER["metric"].isin([metric.metric for metric in metrics])]
     lines = []
-    for (source, epoch), figures in of_row.groupby(["source", "epoch"], sort=False):
+    for (source, epoch), numbers in of_row.groupby(["source", "epoch"], sort=False):
         texts = {}
-        for figure in figures.itertuples():
-            has_deviation = isinstance(figure.sd, str)
-            texts[figure.metric, figure.head] = f"{figure.value} ± {figure.sd}" if has_deviation else figure.value
+        for number in numbers.itertuples():
+            has_deviation = isinstance(number.sd, str)
+            texts[number.metric, number.head] = f"{number.value} ± {number.sd}" if has_deviation else number.value
         line = {
             "run": row.variant,
             "size": "published",
@@ -181,14 +187,14 @@ def our_line(row, logs, metrics, folder):
         "from": "ours",
         "data": row.data,
         "epochs": row.epochs,
-        "device": each_once(device(log) for log in logs.values()),
-        "precision": each_once(log.precision.removesuffix(" mixed") for log in logs.values()),
+        "device": join_distinct(device(log) for log in logs.values()),
+        "precision": join_distinct(log.precision.removesuffix(" mixed") for log in logs.values()),
         "wall time": duration(statistics.mean(wall_time(log, row) for log in logs.values())),
-        "commit": each_once(commits),
+        "commit": join_distinct(commits),
         "seeds: logs": " ".join(links),
     }
     for metric in metrics:
-        values = over_seeds(logs.values(), metric.metric, metric.head or row.head, [row.epochs])
+        values = means_of_logs(logs.values(), metric.metric, metric.head or row.head, [row.epochs])
         line[metric.title] = cell(values, metric.digits)
     return line
 
@@ -201,15 +207,15 @@ def main_table(rows, runs, folder, experiment):
 
 
 def summary_table(rows, runs, folder, experiment, variants):
-    """main_table of some variants, without how the runs were made."""
+    """main_table of some variants, without the columns about how the runs were made."""
     titles = [metric.title for metric in METRICS[experiment]]
     columns = ["run", "size", "from", *titles, "data", "seeds: logs"]
     return markdown(columns, result_lines(rows, runs, folder, experiment, variants))
 
 
 def epochs_table(rows, runs, folder, experiment, heads, epochs, metric="test_top1"):
-    """Our runs of published size, finished or not, beside the authors' log at the same epochs: an epoch, or the mean of
-    a range (first, last) of them.
+    """Our runs of published size, finished or not, beside the authors' log at the same ``epochs``: each is an epoch, or
+    a range (first, last) to average over.
     """
     columns = ["run", "data", "epoch"]
     for head in heads:
@@ -221,11 +227,11 @@ def epochs_table(rows, runs, folder, experiment, heads, epochs, metric="test_top
         alike = [row for row in published if (row.variant, row.data) == (variant, data)]
         logs = furthest_logs(alike, runs)
         for window in epochs:
-            name, span = name_and_span(window)
-            line = {"run": variant, "data": data, "epoch": name, "seeds": 0}
+            span = epochs_in(window)
+            line = {"run": variant, "data": data, "epoch": window_title(window), "seeds": 0}
             for head in heads:
                 ours, theirs = head_columns(head, heads)
-                values = over_seeds(logs, metric, head, span)
+                values = means_of_logs(logs, metric, head, span)
                 authors = authors_mean_over(variant, metric, head, span)
                 line[ours] = cell(values)
                 line[theirs] = "" if authors is None else cell([authors])
@@ -235,33 +241,41 @@ def epochs_table(rows, runs, folder, experiment, heads, epochs, metric="test_top
     return markdown(columns, lines)
 
 
-def name_and_span(window):
-    """What a table calls an epoch, or a range (first, last) of epochs, and the epochs in it."""
+def epochs_in(window):
+    """The epochs of ``window``, an epoch or a range (first, last)."""
     if isinstance(window, int):
-        return window, [window]
+        return [window]
     first, last = window
-    return f"mean of {first}–{last}", range(first, last + 1)
+    return range(first, last + 1)
+
+
+def window_title(window):
+    """What a table calls ``window``, an epoch or a range (first, last)."""
+    if isinstance(window, int):
+        return window
+    first, last = window
+    return f"mean of {first}–{last}"
 
 
 def head_columns(head, heads):
-    """The titles of the two columns of ``head`` in a table of ``heads``: ours, the authors'."""
+    """(title of our column, title of the authors' column) for ``head`` in a table of ``heads``."""
     if len(heads) == 1:
         return "ours", "authors"
     return f"head {head}, ours", f"head {head}, authors"
 
 
 def furthest_logs(rows, runs):
-    """The log of each seed that got furthest, of ``rows`` that differ in their number of epochs."""
+    """The logs of ``rows`` that differ only in the number of epochs: for each seed the one with the most epochs."""
     furthest = {}
     for row in rows:
-        for seed, log in runs[row.row].items():
-            if seed not in furthest or log.reached(row.head) > furthest[seed].reached(row.head):
+        for seed, log in runs[row.name].items():
+            if seed not in furthest or log.last_epoch(row.head) > furthest[seed].last_epoch(row.head):
                 furthest[seed] = log
     return furthest.values()
 
 
 def auxiliary_costs_table(rows, runs, folder):
-    """Peak memory and time of a step of MLP-SR against K, from the cost tables."""
+    """Peak memory and time of a training step with MLP-SR auxiliaries for each K, from the cost tables."""
     columns = ["K modules"]
     lines = {}  # K: {column: value}
     for channels in (32, 128):
@@ -297,26 +311,26 @@ TABLES = {
 # Pages
 
 
-def filled(page, rows, runs):
-    """The text of ``page`` with its tables as the logs give them. Raises InputError for an unknown table."""
+def fill_tables(page, rows, runs):
+    """The text of ``page`` with its tables made from the logs. Raises InputError for an unknown table."""
 
-    def write(match):
+    def fill(match):
         start, name, end = match.groups()
         if name not in TABLES:
             raise InputError(f"{page}: there is no table {name}: choose from {', '.join(TABLES)}")
         table = TABLES[name](rows, runs, page.parent)
         return f"{start}\n{table}\n{end}"
 
-    return MARKED.sub(write, page.read_text())
+    return MARKED.sub(fill, page.read_text())
 
 
-def unfounded(page=ROOT / "README.md", tables=RESULTS / "README.md"):
-    """The accuracies (two digits, a point, two digits) in the section Results of ``page`` that no table in ``tables``
-    has.
+def results_in_no_table(page=ROOT / "README.md", tables=RESULTS / "README.md"):
+    """The accuracies (two digits, a point, two digits) in the section "Results" of ``page`` that are in no table of the
+    page ``tables``.
     """
     accuracy = re.compile(r"\b\d\d\.\d\d\b")
     section = re.search(r"^## Results\n(.*?)^## ", page.read_text(), re.DOTALL | re.MULTILINE)[1]
-    founded = set()
+    in_tables = set()
     for match in MARKED.finditer(tables.read_text()):
-        founded.update(accuracy.findall(match[0]))
-    return sorted(set(accuracy.findall(section)) - founded)
+        in_tables.update(accuracy.findall(match[0]))
+    return sorted(set(accuracy.findall(section)) - in_tables)

@@ -4,8 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# One thread, here and in the processes started from here: the networks are tiny, and nothing then waits for a busy
-# core.
+# One thread, here and in the processes started from here: the networks are tiny, and threads would wait for busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -18,8 +17,8 @@ from decoupled.training.flags import start
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path):
-    """run(script, *flags, folder=…, **names): runs the script with those module-level names replaced; returns what it
-    left.
+    """run(script, *flags, folder=…, **names): runs the script and returns a Finished. ``names`` replace module-level
+    names of the script: for a network that no flag gives.
     """
 
     def run(script, *flags, folder=tmp_path / "logs", **names):
@@ -35,8 +34,8 @@ def run_script(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(run_script, capsys, tmp_path):
-    """fails(script, *flags): checks that the script ends with exit code 2, one line on stderr beside warnings, and
-    nothing written; returns that line.
+    """fails(script, *flags, folder=…): checks that the script exits with code 2, prints one line besides warnings to
+    stderr, and writes no files; returns that line.
     """
 
     def files(folder):
@@ -44,11 +43,11 @@ def fails(run_script, capsys, tmp_path):
             return None
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def run(script, *flags, folder=tmp_path / "logs", **names):
+    def run_failing(script, *flags, folder=tmp_path / "logs"):
         before = files(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run_script(script, *flags, folder=folder, **names)
+            run_script(script, *flags, folder=folder)
         assert stop.value.code == 2
         lines = capsys.readouterr().err.splitlines(keepends=True)
         script_name = Path(script).name
@@ -57,7 +56,7 @@ def fails(run_script, capsys, tmp_path):
         assert files(folder) == before
         return lines[0]
 
-    return run
+    return run_failing
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""What is run on a GPU, simulated (tests/test_simulated_cuda.py) or real (tests/test_cuda.py): every script, with small
-networks and few images, and fp16 whose loss scale overflows. conftest.py has the fixtures for every test.
+"""What tests run on a GPU, simulated (test_simulated_cuda.py) or real (test_cuda.py): every script with a small network
+and few images, and fp16 with overflows of the loss scale. conftest.py imports the fixtures, for all tests.
 """
 
 from collections import Counter
@@ -10,23 +10,36 @@ from running import PARALLEL, SEQUENTIAL
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from decoupled.data import datasets
-from decoupled.data.folders import DataSet, Split
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import eval_mode
 from decoupled.training.precision import Steps
 
-TOY = ("--dataset", "digits", "--train-samples", 32, "--batch-size", 8)  # four mini-batches an epoch
+TOY = (
+    "--dataset",
+    "digits",
+    "--train-samples",
+    32,
+    "--validation",
+    12,
+    "--batch-size",
+    8,
+)  # four mini-batches an epoch
 NARROW = ("--channels", 4)
 RESNET = (*TOY, *NARROW, "--depth", 14, "--splits", 3)
 BUFFER = (*TOY, "--feature_size", 4, "--layer-sequence", "sequential", "--buffer", 3)
-FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three
-IMAGENET, IMAGENET_BACKPROP = "imagenet/imagenet_dgl.py", "imagenet/imagenet.py"
+FOLDERS = ("--image-size", 32, "-b", 7, "-j", 0)  # three mini-batches an epoch
+IMAGENET = "imagenet/imagenet_dgl.py"
+IMAGENET_BACKPROP = "imagenet/imagenet.py"
 VGG = (IMAGENET, *FOLDERS, "--arch", "vgg11", "--channels", 2, "--block_size", 3)
-AUX, DNI, ASYNC = "aux_nets/cifar_dgl.py", "dni/cifar_cnn_dni.py", "async_buffer/cifar_buffer.py"
-DGL, DDG, BACKPROP = (f"ddg_comparison/cifar_{method}.py" for method in ("dgl", "ddg", "backprop"))
-# The scripts, their flags, and the operations of a mini-batch: of each stage in turn; of one turn of each asynchronous
-# layer; for DDG of the first epoch, in which the lowest module takes its first step late, and of another.
+AUX = "aux_nets/cifar_dgl.py"
+DNI = "dni/cifar_cnn_dni.py"
+ASYNC = "async_buffer/cifar_buffer.py"
+DGL = "ddg_comparison/cifar_dgl.py"
+DDG = "ddg_comparison/cifar_ddg.py"
+BACKPROP = "ddg_comparison/cifar_backprop.py"
+# The scripts with their flags, and the number of operations of a mini-batch. For sequential learning: of each stage.
+# For asynchronous scripts: of one turn of each layer. For DDG: in the first epoch, in which the lowest module takes its
+# first step late, and in another one.
 COMMANDS = {
     (PARALLEL, *TOY, *NARROW): [447],
     (SEQUENTIAL, *TOY, *NARROW): [131, 137, 142, 105],
@@ -52,15 +65,15 @@ COMMANDS = {
 LAYERS = 6  # of the asynchronous network
 
 
-# Where the overflow is put: the module and its loss, from 0; and the steps that must be skipped, (module, its step).
+# Where a loss overflows: (module, its loss), from 0; and which steps must be skipped: {(module, its step), …}.
 OVERFLOWS = {
     (PARALLEL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
     (SEQUENTIAL, *TOY, *NARROW): ((1, 1), {(1, 1)}),
     (AUX, *TOY, *NARROW): ((5, 0), {(5, 0)}),
     ("dni/cifar_dgl.py", *TOY, *NARROW): ((1, 1), {(1, 1)}),
     (DGL, *RESNET): ((0, 2), {(0, 2)}),
-    # A gradient that overflowed goes down, iteration by iteration. The middle module's first step is its second
-    # iteration's, and so on: all three skip the same step of theirs.
+    # The gradient that overflowed is passed down, one module per iteration. The first step of the middle module is in
+    # the second iteration, and so on: each module skips its step 1.
     (DDG, *RESNET): ((2, 1), {(2, 1), (1, 1), (0, 1)}),
     (BACKPROP, *RESNET, "--checkpointing"): ((0, 1), {(0, 1)}),
     (ASYNC, *BUFFER): ((1, 1), {(1, 1)}),
@@ -69,19 +82,10 @@ OVERFLOWS = {
 }
 
 
-def called(command):
+def command_name(command):
     script, *flags = command
     common = FOLDERS if "imagenet" in script else TOY
     return " ".join([script.removesuffix(".py"), *map(str, flags[len(common) :])])
-
-
-def few_images():
-    """In place of read_digits: 32 images for training, one of each class and two for testing."""
-    images = torch.randint(256, (44, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(44) % 10
-    train = Split(images[:32], labels[:32])
-    test = Split(images[32:], labels[32:])
-    return DataSet(train, test, classes=list("0123456789"), source="random")
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +99,8 @@ def image_folders(tmp_path_factory):
 
 
 @pytest.fixture
-def on_gpu(run_script, image_folders, monkeypatch):
-    """on_gpu(command, *flags): what its script leaves with small networks and few images, on cuda."""
-    monkeypatch.setattr(datasets, "read_digits", few_images)
+def on_gpu(run_script, image_folders):
+    """on_gpu(command, *flags): runs a command of COMMANDS on cuda, with few images; returns a Finished."""
 
     def run(command, *flags):
         script, *own = command
@@ -109,61 +112,78 @@ def on_gpu(run_script, image_folders, monkeypatch):
 
 @pytest.fixture
 def overflow(monkeypatch):
-    """overflow(n, call): the ``call``-th loss of module ``n``, both from 0, is scaled until its gradients are infinite.
-    Returns, for each module, whether each of its steps has moved its weights.
+    """overflow(n, call): from now on the loss number ``call`` of module ``n``, both from 0, is scaled so much that its
+    gradients overflow. Returns a list that has, for each module, whether each of its steps changed its weights.
     """
-    scalers, calls, moved = [], Counter(), []
-    scale, step = torch.amp.GradScaler.scale, torch.amp.GradScaler.step
-    wrong = []
+    scalers = []
+    calls = Counter()
+    changes = []
+    overflowing = []  # [n, call]
+    real_init = torch.amp.GradScaler.__init__
+    real_scale = torch.amp.GradScaler.scale
+    real_step = torch.amp.GradScaler.step
 
-    def made(self, *args, init_scale=2.0**10, **options):
-        init(self, *args, init_scale=init_scale, **options)
+    def init(self, *args, init_scale=2.0**10, **options):
+        real_init(self, *args, init_scale=init_scale, **options)
         scalers.append(self)
-        moved.append([])
+        changes.append([])
 
-    def scaled(self, loss):
+    def scale(self, loss):
         n = scalers.index(self)
+        call = calls[n]
         calls[n] += 1
-        return scale(self, loss) * (2.0**100 if [n, calls[n] - 1] == wrong else 1)
+        scaled = real_scale(self, loss)
+        return scaled * 2.0**100 if [n, call] == overflowing else scaled
 
-    def stepped(self, optimizer):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def step(self, optimizer):
+        parameters = []
+        for group in optimizer.param_groups:
+            parameters += group["params"]
         before = [parameter.detach().clone() for parameter in parameters]
-        step(self, optimizer)
+        real_step(self, optimizer)
         changed = [not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
-        moved[scalers.index(self)].append(any(changed))
+        changes[scalers.index(self)].append(any(changed))
 
-    init = torch.amp.GradScaler.__init__
-    for name, function in {"__init__": made, "scale": scaled, "step": stepped}.items():
-        monkeypatch.setattr(torch.amp.GradScaler, name, function)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", init)
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", scale)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
 
     def begin(n, call):
-        for record in (scalers, calls, moved):
-            record.clear()
-        wrong[:] = [n, call]
-        return moved
+        scalers.clear()
+        calls.clear()
+        changes.clear()
+        overflowing[:] = [n, call]
+        return changes
 
     return begin
 
 
 def check_an_overflow(on_gpu, overflow, command):
-    """In one module it costs that one step, and half its loss scale."""
-    at, skipped = OVERFLOWS[command]
-    moved = overflow(*at)
+    """An overflow in one module costs that one step and halves the module's loss scale."""
+    (n, call), skipped = OVERFLOWS[command]
+    changes = overflow(n, call)
     left = on_gpu(command, "--half", "--epochs", 1)
-    assert {(n, k) for n, steps in enumerate(moved) for k, move in enumerate(steps) if not move} == skipped
-    lost = dict(skipped)
-    for n, (steps, scaler) in enumerate(zip(moved, left.state["scalers"], strict=True)):
-        assert len(steps) >= 2 and scaler["scale"] == 2.0 ** (9 if n in lost else 10)
-        assert scaler["_growth_tracker"] == len(steps) - (lost[n] + 1 if n in lost else 0)  # steps since
+    skipped_steps = dict(skipped)  # {module: its step}
+    for n, (changed, scaler) in enumerate(zip(changes, left.state["scalers"], strict=True)):
+        assert len(changed) >= 2
+        if n in skipped_steps:
+            k = skipped_steps[n]
+            assert [step for step, has_changed in enumerate(changed) if not has_changed] == [k]
+            assert scaler["scale"] == 2.0**9
+            assert scaler["_growth_tracker"] == len(changed) - (k + 1)  # steps since then
+        else:
+            assert all(changed)
+            assert scaler["scale"] == 2.0**10
+            assert scaler["_growth_tracker"] == len(changed)
     assert all(weight.isfinite().all() for weight in left.weights.values())
 
 
 def check_compiled(device, half=False, tolerance=1e-3, depth=2, sizes=(8, 8, 5, 8, 5)):
-    """``depth`` compiled modules learn what plain ones do in batches of these ``sizes``, with an evaluation between
-    where they differ; representations and logits stay what they were whatever runs afterwards.
+    """Compiled modules learn the same as plain ones from mini-batches of these ``sizes``. If the sizes differ, there is
+    an evaluation after each step. Later steps must not overwrite earlier representations, logits and losses.
     """
-    device, runs = torch.device(device), {}
+    device = torch.device(device)
+    results = {}  # by whether modules are compiled
     images = torch.randn(5, 8, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
     labels = torch.arange(8, device=device)
     for compiled in (False, True):
@@ -172,7 +192,8 @@ def check_compiled(device, half=False, tolerance=1e-3, depth=2, sizes=(8, 8, 5, 
         steps = Steps(device, half)
         steps.prepare(net, compiled)
         optimizers = [SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True) for module in net]
-        left = []
+        outputs = []
+        copies = []
         for size, batch in zip(sizes, images, strict=False):
             representation = batch[:size].contiguous(memory_format=torch.channels_last)
             for module, optimizer in zip(net, optimizers, strict=True):
@@ -182,12 +203,14 @@ def check_compiled(device, half=False, tolerance=1e-3, depth=2, sizes=(8, 8, 5, 
                 steps.step(loss, optimizer)
                 representation = representation.detach()
                 kept = [representation, logits.detach(), loss.detach()]
-                left.append((kept, [value.clone() for value in kept]))
-            if len({*sizes}) == 1:
-                continue
-            with eval_mode(net), torch.inference_mode(), steps.autocast():
-                left.append((scores := net[0](batch), [value.clone() for value in scores]))
-        assert all(torch.equal(now, then) for kept, before in left for now, then in zip(kept, before, strict=True))
-        runs[compiled] = [value for kept, _ in left for value in kept] + [*net.state_dict().values()]
-    for plain, other in zip(runs[False], runs[True], strict=True):
+                outputs += kept
+                copies += [tensor.clone() for tensor in kept]
+            if len(set(sizes)) > 1:
+                with eval_mode(net), torch.inference_mode(), steps.autocast():
+                    evaluated = net[0](batch)  # representation, logits
+                    outputs += evaluated
+                    copies += [tensor.clone() for tensor in evaluated]
+        assert all(torch.equal(output, copy) for output, copy in zip(outputs, copies, strict=True))
+        results[compiled] = [*outputs, *net.state_dict().values()]
+    for plain, other in zip(results[False], results[True], strict=True):
         torch.testing.assert_close(other.float(), plain.float(), rtol=tolerance, atol=tolerance)

@@ -96,9 +96,10 @@ def watch():
 
         def make(self, *args):
             tensor = real(self, *args)
-            alive[name] += 1
-            most[name] = max(most[name], alive[name])
-            weakref.finalize(tensor, alive.subtract, {name: 1})
+            if tensor.dim() > 1:  # labels have one dimension
+                alive[name] += 1
+                most[name] = max(most[name], alive[name])
+                weakref.finalize(tensor, alive.subtract, {name: 1})
             return tensor
 
         return make

@@ -178,7 +178,7 @@ def test_images_that_have_left_pass_no_further_module(run, confidence):
         hook.remove()
     with torch.no_grad():
         every_logits = net(images)
-    assert torch.equal(heads, predict.exits(every_logits, confidence))
+    assert torch.equal(heads, predict.exit_heads(every_logits, confidence))
     chosen = torch.stack(every_logits)[heads, torch.arange(len(images))]
     torch.testing.assert_close(logits, chosen)
     sure = [said.softmax(1).amax(1) >= confidence for said in every_logits]
@@ -214,7 +214,7 @@ def test_image_files(run, say, tmp_path):
     assert matching(say(checkpoint, *paths), [(0, 2), (1, 2), (2, 2)]) == [0, 0, 0]
     assert matching(say(checkpoint, paths[0], "--heads", 2), [(0, 1)])[0] > 0
     matching(say(checkpoint, paths[1], "--heads", "all"), [(1, 0), (1, 1), (1, 2)])
-    heads = predict.exits(every_logits, 0.7).tolist()
+    heads = predict.exit_heads(every_logits, 0.7).tolist()
     matching(say(checkpoint, *paths, "--early-exit", 0.7), list(enumerate(heads)))
     assert matching(say(checkpoint, paths[0], "--early-exit", 1), [(0, 2)])[0] < 0  # the heads passed cost something
     (tmp_path / "labeled" / "3").mkdir(parents=True)
@@ -237,7 +237,7 @@ def test_an_image_becomes_what_the_network_was_trained_on(tmp_path, folder):
     _, val, _ = imagenet_folders.load(folder, image_size=32, batch_size=4, workers=0)
     assert val.form.classes == ["cat", "dog"]
     ((images, _),) = val
-    pixels = torch.stack([val.form.read(path.decode()) for path in val.images.paths])
+    pixels = torch.stack([val.form.read(path.decode()) for path in val.samples.dataset.paths])
     ((mine, _),) = Batches(pixels, torch.zeros(4), 4, mean=val.form.mean, std=val.form.std)
     assert torch.equal(mine, images)
 
@@ -250,7 +250,7 @@ def test_a_script_of_ones_own(run, tmp_path):
     other = tmp_path / "other.pt"
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"script": "mine/idea.py"}, other)
-    with pytest.raises(InputError, match=r"mine/idea\.py, which builds the network, is missing: say where it is"):
+    with pytest.raises(InputError, match="script="):
         decoupled.load(other)
     with torch.no_grad():
         mine = decoupled.load(other, script=tmp_path / "mine" / "idea.py")(images)

@@ -105,7 +105,7 @@ def test_added_time():
 
 def test_steps_are_timed_after_a_warm_up():
     calls = []
-    times = tables.seconds(
+    times = tables.measure_seconds(
         {("", 1): lambda: calls.append("alone"), ("mlp", 1): lambda: calls.append("both")}, 3, torch.device("cpu")
     )
     assert calls == ["alone", "both"] * 4

@@ -127,6 +127,14 @@ def test_the_format_is_that_of_the_contents(tmp_path):
     assert np.array_equal(read_image((tmp_path / "x.bmp").rename(tmp_path / "x.png")), PICTURE)
 
 
+def test_zeros_after_the_end_of_a_photo_do_no_harm(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(PICTURE).save(path, quality=100, subsampling=0)
+    before = read_image(path)
+    path.write_bytes(path.read_bytes() + bytes(4096))
+    assert read_image(path) == before
+
+
 # Images that are refused
 
 
@@ -138,6 +146,17 @@ def deeper_jpeg_2000(path):
     for component in range(3):
         data[sizes + 38 + 3 * component] = 11
     path.write_bytes(data)
+
+
+def without_end(path, kind):
+    """Half of a compressed image, and zeros in place of the rest: decoders fill in gray."""
+    Image.fromarray(noise(96, 96)).save(path, kind, quality=50)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 4] + bytes(3 * len(data) // 4))
+
+
+def signed_tiff(path):
+    Image.fromarray(GREY).save(path, "TIFF", tiffinfo={339: 2})
 
 
 def frames(path, kind):
@@ -176,6 +195,10 @@ REFUSED = {
         DAMAGED,
     ),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:1500]), DAMAGED),
+    "JPEG without its end": (lambda path: without_end(path, "JPEG"), DAMAGED),
+    "WebP without its end": (lambda path: without_end(path, "WEBP"), DAMAGED),
+    "signed values": (signed_tiff, "signed"),
+    "transparent everywhere": (lambda path: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(path, "TGA"), "transparent"),
     "dangling link": (lambda path: (path.unlink(), path.symlink_to("nowhere.png")), "cannot be read"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 }
@@ -269,6 +292,27 @@ def test_a_folder_that_is_reached_twice_is_named(tmp_path):
     loop = root / "train" / "a" / "loop"
     loop.symlink_to(root / "train" / "a")
     with pytest.raises(InputError, match=str(loop)):
+        list_images(root / "train", "layout")
+
+
+def test_links_that_lead_around_end_in_an_error(tmp_path):
+    root = write_classes(tmp_path / "data", splits=("train",))
+    for name in ("one", "two", "three"):  # 3^40 paths, until the system finds them too long
+        (root / "train" / "a" / name).symlink_to(root / "train" / "a")
+    with pytest.raises(InputError, match="same folder"):
+        list_images(root / "train", "layout")
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path):
+    root = write_classes(tmp_path / "data", splits=("train",))
+    folder = os.open(root / "train" / "a", os.O_RDONLY)
+    for _ in range(20):  # until the path is longer than the system takes
+        os.mkdir("x" * 250, dir_fd=folder)
+        above = folder
+        folder = os.open("x" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(above)
+    os.close(folder)
+    with pytest.raises(InputError, match="cannot be read"):
         list_images(root / "train", "layout")
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from gpu_commands import ASYNC, COMMANDS, DNI, NARROW, OVERFLOWS, TOY, called, check_an_overflow, check_compiled
+from gpu_commands import ASYNC, COMMANDS, DNI, NARROW, OVERFLOWS, TOY, check_an_overflow, check_compiled, command_name
 from running import PARALLEL, SEQUENTIAL, load_script
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -47,7 +47,7 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(Run, "progress", progress)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=called)
+@pytest.mark.parametrize("command", COMMANDS, ids=command_name)
 def test_runs_then_resumes(on_gpu, command):
     on_gpu(command, *half(command), "--epochs", 1)
     left = on_gpu(command, *half(command), "--epochs", epochs(command), "--resume")
@@ -57,13 +57,13 @@ def test_runs_then_resumes(on_gpu, command):
     assert all(weight.isfinite().all() for weight in left.weights.values())
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] != ASYNC], ids=called)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] != ASYNC], ids=command_name)
 def test_no_step_waits_for_the_gpu(on_gpu, no_waiting, command):
     """An asynchronous layer begins its pass over the images within a turn, where their order is sent."""
     on_gpu(command, *half(command), "--epochs", 1)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=called)
+@pytest.mark.parametrize("command", COMMANDS, ids=command_name)
 def test_deterministic_resumes_bit_for_bit(on_gpu, tmp_path, command):
     flags = (*half(command), "--deterministic")
     with warnings.catch_warnings():
@@ -77,7 +77,7 @@ def test_deterministic_resumes_bit_for_bit(on_gpu, tmp_path, command):
     assert all(torch.equal(weight, weights[name]) for name, weight in parts.weights.items())
 
 
-@pytest.mark.parametrize("command", OVERFLOWS, ids=called)
+@pytest.mark.parametrize("command", OVERFLOWS, ids=command_name)
 def test_an_overflow_in_one_module_costs_it_one_step_and_half_its_loss_scale(on_gpu, overflow, command):
     check_an_overflow(on_gpu, overflow, command)
 
@@ -87,7 +87,7 @@ def test_dni_refuses_fp16(fails):
     assert "--half" in message
 
 
-@pytest.mark.parametrize("command", [(PARALLEL, *TOY, *NARROW), (SEQUENTIAL, *TOY, *NARROW)], ids=called)
+@pytest.mark.parametrize("command", [(PARALLEL, *TOY, *NARROW), (SEQUENTIAL, *TOY, *NARROW)], ids=command_name)
 def test_compiled_modules_learn_the_same(on_gpu, command):
     plain = read_log(on_gpu(command, "--epochs", 1, "--name", "plain").log)
     compiled = read_log(on_gpu(command, "--epochs", 1, "--name", "compiled", "--compile").log)

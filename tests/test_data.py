@@ -1,6 +1,7 @@
 """Images: reading, order, augmentation statistics, and every kind of bad data."""
 
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +260,22 @@ def test_without_a_network_the_error_says_what_else_works(dataset, exists, tmp_p
     files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert files == (["mine.txt"] if exists else [])
     assert (tmp_path / "data").exists() == exists
+
+
+def test_a_failed_download_leaves_what_others_have_put_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data")
+
+    def fetch():
+        (folder / "raw").mkdir()
+        (folder / "mine.txt").write_text("stays")
+        raise OSError("no network")
+
+    with pytest.raises(InputError, match="no network"):
+        datasets.download_missing(
+            "cifar10", folder, fetch=fetch, files={folder / "a": "0"}, archives={}, otherwise="files"
+        )
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

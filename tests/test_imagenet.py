@@ -292,7 +292,7 @@ def test_the_logs_accuracies_are_numpys(whole, folder, method):
     with torch.no_grad():
         every = [net.eval()(images) for images, _ in val]
     heads = [torch.cat([logits[n] for logits in every]).float().numpy() for n in range(len(net))]
-    labels = np.array([label for _, label in (val.images[1, index] for index in range(VAL))])
+    labels = np.array([label for _, label in (val.samples[1, index] for index in range(VAL))])
     frame = read_log(left.log)
     frame = frame[frame["epoch"] == 2]
     assert frame["n"].tolist() == list(range(1, len(net) + 1)) and len(net) > 2

@@ -48,16 +48,16 @@ def run_small(*flags, **settings):
 
 def test_an_images_augmentation_is_drawn_from_seed_epoch_and_number(folder):
     train, val, classes = load(folder)
-    assert (len(train.images), len(val.images), classes) == (TRAIN, VAL, CLASSES)
-    first = train.images[1, 4][0]
+    assert (len(train.samples), len(val.samples), classes) == (TRAIN, VAL, CLASSES)
+    first = train.samples[1, 4][0]
     torch.rand(3)
     assert first.dtype == torch.uint8 and first.shape == (3, 32, 32)
-    assert torch.equal(train.images[1, 4][0], first)
-    others = [train.images[2, 4][0], load(folder, seed=2)[0].images[1, 4][0]]
+    assert torch.equal(train.samples[1, 4][0], first)
+    others = [train.samples[2, 4][0], load(folder, seed=2)[0].samples[1, 4][0]]
     assert not any(torch.equal(first, other) for other in others)
-    assert torch.equal(val.images[1, 4][0], val.images[2, 4][0])
+    assert torch.equal(val.samples[1, 4][0], val.samples[2, 4][0])
     state = torch.get_rng_state()
-    _ = train.images[1, 5]
+    _ = train.samples[1, 5]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -83,7 +83,7 @@ def test_processes_share_each_mini_batch(folder):
 
 def test_normalization_is_imagenets(folder):
     _, val, _ = load(folder)
-    image = val.images[1, 3][0]
+    image = val.samples[1, 3][0]
     expected = torchvision.transforms.v2.functional.normalize(
         image.float() / 255, imagenet_folders.MEAN, imagenet_folders.STD
     )
@@ -95,10 +95,10 @@ def test_normalization_is_imagenets(folder):
 
 def test_the_center_crop_is_the_middle_of_the_image_resized(folder):
     _, val, _ = load(folder)
-    image = val.images.decode(5)
+    image = val.samples.dataset.decode(5)
     resized = torchvision.transforms.v2.functional.resize(image, 36, antialias=True)
     top, left = (round((side - 32) / 2) for side in resized.shape[1:])
-    assert torch.equal(val.images[1, 5][0], resized[:, top : top + 32, left : left + 32])
+    assert torch.equal(val.samples[1, 5][0], resized[:, top : top + 32, left : left + 32])
 
 
 def test_neither_workers_nor_a_resumed_epoch_change_the_images(folder):
@@ -209,6 +209,13 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     state = load(folder)[0].state_dict()
     moved = shutil.copytree(folder, tmp_path / "moved")
     load(moved)[0].load_state_dict(state)
+    image = own / "train/class4/1.JPEG"
+    data = image.read_bytes()
+    image.write_bytes(data + b"\0")
+    with pytest.raises(InputError, match="other images"):
+        load(own)[0].load_state_dict(state)
+    image.write_bytes(data)
+    load(own)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    with pytest.raises(InputError, match="name the folder"):
+    with pytest.raises(InputError, match="other data"):
         load(own)[0].load_state_dict(state)

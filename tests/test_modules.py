@@ -49,7 +49,7 @@ def test_aux_nets_network_has_the_released_parameter_counts():
     ],
 )
 def test_auxiliary_parameter_counts(name, expected):
-    assert count(make_auxiliary(name, 64, (32, 32), 10)) == expected
+    assert count(make_auxiliary(name, (64, 32, 32), 10)) == expected
 
 
 def kinds(module):
@@ -58,9 +58,9 @@ def kinds(module):
 
 def test_auxiliary_layers_are_those_of_the_paper():
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
-    assert kinds(make_auxiliary("mlp", 8, (32, 32), 10)) == ["AveragePool"] * 2 + ["Flatten", *hidden * 3, "Linear"]
+    assert kinds(make_auxiliary("mlp", (8, 32, 32), 10)) == ["AveragePool"] * 2 + ["Flatten", *hidden * 3, "Linear"]
     conv = ["Conv2d", "BatchNorm2d", "ReLU"]
-    assert kinds(make_auxiliary("mlp-sr", 8, (32, 32), 10)) == [
+    assert kinds(make_auxiliary("mlp-sr", (8, 32, 32), 10)) == [
         "AveragePool",
         *conv * 3,
         "AveragePool",
@@ -68,7 +68,7 @@ def test_auxiliary_layers_are_those_of_the_paper():
         *hidden * 3,
         "Linear",
     ]
-    assert kinds(make_auxiliary("cnn", 8, (32, 32), 10)) == [
+    assert kinds(make_auxiliary("cnn", (8, 32, 32), 10)) == [
         *conv * 2,
         "AveragePool",
         "BatchNorm2d",
@@ -125,7 +125,7 @@ def test_average_pools_backward_pass_makes_no_tensor_larger_than_its_inputs_grad
 @pytest.mark.parametrize("name", ["mlp", "mlp-sr"])
 def test_pooled_sizes(name, size, reduced):
     sizes = []
-    net = make_auxiliary(name, 4, size, 10)
+    net = make_auxiliary(name, (4, *size), 10)
     net[0].register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
     assert net(torch.randn(2, 4, *size)).shape == (2, 10)
     assert sizes == [reduced]
@@ -133,7 +133,7 @@ def test_pooled_sizes(name, size, reduced):
 
 def test_cnn_auxiliary_works_at_full_size():
     sizes = []
-    net = make_auxiliary("cnn", 4, (7, 9), 10)
+    net = make_auxiliary("cnn", (4, 7, 9), 10)
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))

@@ -388,6 +388,19 @@ def test_a_changed_log_is_kept_and_written_anew(run_script, whole, change):
     assert (kept.name in left.log.read_text()) == (changed is not None)
 
 
+def test_the_lost_log_of_a_finished_run_is_written_anew(run_script):
+    tiny = (*FLAGS, "--channels", 1, "--train-samples", 50, "--epochs", 1)
+    log = run_script(PARALLEL, *tiny).log
+    text = log.read_text()
+    noted = f"{text}# my note\n"
+    log.write_text(noted)
+    run_script(PARALLEL, *tiny, "--resume")
+    assert log.read_text() == noted
+    log.unlink()
+    run_script(PARALLEL, *tiny, "--resume")
+    assert log.read_text() == text
+
+
 def test_a_script_runs_from_its_own_folder(tmp_path):
     words = [*FLAGS, "--epochs", "1", "--channels", "1", "--log-dir", str(tmp_path)]
     command = [sys.executable, "cifar_sequential_greedy.py", *words]
@@ -505,6 +518,12 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_resumes(run_script, whole,
     assert left.checkpoint.read_bytes() == before
     assert {path.suffix for path in left.folder.iterdir()} == {".log", ".pt"}
     assert_same_run(run_script(PARALLEL, *FLAGS, "--resume"), whole[PARALLEL])
+
+
+def test_on_a_disk_without_any_room_nothing_is_left(tmp_path):
+    with largest_file(0), pytest.raises(InputError):
+        RunFiles(tmp_path, "script").create_log("log\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_that_does_not_fit_is_not_in_the_log(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from gpu_commands import ASYNC, COMMANDS, DNI, LAYERS, NARROW, OVERFLOWS, TOY, called, check_an_overflow
+from gpu_commands import ASYNC, COMMANDS, DNI, LAYERS, NARROW, OVERFLOWS, TOY, check_an_overflow, command_name
 from running import PARALLEL, SEQUENTIAL
 from simulated_cuda import DeviceError, simulated_cuda
 
@@ -20,7 +20,8 @@ def follow(monkeypatch):
     """follow(gpu) → for each epoch trained from now on, for each of its mini-batches but the last (operations, syncs),
     from getting it to having the next one. A turn of one layer counts as a mini-batch.
     """
-    epochs, real = [], Run.progress
+    epochs = []
+    real = Run.progress
 
     def start(gpu):
         def progress(run, batches, **options):
@@ -39,7 +40,7 @@ def follow(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=called)
+@pytest.mark.parametrize("command", COMMANDS, ids=command_name)
 def test_on_one_device_without_waiting_for_it(on_gpu, follow, command):
     half = () if command[0] == DNI else ("--half",)
     epochs = 1 if command[0] == SEQUENTIAL else 2  # of a later module no other number of epochs can be resumed
@@ -66,7 +67,7 @@ def test_on_one_device_without_waiting_for_it(on_gpu, follow, command):
     assert counted == COMMANDS[command] * (len(steps) // len(COMMANDS[command]))
 
 
-@pytest.mark.parametrize("command", OVERFLOWS, ids=called)
+@pytest.mark.parametrize("command", OVERFLOWS, ids=command_name)
 def test_an_overflow_in_one_module_costs_it_one_step_and_half_its_loss_scale(on_gpu, overflow, command):
     with simulated_cuda():
         check_an_overflow(on_gpu, overflow, command)

@@ -12,10 +12,10 @@ from running import PARALLEL, ROOT, Finished, launch
 
 from decoupled import InputError
 from decoupled.analysis.costs import costs
-from decoupled.data.batches import Outline
+from decoupled.data.batches import Batches, Outline
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
-from decoupled.parallel.mesh import Mesh
+from decoupled.parallel.mesh import Mesh, fingerprints
 
 # 3 mini-batches per epoch, the last of 8 images; 3 of the evaluation, the last of 19.
 DATA = "--dataset digits --train-samples 40 --validation 59 --batch-size 16 --test-batch-size 20 --device cpu"
@@ -228,6 +228,21 @@ def test_modules_and_processes_must_fit():
     for lengths, processes in (([4], 2), ([1, 1, 1], 3), ([2, 2], 1)):
         with pytest.raises(InputError, match="--modules-per-stage"):
             check_lengths(lengths, 4, processes)
+
+
+def test_replicas_have_the_same_images():
+    def batches(pixel):
+        images = torch.full((8, 4, 4, 3), pixel, dtype=torch.uint8)
+        return Batches(images, torch.arange(8), 4, mean=(0,) * 3, std=(1,) * 3)
+
+    first = batches(1)
+    sent = (first.outline, first.outline, 8, fingerprints(first, first))
+    processes = SimpleNamespace(rank=1, size=2, control=None, from_first=lambda make: sent)
+    mesh = Mesh(processes, stages=1)
+    same = batches(1)
+    assert mesh.images(lambda: (same, same, 8)) == (same, same, 8)
+    with pytest.raises(InputError, match="process 1"):
+        mesh.images(lambda: (same, batches(2), 8))
 
 
 def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():

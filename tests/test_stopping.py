@@ -181,6 +181,16 @@ def test_the_newest_run_is_the_one_of_that_name_that_began_last(tmp_path):
     assert RunFiles(tmp_path, "[a]*").newest_checkpoint() is None
 
 
+def test_a_new_run_is_the_newest_even_if_the_clock_has_gone_back(tmp_path):
+    (tmp_path / "a-29990101-000000.pt").touch()
+    for number in (1, 2):
+        files = RunFiles(tmp_path, "a")
+        files.create_log("log\n")
+        files.path(".pt").touch()
+        assert RunFiles(tmp_path, "a").newest_checkpoint() == files.path(".pt"), number
+        files.close()
+
+
 def test_every_flipped_bit_is_found_or_harmless(begun):
     """What a damaged checkpoint gives is refused, or it is to the bit what was saved."""
     path = begun.checkpoint

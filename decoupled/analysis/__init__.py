@@ -1,1 +1,1 @@
-"""After a run: figures, predictions, costs, exports."""
+"""Tools for finished runs: figures, predictions, costs, exports."""

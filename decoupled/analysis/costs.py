@@ -20,30 +20,30 @@ from decoupled.networks.modules import eval_mode
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the memory of the tensors that are made inside the block, in bytes: ``live``, of those still alive, and
-    ``peak``, the maximum of that.
+    """Tracks the memory of tensors created inside the block: ``live``, the bytes in use now, and ``peak``, the most
+    that were in use at once.
 
-    A storage counts once, whatever views and in-place results share it, from the operation that makes it until the last
-    of them is gone, autograd's graph included. A storage that appears as an operand first existed before and does not
-    count. A storage that is resized later keeps its first size.
+    A storage is counted once, however many views share it, from the operation that creates it until nothing refers to
+    it any more, autograd's graph included. A storage that first appears as an operand was created before the block and
+    is not counted. A storage that is resized later keeps its first size.
     """
 
     def __init__(self):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self.known = {}  # id of a storage → weak reference to it, whose callback forgets it
+        self.known = {}  # id of a storage → weak reference to it, whose callback calls forget
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # no operation: asks a FakeTensor for the device it stands for
+        if func is torch.ops.prim.device.default:  # a query, not an operation: which device a FakeTensor stands for
             return func(*args)
-        if torch.is_inference_mode_enabled():  # composite operations arrive whole: count what they make inside
+        if torch.is_inference_mode_enabled():  # composite operations are not decomposed before they arrive here
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func is not torch.ops.aten.lift_fresh.default:  # its operand is what torch.tensor has just made
+        if func is not torch.ops.aten.lift_fresh.default:  # its operand was just created, by torch.tensor
             for storage in storages((args, kwargs)):
                 self.remember(storage, 0)
         result = func(*args, **kwargs)
@@ -53,7 +53,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def remember(self, storage, size):
-        """Counts ``storage`` with ``size`` bytes until it is freed, unless it is known already."""
+        """Counts ``storage`` as ``size`` bytes until it is freed, unless it is counted already."""
         if id(storage) not in self.known:
             self.live += size
             self.known[id(storage)] = weakref.ref(storage, partial(self.forget, id(storage), size))
@@ -69,11 +69,11 @@ def storages(tree):
 
 
 def peak_memory(step, device="cpu"):
-    """The maximum of the bytes that tensors made while ``step()`` runs take, on top of what was alive before.
+    """The peak memory of ``step()`` in bytes, not counting what was allocated before.
 
-    On CUDA it is the allocator's count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
+    On CUDA this is the allocator's count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
     included, it is the exact size of tensor storages (LiveStorages), without kernels' workspaces: the same on every
-    machine, and on the meta device without computing anything.
+    machine, and on the meta device nothing is computed.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -83,13 +83,13 @@ def peak_memory(step, device="cpu"):
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveStorages() as storages:
+    with LiveStorages() as memory:
         step()
-    return storages.peak
+    return memory.peak
 
 
 def step_seconds(step, calls=1, device="cpu"):
-    """Average wall time of a call of ``step()`` over ``calls``, in seconds, the device's queued work included."""
+    """The average wall time of ``step()`` over ``calls`` calls, in seconds; the device's queued work counts."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -105,20 +105,20 @@ def synchronize(device):
 
 
 def costs(net, images):
-    """Measures each module of ``net`` and its parts: a pandas frame with a row per (n, part), module n from 1, part
-    "body", "auxiliary" or "module", which is both.
+    """The costs of each module of ``net``: a pandas frame with a row per (n, part). n counts modules from 1; part is
+    "body", "auxiliary", or "module" for both together.
 
-    ``images`` (B, …), at least two. Columns:
+    ``images`` (B, …), B at least 2. Columns:
       parameters       trained or not
       flops            per image, forward, eval mode
-      training_flops   per image, forward and backward, train mode. A module's input needs no gradient;
-                         its auxiliary's does
+      training_flops   per image, forward and backward, train mode. No gradient is computed for a module's input,
+                         but one is for its auxiliary's
       memory           bytes: the peak of a training step of that part alone, in the precision of ``images``
                          (see peak_memory)
-    A training step is the scripts': forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Memory is that
-    of two steps, so that the gradients and the momentum left by the first count in the second; the network and the
-    part's input do not count. A body alone is given a gradient of its output. ``net`` stays as it is, gradients, modes
-    and batch norm statistics included, and so does the random number generator.
+    A training step is as in the scripts: forward, mean cross-entropy, zero_grad, backward, SGD with momentum. Memory is
+    measured over two steps, so that the gradients and the momentum of the first are there in the second; the network
+    and the part's input do not count. A body alone is given a gradient of its output. ``net`` is left unchanged,
+    gradients, modes and batch norm statistics included, and so is the random number generator.
     """
     rows = {}
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -137,7 +137,7 @@ def costs(net, images):
 
 
 class Ones(torch.autograd.Function):
-    """(B, …) → a scalar whose gradient is one for each element: stands for an auxiliary that costs nothing."""
+    """(B, …) → a scalar whose gradient is one for each element: stands in for an auxiliary without costs."""
 
     @staticmethod
     def forward(ctx, representation):
@@ -151,21 +151,21 @@ class Ones(torch.autograd.Function):
 
 
 def module_costs(module, inputs, representation, labels):
-    """The three rows of costs for one module in eval mode: {part: {column: value}}. ``representation`` is what its body
-    makes of ``inputs``.
+    """The three rows of costs for one module in eval mode: {part: {column: value}}. ``representation`` is its body's
+    output for ``inputs``.
     """
     learner = copy.deepcopy(module).train()
     body_learns = any(parameter.requires_grad for parameter in module.body.parameters())
 
-    def body():
+    def forward_body():
         representation = learner.body(inputs)
         return representation, Ones.apply(representation)
 
-    def auxiliary():
+    def forward_auxiliary():
         logits = learner.auxiliary(representation.detach().requires_grad_(body_learns))
         return logits, F.cross_entropy(logits.float(), labels)
 
-    def both():
+    def forward_module():
         representation, logits = learner(inputs)
         return representation, logits, F.cross_entropy(logits.float(), labels)
 
@@ -173,20 +173,20 @@ def module_costs(module, inputs, representation, labels):
         body_flops = count_flops(lambda: module.body(inputs))
         auxiliary_flops = count_flops(lambda: module.auxiliary(representation))
     return {
-        "body": part_costs(learner.body, body, body_flops, inputs),
-        "auxiliary": part_costs(learner.auxiliary, auxiliary, auxiliary_flops, inputs),
-        "module": part_costs(learner, both, body_flops + auxiliary_flops, inputs),
+        "body": part_costs(learner.body, forward_body, body_flops, inputs),
+        "auxiliary": part_costs(learner.auxiliary, forward_auxiliary, auxiliary_flops, inputs),
+        "module": part_costs(learner, forward_module, body_flops + auxiliary_flops, inputs),
     }
 
 
-def part_costs(network, outputs, flops, inputs):
-    """One row of costs, {column: value}: of ``network``, in train mode, whose forward pass is ``outputs`` (see
-    training_step) and costs ``flops`` for all images of ``inputs``.
+def part_costs(network, forward, flops, inputs):
+    """One row of costs, {column: value}, for ``network`` in train mode. ``forward`` runs its forward pass (see
+    training_step), which takes ``flops`` for all of ``inputs``.
     """
-    # This step also makes CUDA's libraries allocate their lasting workspaces.
-    training_flops = count_flops(training_step(outputs, network))
+    # In this step CUDA's libraries also allocate workspaces that they keep: peak_memory must not see that.
+    training_flops = count_flops(training_step(forward, network))
     network.zero_grad()
-    step = training_step(outputs, network)
+    step = training_step(forward, network)
 
     def two_steps():
         step()
@@ -202,18 +202,18 @@ def part_costs(network, outputs, flops, inputs):
     }
 
 
-def training_step(outputs, network):
-    """A callable that takes a training step of ``network``: the last of ``outputs()`` is the loss, the others stay
-    alive meanwhile, as in the scripts.
+def training_step(forward, network):
+    """A callable that takes a training step of ``network``. ``forward()`` returns a tuple that ends with the loss; the
+    tensors before the loss stay alive until the step is done, as in the scripts.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = None
     if parameters:
-        # Fused as in the scripts; meta has no such kernel. Neither makes temporary tensors.
+        # Fused as in the scripts, except on meta, which has no such kernel. Neither allocates temporaries.
         optimizer = SGD(parameters, lr=0.0, momentum=0.9, fused=not parameters[0].is_meta)
 
     def step():
-        *_kept, loss = outputs()
+        *_kept_alive, loss = forward()
         network.zero_grad()
         if loss.requires_grad:
             loss.backward()
@@ -224,8 +224,8 @@ def training_step(outputs, network):
 
 
 def relative_cost(frame):
-    """Forward FLOPs of each module's auxiliary in % of its body's, as in the paper's Table 1, from a frame of costs: a
-    Series by n.
+    """A Series by n: the forward FLOPs of each module's auxiliary in % of its body's, as in the paper's Table 1.
+    ``frame`` comes from costs.
     """
     flops = frame["flops"].unstack("part")
     return 100 * flops["auxiliary"] / flops["body"]

@@ -16,18 +16,20 @@ from decoupled.training import flags
 
 
 def to_csv(frames, path):
-    """Writes ``frames``, {path: frame from read_log}, as one table: "log", the file's name, then read_log's columns."""
-    named = []
+    """Writes ``frames``, {log path: frame from read_log}, as one table: a column "log" with the log's file name, then
+    the columns of read_log.
+    """
+    tables = []
     for log, frame in frames.items():
-        frame = frame.copy()
-        frame.insert(0, "log", Path(log).name)
-        named.append(frame)
-    pd.concat(named).to_csv(path, index=False)
+        table = frame.copy()
+        table.insert(0, "log", Path(log).name)
+        tables.append(table)
+    pd.concat(tables).to_csv(path, index=False)
 
 
 def to_tensorboard(frames, folder):
-    """Writes ``frames``, {path: frame from read_log}, as scalars "column/head n" by epoch, each log as a run in a
-    folder of its own under ``folder``. Raises InputError where tensorboard is not installed or such a folder exists.
+    """Writes ``frames``, {log path: frame from read_log}, as scalars "column/head n" by epoch. Each log becomes a run
+    in its own folder under ``folder``. Raises InputError if tensorboard is not installed or such a folder exists.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -59,13 +61,13 @@ def parse_args():
     parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--csv", metavar="FILE", type=table_path, help="write a table: the log, n, epoch and the log's results"
+        "--csv", metavar="FILE", type=table_path, help="write a table with the columns log, n, epoch and the results"
     )
     group.add_argument(
         "--tensorboard",
         metavar="DIR",
         type=flags.path,
-        help="write scalars by epoch, each log as a run in a folder under DIR; needs the package tensorboard",
+        help="write scalars by epoch, each log as a run in its own folder under DIR; needs the package tensorboard",
     )
     return parser.parse_args()
 

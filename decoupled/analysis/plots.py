@@ -1,4 +1,4 @@
-"""Figures of logs, in one style for the notebooks and the command line:
+"""Figures from logs, in one style for the notebooks and the command line:
 
 python -m decoupled plot LOG… [--heads all|last|1,4] [--output curves.png]
 
@@ -8,6 +8,7 @@ from the lowest to the highest. The suffix of --output gives the format: .png,
 """
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -33,6 +34,7 @@ LABELS = {
 # Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow; and markers, for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+MARKERS_PER_LINE = 12  # at most
 REFERENCE_LINES = ("-", "--", ":", "-.")
 
 STYLE = {  # pyplot.style.use(STYLE)
@@ -62,19 +64,19 @@ def styles(names):
     }
 
 
-METHODS = styles(("DGL", "back-propagation", "DDG", "DNI", "cDNI", "checkpointing"))  # alike in every figure
+METHODS = styles(("DGL", "back-propagation", "DDG", "DNI", "cDNI", "checkpointing"))  # the same in every figure
 
 
 def curves(axes, frames, column, heads=None, label="head {n}", **style):
-    """Draws ``column`` of a frame from read_log by epoch on ``axes``, one line per head, and labels the axes.
+    """Draws ``column`` by epoch on ``axes``, one line per head, and labels the axes. Returns the lines.
 
-    ``frames`` may be several that differ only in the seed: the line is their mean, the band around it goes from the
-    lowest to the highest; epochs that one of them has not reached are left out. ``heads``: numbers, or "last"; all by
-    default. ``label`` is formatted with n. Returns the lines.
+    ``frames`` is a frame from read_log, or several that differ only in the seed: then the line is their mean and a band
+    shows their range; epochs that one of them has not reached are left out. ``heads``: numbers, or "last"; all by
+    default. ``label`` is formatted with n.
     """
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     rows = pd.concat([frame[["n", "epoch", column]] for frame in frames], ignore_index=True)
-    if isinstance(heads, str):
+    if heads == "last":
         heads = [min(frame["n"].max() for frame in frames)]
     lines = []
     for n, rows_of_head in rows.groupby("n"):
@@ -84,11 +86,12 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
         seeds = seeds[seeds["size"] == len(frames)]
         if seeds.empty:
             continue
-        every = -(-len(seeds) // 12)
+        marker_distance = math.ceil(len(seeds) / MARKERS_PER_LINE)
+        first_marker = len(axes.lines) % marker_distance  # shifted from line to line: all show where lines coincide
         look = {
             "color": COLORS[(n - 1) % len(COLORS)],
             "marker": MARKERS[(n - 1) % len(MARKERS)],
-            "markevery": (len(axes.lines) % every, every),  # the markers of lines that coincide alternate
+            "markevery": (first_marker, marker_distance),
         }
         (line,) = axes.plot(seeds.index, seeds["mean"], label=label.format(n=n), **(look | style))
         lines.append(line)
@@ -101,13 +104,13 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
 
 
 def reference_curves(axes, frame, column, heads=None, label="authors' log", **style):
-    """Like curves, but wide and grey beneath the others: what ours are compared with."""
-    beneath = {"color": "0.75", "linewidth": 3, "marker": "", "zorder": 1}
-    return curves(axes, frame, column, heads, label, **(beneath | style))
+    """Like curves, but wide, grey, and behind the other lines: for results to compare with."""
+    look = {"color": "0.75", "linewidth": 3, "marker": "", "zorder": 1}
+    return curves(axes, frame, column, heads, label, **(look | style))
 
 
 def authors_curves(names):
-    """{label: frame} of the authors' published logs in results/authors_curves.csv; ``names`` without .log."""
+    """{label: frame} of logs published by the authors, from results/authors_curves.csv; ``names`` without .log."""
     table = pd.read_csv(results_folder() / "authors_curves.csv")
     known = [log.removesuffix(".log") for log in table["log"].unique()]
     frames = {}
@@ -119,8 +122,8 @@ def authors_curves(names):
 
 
 def points(axes, values, **style):
-    """Draws the mean of the ``values`` at each place, and their range as a bar. ``values`` is a Series with one row per
-    seed, whose index is the place on the x axis. Returns matplotlib's container.
+    """Draws the mean of ``values`` at each x, and their range as a bar. ``values`` is a Series with one row per seed;
+    its index is x. Returns matplotlib's container.
     """
     seeds = values.groupby(level=0, sort=False).agg(["mean", "min", "max"])
     ranges = [seeds["mean"] - seeds["min"], seeds["max"] - seeds["mean"]]
@@ -129,36 +132,42 @@ def points(axes, values, **style):
 
 
 def legend_below(figure, **style):
-    """One legend for all panels of ``figure``, beneath them, with each label once."""
+    """Adds one legend for all panels of ``figure``, below them, with each label once."""
     entries = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= zip(labels, handles, strict=True)
-    widest = max(map(len, entries), default=0)
-    columns = max(1, int(11 * figure.get_figwidth()) // (8 + widest))
-    place = {"loc": "outside lower center", "ncols": columns}
-    return figure.legend(entries.values(), entries, **(place | style))
+    entry_width = 8 + max(map(len, entries), default=0)  # in characters, with the line sample and the gap
+    figure_width = int(11 * figure.get_figwidth())  # in characters, about 11 an inch
+    layout = {"loc": "outside lower center", "ncols": max(1, figure_width // entry_width)}
+    return figure.legend(entries.values(), entries, **(layout | style))
 
 
 # A figure of whole runs
 
 
 def learning_curves(runs, heads=None, title="", beneath=None):
-    """A figure of ``runs``, {label: frames of its seeds}, of any experiment: the training loss, or train top-1 where
-    one of them has no loss, and test top-1, by epoch.
+    """A figure of ``runs``, {label: frames of its seeds}, of any experiment: training loss and test top-1 by epoch.
+    Train top-1 takes the place of the loss if one of the runs has none.
 
     ``heads``: numbers, "all" or "last"; by default all of a single run, and the last of several runs. With several
-    runs, each head has its own panels. ``beneath``, {label: frame}, are drawn grey.
+    runs, each head has its own row of panels. ``beneath``, {label: frame}, is drawn in grey behind them.
     """
-    frames = [frame for seeds in runs.values() for frame in seeds]
+    frames = []
+    for seeds in runs.values():
+        frames += seeds
     if heads is None:
         heads = "all" if len(runs) == 1 else "last"
     if heads == "all":
-        heads = sorted({n for frame in frames for n in frame["n"]})
+        heads = known_heads(frames)
     has_loss = all("loss" in frame for frame in frames)
     columns = ("loss" if has_loss else "train_top1", "test_top1")
-    heads_of_row = [heads] if len(runs) == 1 or heads == "last" else [[n] for n in heads]
-    legend_height = 0.2 * len(runs) if len(runs) > 1 else 0.4
+    if len(runs) == 1:
+        heads_of_row = [heads]
+        legend_height = 0.4
+    else:
+        heads_of_row = [heads] if heads == "last" else [[n] for n in heads]
+        legend_height = 0.2 * len(runs)
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(10, 3.6 * len(heads_of_row) + legend_height))
         panels = figure.subplots(len(heads_of_row), 2, squeeze=False, sharex=True)
@@ -175,8 +184,16 @@ def learning_curves(runs, heads=None, title="", beneath=None):
     return figure
 
 
+def known_heads(frames):
+    """The numbers of the heads that at least one of ``frames`` has, in order."""
+    heads = set()
+    for frame in frames:
+        heads.update(frame["n"])
+    return sorted(heads)
+
+
 def draw_panel(axes, runs, column, heads, beneath):
-    """Draws ``column`` of the ``runs`` on ``axes``, over the reference curves ``beneath``: see learning_curves."""
+    """Draws ``column`` of ``runs`` on ``axes``, and the reference curves ``beneath`` behind them."""
     for (name, frame), linestyle in zip(beneath.items(), REFERENCE_LINES, strict=False):
         reference_curves(axes, frame, column, heads, name, linestyle=linestyle)
     if len(runs) == 1:
@@ -191,11 +208,13 @@ def draw_panel(axes, runs, column, heads, beneath):
 
 # Which logs are seeds of one run
 
-DESCRIPTION = ("experiment", "script", "images")  # what a run is, besides its flags
+DESCRIPTION = ("experiment", "script", "images")  # what identifies a run besides its flags
 
 
 def describe_run(frame):
-    """What a run is, {name: text}, of a frame from read_log: script, images, flags, seed; not where it was made."""
+    """What identifies the run of a frame from read_log, {name: text}: script, images, flags and seed, but not where it
+    ran.
+    """
     comments = dict(line.split(": ", 1) for line in frame.attrs["comments"] if ": " in line)
     run = {"experiment": "", "script": "", "images": comments.get("train", ""), "name": ""}
     if match := re.search(r"([\w-]+)/(\w+)\.py", comments.get("command", "")):
@@ -212,9 +231,9 @@ def without_seed(name):
 
 
 def group_seeds(frames):
-    """Groups ``frames``, {path: frame from read_log}, that differ only in the seed: {label: frames of its seeds}.
+    """Groups those of ``frames``, {path: frame from read_log}, that differ only in the seed: {label: frames}.
 
-    Labels name the script, images and flags in which the groups differ; where there are no such or many, the log.
+    A label names the script, images and flags in which the groups differ; if there are none or too many, the log.
     """
     runs = pd.DataFrame([{"seed": ""} | describe_run(frame) for frame in frames.values()], index=list(frames))
     compared = [column for column in runs if column != "seed"]
@@ -237,7 +256,7 @@ def group_seeds(frames):
 
 
 def label_by_difference(group, differing):
-    """The label of the runs in ``group`` by the columns ``differing``; empty where those are many."""
+    """The label of the runs in ``group`` by the columns ``differing``; empty if those are too many for a label."""
     if len(differing) > 3:
         return ""
     words = []
@@ -248,7 +267,9 @@ def label_by_difference(group, differing):
 
 
 def label_by_name(group):
-    """The label of the runs in ``group`` by the first one's log, without its time and, for several seeds, its seed."""
+    """The label of the runs in ``group``: the name of the first log without its time and, for several runs, its
+    seed.
+    """
     path = Path(group.index[0])
     name = parse_run_name(path)
     label = path.stem if name is None else name.prefix
@@ -261,8 +282,8 @@ def label_by_name(group):
 
 
 def newest_log(path):
-    """``path`` itself or, in a folder, the log of the run that started last: see decoupled.logs.newest. Raises
-    InputError when there is none.
+    """``path`` itself or, if it is a folder, the log of the run that started last: see decoupled.logs.newest. Raises
+    InputError if there is none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -274,9 +295,9 @@ def newest_log(path):
 
 
 def results_folder():
-    """The repository's folder of results, seen from the folder where a notebook was opened, or from this package.
+    """The repository's folder of results, found from the folder where a notebook was opened or from this package.
 
-    Raises InputError when there is none.
+    Raises InputError if there is none.
     """
     repository = Path(__file__).resolve().parents[2]
     for folder in (Path.cwd(), *Path.cwd().parents, repository):
@@ -287,7 +308,7 @@ def results_folder():
     )
 
 
-def some_heads(text):
+def heads_argument(text):
     """An argparse type: all, last, or numbers of heads."""
     if text in ("all", "last"):
         return text
@@ -297,7 +318,7 @@ def some_heads(text):
 
 
 def figure_path(text):
-    """An argparse type: a path that matplotlib writes a figure to."""
+    """An argparse type: a path with the suffix of a format that matplotlib writes."""
     kinds = Figure().canvas.get_supported_filetypes()
     if Path(text).suffix.lstrip(".").lower() not in kinds:
         suffixes = ", ".join(f".{kind}" for kind in kinds)
@@ -314,14 +335,14 @@ def parse_args():
     parser.add_argument(
         "--heads",
         metavar="HEADS",
-        type=some_heads,
+        type=heads_argument,
         help="all, last, or numbers such as 1,4 (default: all of a single run, the last of several runs)",
     )
     parser.add_argument(
         "--authors",
         nargs="+",
         metavar="NAME",
-        help="authors' curves to draw beneath, in grey: parallel, sequential, backprop, dgl, cdni, dni",
+        help="curves of the authors to draw in grey: parallel, sequential, backprop, dgl, cdni, dni",
     )
     parser.add_argument(
         "--output", metavar="FILE", default="curves.png", type=figure_path, help="where the figure is written"
@@ -336,7 +357,7 @@ def main():
         log = newest_log(path)
         frames[log] = read_log(log)
     if isinstance(args.heads, list):
-        known = {n for frame in frames.values() for n in frame["n"]}
+        known = known_heads(frames.values())
         for n in args.heads:
             if n not in known:
                 parser.error(f"--heads: no log has head {n}")
@@ -369,19 +390,21 @@ def final_scores(seeds):
 
 
 def figure_title(runs, frames):
-    """The run's label and its data set; of several runs, the data set that they have in common."""
+    """The label and data set of a single run; of several runs, the data set that they have in common."""
     datasets = {frame.attrs["arguments"].get("dataset", "") for frame in frames.values()}
     datasets.discard("")
     words = []
     if len(runs) == 1:
-        words += runs
+        (label,) = runs
+        words.append(label)
     if len(datasets) == 1:
-        words += datasets
+        (dataset,) = datasets
+        words.append(dataset)
     return ", ".join(words)
 
 
 def print_damaged(log, frame):
-    """Says which lines of ``log`` are left out, if any."""
+    """Prints which lines of ``log`` are left out, if any."""
     damaged = frame.attrs["damaged"]
     if damaged:
         numbers = ", ".join(map(str, damaged[:10]))

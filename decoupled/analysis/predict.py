@@ -1,19 +1,20 @@
-"""What a trained network says about images, and what early exits save:
+"""Classifies images with a trained network, and measures early exits:
 
 python -m decoupled predict CHECKPOINT cat.png dog.png --early-exit 0.9
 python -m decoupled predict CHECKPOINT DIR
 python -m decoupled predict CHECKPOINT
 
 CHECKPOINT is a run's .pt file, or a folder: the newest run in it, by the time
-in its name. For each image: class, confidence (the softmax of the head's
-logits), head, and FLOPs saved, in % of those of all bodies and the last head.
-With --early-exit an image leaves at the first head whose confidence is high
-enough; it has passed the heads below as well, so leaving at the last one saves
-less than nothing.
+in its name. For each image it prints the class, the confidence (the softmax of
+the head's logits), the head, and the FLOPs saved, in % of those of all bodies
+and the last head. With --early-exit an image leaves at the first head that is
+confident enough. It has passed the heads below as well, so an image that leaves
+at the last head costs more than without early exits.
 
-With labeled images, DIR/<class>/<image>, or without any, which means the run's
-own test set: top-1 and average FLOPs of leaving at each head, and at each
-confidence. --output draws them, and writes the numbers beside the figure.
+With a folder of labeled images, DIR/<class>/<image>, or with the run's own test
+set, which is used if no images are named, it prints the top-1 accuracy and the
+average FLOPs of leaving at each head, and of leaving at each confidence.
+--output draws them, and writes the numbers beside the figure.
 """
 
 import sys
@@ -50,12 +51,12 @@ def parse_args():
     parser.add_argument(
         "images", metavar="IMAGE", nargs="*", type=flags.path, help="image files, or one folder DIR/<class>/<image>"
     )
-    parser.add_argument("--heads", metavar="all|N", help="the head that classifies, from 1 (default: the last)")
+    parser.add_argument("--heads", metavar="all|N", help="which head classifies, from 1, or all (default: the last)")
     parser.add_argument(
         "--early-exit",
         type=flags.number(least=0),
         metavar="CONFIDENCE",
-        help="leave at the first head that is so confident, from 0 to 1",
+        help="leave at the first head with at least this confidence, 0 to 1",
     )
     parser.add_argument("--data-dir", type=flags.path, metavar="DIR", help="where the run's data set is now")
     parser.add_argument(
@@ -90,9 +91,9 @@ def parse_args():
 @torch.inference_mode()
 def early_exit(net, images, confidence):
     """Lets each image leave the DecoupledNetwork ``net`` at the first head whose softmax has a probability of at least
-    ``confidence``, the rest at the last. Modules above run on what is left.
+    ``confidence``, or else at the last. Each module runs only on the images that have not left below it.
 
-    images (B, C, h, w) → logits (B, classes), heads (B,) from 0.
+    images (B, C, h, w) → logits (B, classes), heads (B,) counted from 0.
     """
     last = len(net) - 1
     staying = torch.arange(len(images), device=images.device)
@@ -119,8 +120,10 @@ def is_confident(logits, confidence):
     return logits.float().softmax(1).amax(1) >= confidence
 
 
-def exits(every_logits, confidence):
-    """The heads (B,), from 0, at which images leave, from the logits (B, classes) of every head, a list."""
+def exit_heads(every_logits, confidence):
+    """The heads (B,), counted from 0, at which images leave. ``every_logits``: a list of every head's logits
+    (B, classes).
+    """
     heads = torch.full((len(every_logits[-1]),), len(every_logits) - 1)
     for index in reversed(range(len(every_logits) - 1)):
         heads[is_confident(every_logits[index], confidence)] = index
@@ -130,8 +133,8 @@ def exits(every_logits, confidence):
 class ExitFlops(NamedTuple):
     """FLOPs of one image that leaves at each head.
 
-    alone  through the bodies up to it and that head alone
-    early  through all heads up to it, as an image that may leave early
+    alone  of the bodies up to that head, and of that head alone
+    early  of the bodies up to that head and all heads on the way, which an image that may leave early passes
     """
 
     alone: list
@@ -152,7 +155,7 @@ def exit_flops(net, image):
 
 @contextmanager
 def without_attention_fast_path():
-    """nn.MultiheadAttention without its fused operation for evaluation, whose FLOPs PyTorch does not count."""
+    """Turns off nn.MultiheadAttention's fused operation for evaluation, whose FLOPs PyTorch does not count."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -167,7 +170,7 @@ def count_heads(net):
 
 
 def every_head(net, images):
-    """The logits (B, classes) of every head of ``net``, a list, whether ``net`` returns a list or one tensor."""
+    """A list of the logits (B, classes) of every head of ``net``, which may return a list or one tensor."""
     logits = net(images)
     return [logits] if isinstance(logits, torch.Tensor) else logits
 
@@ -176,14 +179,14 @@ def every_head(net, images):
 
 
 def predict_images(net, form, args):
-    """Prints a line for each image and each head asked for."""
+    """Prints a line for each image and each head of --heads."""
     heads = chosen_heads(args.heads, count_heads(net))
     images = [as_batch(form.read(path)[None], form, args.device) for path in args.images]
     flops = exit_flops(net, images[0])
     for path, image in zip(args.images, images, strict=True):
         if args.early_exit is not None:
-            logits, exit_heads = early_exit(net, image, args.early_exit)
-            head = exit_heads.item()
+            logits, head_of_image = early_exit(net, image, args.early_exit)
+            head = head_of_image.item()
             print_prediction(path, form, logits, head, flops.early[head] / flops.alone[-1])
             continue
         with torch.inference_mode():
@@ -193,14 +196,14 @@ def predict_images(net, form, args):
 
 
 def print_prediction(path, form, logits, head, cost):
-    """Prints what ``head`` says about the image at ``path``; ``cost`` is its FLOPs as a fraction of the last head's."""
+    """Prints what ``head`` predicts for the image at ``path``. ``cost``: its FLOPs as a fraction of the last head's."""
     confidence, label = logits.float().softmax(1)[0].max(0)
     saved = 100 * (1 - cost)
     print(f"{path}: {form.classes[label]}, {confidence:.3f}, head {head + 1}, {saved:.1f} % of FLOPs saved")
 
 
 def chosen_heads(heads, count):
-    """The heads, from 0, that --heads names; None is the last."""
+    """The heads, counted from 0, that --heads names; None means the last."""
     if heads is None:
         return [count - 1]
     if heads == "all":
@@ -221,7 +224,7 @@ def as_batch(images, form, device):
 
 
 def evaluate_labeled(net, form, saved, args):
-    """Prints top-1 and FLOPs at each head and confidence, and draws them with --output."""
+    """Prints top-1 and FLOPs at each head and each confidence, and draws them with --output."""
     if args.images:
         folder = Path(args.images[0])
         listing = list_images(folder, f"labeled images are {folder}/<class>/<image>")
@@ -245,8 +248,8 @@ def evaluate_labeled(net, form, saved, args):
 
 
 def match_classes(listing, folder, form):
-    """The images of ``listing``, a decoupled.data.folders.Listing of ``folder``, as [(path, label)] with the network's
-    labels, which are matched by the classes' names. Raises InputError for a class that is not the network's.
+    """[(path, label)] of ``listing``, a decoupled.data.folders.Listing of ``folder``, with the network's labels, found
+    by the names of the classes. Raises InputError for a class that the network does not have.
     """
     for name in listing.classes:
         if name not in form.classes:
@@ -256,7 +259,9 @@ def match_classes(listing, folder, form):
 
 
 def labeled_batches(samples, form, device):
-    """Iterates over ``samples``, [(path, label)], read as ``form`` says: images (B, 3, s, s), labels (B,)."""
+    """Yields mini-batches of ``samples``, [(path, label)], in the ``form`` of the network's input: images (B, 3, s, s)
+    and labels (B,).
+    """
     for start in range(0, len(samples), BATCH_SIZE):
         batch = samples[start : start + BATCH_SIZE]
         images = torch.stack([form.read(path) for path, _ in batch])
@@ -265,10 +270,9 @@ def labeled_batches(samples, form, device):
 
 
 def own_test_set(saved, form, data_dir, device):
-    """The test set of the run that left the checkpoint ``saved``, as Batches.
+    """The test set of the run that saved the checkpoint ``saved``, as Batches.
 
-    Raises InputError where its classes are not the network's, and says so where its images are not those that the run
-    was tested on.
+    Raises InputError if its classes are not the network's, and prints a note if the run was tested on other images.
     """
     arguments = saved["arguments"]
     if "dataset" not in arguments:
@@ -286,26 +290,34 @@ def own_test_set(saved, form, data_dir, device):
         print("note: the run was evaluated on training images that it held out; this is the test set", file=sys.stderr)
     elif tested_fingerprint(saved) not in (None, test.fingerprint):
         print(f"note: the test images in {data_dir} are not those that the run was tested on", file=sys.stderr)
-    about = {"mean": form.mean, "std": form.std, "description": f"{test.description}, the test set"}
-    return Batches(test.images, test.labels, BATCH_SIZE, **about, device=device)
+    return Batches(
+        test.images,
+        test.labels,
+        BATCH_SIZE,
+        mean=form.mean,
+        std=form.std,
+        description=f"{test.description}, the test set",
+        device=device,
+    )
 
 
 def tested_fingerprint(saved):
-    """The fingerprint of the images that the run evaluated (see Batches); None where its checkpoint has none."""
+    """The fingerprint of the images that the run was tested on (see Batches); None if its checkpoint has none."""
     states = saved["state"].get("test")
     return states[0].get("fingerprint") if states else None
 
 
 @torch.inference_mode()
 def evaluate_exits(net, batches, confidences=CONFIDENCES):
-    """Measures leaving at each head alone, and early at each of ``confidences``: a pandas frame with the columns
+    """Measures what it gives and costs if all images leave at one head, for each head, and if they leave early, for
+    each of ``confidences``: a pandas frame with the columns
 
     exit            "head" or "early"
-    at              the head, from 1, or the confidence
+    at              the head, counted from 1, or the confidence
     top1            %
     gflops          average per image
-    saved           % of the FLOPs to the last head alone
-    left1, left2, … % of the images at each head
+    saved           % of the FLOPs of the last head alone
+    left1, left2, … % of the images that leave at each head
 
     ``frame.attrs["images"]`` counts the images.
     """
@@ -325,25 +337,25 @@ def evaluate_exits(net, batches, confidences=CONFIDENCES):
         rows.append({"exit": "head", "at": index + 1, **scores})
     if len(every_logits) > 1:
         for confidence in confidences:
-            scores = exit_scores(exits(every_logits, confidence), correct, flops.early, flops.alone[-1])
+            scores = exit_scores(exit_heads(every_logits, confidence), correct, flops.early, flops.alone[-1])
             rows.append({"exit": "early", "at": confidence, **scores})
     frame = pd.DataFrame(rows)
     frame.attrs["images"] = len(labels)
     return frame
 
 
-def exit_scores(heads, correct, flops, whole):
-    """What it gives and costs that image i leaves at ``heads``[i], as {column: value} of evaluate_exits.
+def exit_scores(heads, correct, flops, flops_of_all):
+    """The accuracy and the cost if image i leaves at ``heads``[i]: {column: value} of evaluate_exits.
 
-    ``correct`` (heads, N) says which head classifies which image correctly, ``flops`` what leaving at each head costs,
-    and ``whole`` what the last head alone does.
+    ``correct`` (number of heads, N) is whether each head classifies each image correctly, ``flops`` the cost of leaving
+    at each head, and ``flops_of_all`` that of all bodies and the last head.
     """
     shares = torch.bincount(heads, minlength=len(correct)).double() / len(heads)
     average = (shares * torch.tensor(flops, dtype=torch.float64)).sum().item()
     scores = {
         "top1": 100 * correct.gather(0, heads[None]).double().mean().item(),
         "gflops": average / 1e9,
-        "saved": 100 * (1 - average / whole),
+        "saved": 100 * (1 - average / flops_of_all),
     }
     for n, share in enumerate(shares.tolist(), start=1):
         scores[f"left{n}"] = 100 * share
@@ -351,7 +363,7 @@ def exit_scores(heads, correct, flops, whole):
 
 
 def exits_figure(frame, title):
-    """A figure of accuracy against average FLOPs, from a frame of evaluate_exits."""
+    """A figure of accuracy against average FLOPs. ``frame`` comes from evaluate_exits."""
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(6, 4))
         axes = figure.subplots()
@@ -371,7 +383,7 @@ def exits_figure(frame, title):
 
 
 def annotate(axes, rows, above):
-    """Writes each row's "at" beside its point, so many points ``above``; not where it would lie on the last one."""
+    """Writes each row's "at" next to its point, ``above`` points higher; left out where it would overlap the last."""
     last = None
     for row in rows.itertuples():
         if last is not None and last.top1 == row.top1 and row.gflops < 1.2 * last.gflops:
@@ -388,9 +400,9 @@ def main():
     args.device = pick_device(args.device)
     path = find_checkpoint(Path(args.checkpoint))
     saved = loading.read(path)
-    net = loading.rebuild(saved, path, script=args.script, device=args.device)
     form = loading.input_form(saved, path)
-    if not saved.get("finished", True):  # heads may not have learned yet
+    net = loading.rebuild(saved, path, script=args.script, device=args.device)
+    if not saved["finished"]:  # heads may not have learned yet
         print(f"note: the run of {path} is not finished: it is in epoch {saved['epoch']}", file=sys.stderr)
     if args.early_exit is not None and count_heads(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
@@ -401,7 +413,7 @@ def main():
 
 
 def find_checkpoint(path):
-    """``path`` itself or, in a folder, the checkpoint of the newest run: see decoupled.logs.newest."""
+    """``path`` itself or, if it is a folder, the checkpoint of the newest run: see decoupled.logs.newest."""
     if not path.is_dir():
         return path
     checkpoint = newest(path.glob("*.pt"))

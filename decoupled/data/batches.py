@@ -1,7 +1,29 @@
-"""Mini-batches of images held as uint8 on the training device, where they are cropped, flipped and normalized.
+"""The mini-batches of a run: what a run asks of them, and those of images that stay on the training device.
 
-The order and the augmentation of an epoch come from a generator of the images' own, on the CPU whatever the device: the
-seed determines them. An epoch can stop after any mini-batch, and continue there from a checkpoint.
+A run learns from any object that offers this. Batches below is one, decoupled.data.loader.Loader another. Each
+mini-batch is a pair (inputs, labels) on the run's device.
+
+__iter__()                  begins an epoch and iterates over it
+begin()                     begins an epoch: a new order, the first mini-batch
+rest()                      iterates over what is left of the epoch that has begun
+__len__()                   number of mini-batches in an epoch
+state_dict()                its place in the epoch, and what else a new process needs to continue there
+load_state_dict(state)      continues with the mini-batch after those. Raises InputError for the state of other data
+__str__()                   a line for the log
+close()                     optional: called when the run ends
+
+Where several stages share the modules, also:
+
+outline                     (number of samples, batch size, number of mini-batches), for the Outline of the stages above
+place                       number of mini-batches of the epoch that are done
+example                     a mini-batch of two samples: its shapes and types are those of what stages send
+
+and where replicas share each mini-batch:
+
+weight                      weight of the latest share's mean loss in the mean over replicas
+common                      number of mini-batches of which every replica has a share
+
+An InputForm as ``form`` lets ``python -m decoupled predict`` read images for the network.
 """
 
 import copy
@@ -33,7 +55,11 @@ class Augmentation(NamedTuple):
 
 
 class Batches:
-    """Mini-batches of one split: images (B, 3, h, w) float32, channels-last and normalized; labels (B,) int64.
+    """Mini-batches of images held as uint8 on the training device, where they are cropped, flipped and normalized:
+    images (B, 3, h, w) float32, channels-last and normalized; labels (B,) int64.
+
+    The order and the augmentation of an epoch come from a generator of the images' own, on the CPU whatever the device:
+    the seed determines them.
 
     ``images`` is uint8 (N, h, w, 3) and ``labels`` int64 (N,); both are kept on ``device``. With ``augment``, every
     epoch has a new random order, and each image is zero-padded by 4, cropped at random to its size and, with ``flip``,
@@ -147,6 +173,12 @@ class Batches:
         """What another process needs for an Outline of these mini-batches: its first three arguments."""
         return len(self.labels), self.batch_size, len(self)
 
+    @property
+    def example(self):
+        """A mini-batch of two samples, all zeros."""
+        images = torch.zeros(2, 3, self.height, self.width, device=self.images.device)
+        return images.to(memory_format=torch.channels_last), self.labels.new_zeros(2)
+
     def __str__(self):
         return f"{len(self.labels)} images of {self.description}"
 
@@ -184,14 +216,15 @@ def check_statistics(*statistics):
 
 
 class Outline:
-    """What a process without images knows of Batches: how large each mini-batch is, and its place among them.
+    """What a process without data knows of the mini-batches: how large each one is, and its place among them.
 
     ``count`` samples come in ``length`` mini-batches of ``batch_size``. Each is divided into ``replicas`` shares, and
-    this process learns from share ``replica``. ``weight`` is the weight of the latest share's mean loss in the mean
-    over replicas.
+    this process learns from share ``replica``. ``example`` is a mini-batch of two samples. ``weight`` is the weight of
+    the latest share's mean loss in the mean over replicas.
     """
 
-    def __init__(self, count, batch_size, length, replica=0, replicas=1):
+    def __init__(self, count, batch_size, length, replica=0, replicas=1, example=None):
+        self.example = example
         self.replicas = replicas
         self.whole = [min(batch_size, count - first) for first in range(0, count, batch_size)][:length]
         self.shares = []

@@ -3,7 +3,7 @@
 import contextlib
 import gzip
 import hashlib
-import shutil
+import os
 import zlib
 from pathlib import Path
 
@@ -338,8 +338,6 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
             if not all(path.is_file() for path in files):
                 fetch()
     except Exception as error:  # a server, a proxy or an archive may lead to anything
-        if created:
-            shutil.rmtree(data_dir, ignore_errors=True)
         for path, md5 in (files | archives).items():
             if path.is_file():
                 check_md5(path, read_bytes(path), md5)
@@ -351,6 +349,15 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
     finally:
         with contextlib.suppress(OSError):
             lock.unlink()
+        if created:
+            remove_empty(data_dir)
+
+
+def remove_empty(folder):
+    """Removes ``folder`` and the folders in it, as far as they are empty."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def is_intact(path, md5):

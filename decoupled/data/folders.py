@@ -61,20 +61,18 @@ def list_images(path, layout):
     ``layout`` describes the expected folders, for error messages. Raises InputError if ``path`` is missing or cannot be
     read or has no class folders, if a class has no image, or if a link leads to a folder that is listed already.
     """
-    from torchvision.datasets.folder import make_dataset
-
     path = Path(path)
     left_out = []
     names = class_folders(path, layout, left_out)
     classes = sorted(set(names.values()))
     indices = {name: index for index, name in enumerate(classes)}
     image_filter = ImageFilter(path, left_out)
-    samples = make_dataset(
-        path,
-        {folder: indices[name] for folder, name in names.items()},
-        is_valid_file=image_filter.accepts,
-        allow_empty=True,
-    )
+    samples = []
+    walked = {}
+    for folder, name in sorted(names.items()):
+        for file in walk(path / folder, walked):
+            if image_filter.accepts(file):
+                samples.append((file, indices[name]))
     left_out.sort(key=lambda file: (is_inside_hidden(file, path), file))
     listing = Listing(classes, samples, left_out)
     with_images = {index for _, index in samples}
@@ -104,6 +102,28 @@ def class_folders(path, layout, left_out):
     return names
 
 
+def walk(folder, walked):
+    """The paths of all files in ``folder`` and its subfolders, sorted. ``walked`` collects the folders' paths by their
+    real paths.
+
+    Raises InputError for a folder that cannot be read, whose images would silently be missing, and where a link leads
+    to a folder that has been walked already.
+    """
+
+    def fail(error):
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from error
+
+    subfolders = []
+    for subfolder, _, names in os.walk(folder, onerror=fail, followlinks=True):
+        first = walked.setdefault(os.path.realpath(subfolder), subfolder)
+        if first != subfolder:
+            raise InputError(f"{first} and {subfolder} are the same folder: remove the link")
+        subfolders.append((subfolder, names))
+    for subfolder, names in sorted(subfolders):
+        for name in sorted(names):
+            yield os.path.join(subfolder, name)
+
+
 def is_hidden(name):
     """Whether a file or folder is hidden or the operating system's: .DS_Store, ._0.png, __MACOSX."""
     return name.startswith(".") or name in SYSTEM_NAMES
@@ -121,24 +141,16 @@ class ImageFilter:
         self.root = root
         self.left_out = left_out
         self.accepted_folders = {}  # whether files in a folder are accepted, by its path
-        self.listed = {}  # the path under which each folder is listed, by its real path
 
     def accepts(self, path):
         folder, name = os.path.split(path)
         if folder not in self.accepted_folders:
-            self.accepted_folders[folder] = self.accepts_folder(folder)
+            self.accepted_folders[folder] = not is_inside_hidden(folder, self.root)
         has_suffix = Path(name).suffix.lower() in suffixes()
         accepted = self.accepted_folders[folder] and has_suffix and not is_hidden(name)
         if not accepted:
             self.left_out.append(path)
         return accepted
-
-    def accepts_folder(self, folder):
-        """Whether images in ``folder`` are read. Raises InputError where a link leads to a folder listed already."""
-        first = self.listed.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise InputError(f"{first} and {folder} are the same folder: remove the link")
-        return not is_inside_hidden(folder, self.root)
 
 
 def check_classes(folder, splits, listings):

@@ -24,7 +24,15 @@ SIXTEEN_BITS = re.compile(r"L;16|.*;16[BLN]")
 # Formats whose first frame is the image; the others are previews and depth maps, or layers
 FIRST_FRAME_ONLY = {"MPO", "PSD"}
 
-BITS_PER_SAMPLE = 258  # a TIFF tag
+# Compressed formats whose decoders silently fill in what an interrupted copy has left empty
+FILLED_IN = {"AVIF", "JPEG", "MPO", "QOI", "WEBP"}
+EMPTY_TAIL = bytes(512)  # no whole file ends so
+JPEG_END = b"\xff\xd9"  # unless zeros follow this marker
+
+# TIFF tags
+BITS_PER_SAMPLE = 258
+SAMPLE_FORMAT = 339
+UNSIGNED = {1, 4}  # sample formats: unsigned integers, and undefined
 
 BACKGROUND = "white"  # shows through transparent pixels
 
@@ -79,14 +87,15 @@ def read_image(path):
 
     The image is turned upright by its EXIF orientation; a white background shows through transparency. Color profiles
     and gamma are ignored. Raises InputError, naming the file, if it is missing, damaged or not an image, or if it has
-    more than 8 bits per channel, a color mode that cannot be converted, several frames, or too many pixels for Pillow.
+    more than 8 bits per channel, a color mode that cannot be converted, several frames, only transparent pixels, or too
+    many pixels for Pillow.
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # about large images, odd transparency, damaged metadata
             with Image.open(file, formats=formats()) as image:
                 check_kind(image, path)
-                return render(image)
+                return render(image, path)
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -125,6 +134,8 @@ def check_kind(image, path):
     """Raises InputError for an opened image that ``render`` would not return as a viewer shows it."""
     if image.mode in ("I", "F") or image.mode.startswith("I;") or has_more_than_8_bits(image):
         raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
+    if image.format == "TIFF" and not UNSIGNED.issuperset(image.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)):
+        raise InputError(f"{path} has signed values: convert it to unsigned ones")
     if image.mode not in EIGHT_BIT_MODES:
         raise InputError(f"{path} has the color mode {image.mode}: convert it to RGB")
     if image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4") and "transparency" in image.info:
@@ -132,6 +143,8 @@ def check_kind(image, path):
         raise InputError(f"{path} is transparent gray with fewer than 8 bits: convert it to 8 bits")
     if getattr(image, "is_animated", False) and image.format not in FIRST_FRAME_ONLY:
         raise InputError(f"{path} has {image.n_frames} frames: save the one to learn from as an image of its own")
+    if image.format in FILLED_IN and ends_in_zeros(image):
+        raise InputError(f"{path} is damaged (its end is empty): replace it")
 
 
 def has_more_than_8_bits(image):
@@ -177,8 +190,16 @@ def avif_bits(data):
     return 10 if any(high_bit_depth) else 8
 
 
-def render(image):
-    """An opened image as a viewer shows it: upright, on the background, in RGB."""
+def ends_in_zeros(image):
+    """Whether the end of a compressed image's file is missing, with zeros in its place."""
+    data = read_contents(image)
+    return data.endswith(EMPTY_TAIL) and not data.rstrip(b"\0").endswith(JPEG_END)
+
+
+def render(image, path):
+    """An opened image as a viewer shows it: upright, on the background, in RGB. Raises InputError if nothing but the
+    background shows: some programs write an alpha channel that they do not use.
+    """
     image.load()
     method = TRANSPOSE.get(orientation(image))
     if method is not None:
@@ -186,8 +207,12 @@ def render(image):
     if image.has_transparency_data:
         if image.mode == "La":  # has no direct way to RGBA
             image = image.convert("LA")
+        image = image.convert("RGBA")
+        _, most_opaque = image.getchannel("A").getextrema()
+        if most_opaque == 0:
+            raise InputError(f"{path} is transparent everywhere: remove its alpha channel")
         background = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(background, image.convert("RGBA"))
+        image = Image.alpha_composite(background, image)
     return image.convert("RGB")
 
 

@@ -1,6 +1,7 @@
 """The auxiliary networks of the paper (Sec. 5.2, Table 1): small classifiers that give each module its own loss.
 
-All map a representation (B, C, h, w) to logits (B, classes). ``size`` is its (h, w).
+All map a representation (B, C, h, w) to logits (B, classes), and are made of its ``shape`` (C, h, w) and the number
+of ``classes``. An auxiliary network of one's own is anything with these two arguments.
 """
 
 import math
@@ -64,15 +65,17 @@ def pool_to_quarter(size):
     return AveragePool(tuple(math.ceil(side / 4) for side in size))
 
 
-def mlp_auxiliary(channels, size, classes, hidden_layers=3):
+def mlp_auxiliary(shape, classes, hidden_layers=3):
     """MLP-aux: average pool to a quarter of the size, then to 2×2, then an MLP of width 4C."""
+    channels, *size = shape
     return nn.Sequential(pool_to_quarter(size), AveragePool(2), nn.Flatten(), mlp(4 * channels, classes, hidden_layers))
 
 
-def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
+def mlp_sr_auxiliary(shape, classes, convs=3, hidden_layers=3):
     """MLP-SR-aux ("spatial reduction"): average pool to a quarter of the size, 1×1 convolutions at that size, average
     pool to 2×2, MLP of width 4C.
     """
+    channels, *size = shape
     layers = []
     for _ in range(convs):
         layers += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
@@ -81,10 +84,9 @@ def mlp_sr_auxiliary(channels, size, classes, convs=3, hidden_layers=3):
     )
 
 
-def cnn_auxiliary(channels, size, classes, convs=2):
-    """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer. ``size``
-    is unused.
-    """
+def cnn_auxiliary(shape, classes, convs=2):
+    """CNN-aux: 3×3 convolutions at the representation's full size, average pool to 2×2, BN, one Linear layer."""
+    channels = shape[0]
     layers = []
     for _ in range(convs):
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
@@ -103,13 +105,16 @@ def head(channels, classes, hidden_layers=2):
 AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxiliary}
 
 
-def make_auxiliary(name, channels, size, classes, **options):
-    """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, channels, *size).
+def make_auxiliary(name, shape, classes, **options):
+    """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, C, h, w) of the ``shape`` (C, h, w);
+    if ``name`` is a callable, what it returns for the same arguments.
 
     Raises InputError for any other name.
     """
+    if callable(name):
+        return name(shape, classes, **options)
     check_name(name)
-    return AUXILIARIES[name](channels, size, classes, **options)
+    return AUXILIARIES[name](shape, classes, **options)
 
 
 def check_name(name):
@@ -153,7 +158,7 @@ def auxiliary_for(name, shape, layout, classes, **options):
     else:
         channels, *size = shape
     if len(shape) == 3:
-        net = make_auxiliary(name, channels, tuple(size), classes, **options)
+        net = make_auxiliary(name, (channels, *size), classes, **options)
     elif len(shape) > 3 or name == "cnn":
         raise InputError(
             f"no auxiliary {name} for representations {shape}: choose mlp or mlp-sr for tokens and vectors, or pass a "

@@ -73,32 +73,41 @@ def make_bodies(graphs, model, constants):
     """A Body for each of ``graphs``, [{training: graph}, …], of the modules and tensors of ``model``. Those whose names
     begin with CONSTANT are attributes of ``constants``, a copy of ``model``.
     """
-    bodies = [Body(pair) for pair in graphs]
-    every_names = [called_names(pair, "get_attr") for pair in graphs]
+    every_names = [called_names(pair) for pair in graphs]
     times_used = Counter()
     for names in every_names:
         times_used.update(names)
     remembered = set(model.state_dict())
-    for body, pair, names in zip(bodies, graphs, every_names, strict=True):
-        own = {name for name in names if times_used[name] == 1}
-        modules = called_names(pair, "call_module") | {highest_module(model, name, own) for name in own} - {""}
-        for path in sorted(modules):  # a module comes before its parts
-            if not is_inside(path, modules):
-                attach(body, path, model.get_submodule(path))
-        for name in sorted(names):
-            if not is_inside(name, modules):
-                value = attribute(constants if name.startswith(CONSTANT) else model, name)
-                attach(body, name, value, persistent=name in remembered)
+    bodies = []
+    for pair, names in zip(graphs, every_names, strict=True):
+        own_names = {name for name in names if times_used[name] == 1}
+        body = Body(pair)
+        parts = {}
+        for name in names:
+            value = attribute(constants if name.startswith(CONSTANT) else model, name)
+            path = highest_module(model, name, own_names)
+            if path and isinstance(value, torch.Tensor):
+                parts[path] = model.get_submodule(path)
+            else:
+                parts[name] = value
+        for path, part in parts.items():  # in the order of their calls
+            if not is_inside(path, parts):
+                attach(body, path, part, persistent=path in remembered)
         body.training = model.training
+        bodies.append(body)
     return bodies
 
 
-def called_names(graphs, operation):
-    """The names in ``graphs``, {training: graph}, of what nodes of this kind get or call."""
-    names = set()
+def called_names(graphs):
+    """The names in ``graphs``, {training: graph}, of the modules and tensors that they call and get, in order: a list
+    without repetitions.
+    """
+    names = {}
     for graph in graphs.values():
-        names.update(node.target for node in graph.nodes if node.op == operation)
-    return names
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                names[node.target] = None
+    return list(names)
 
 
 def is_inside(path, modules):

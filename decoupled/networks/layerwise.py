@@ -45,8 +45,9 @@ def layerwise_cnn(
     """The layer-wise CNN of Sec. 5.2 and 5.3: ``depth`` 3×3 convolutions, ``block_size`` of them per module.
 
     Layers whose index is in ``downsample`` halve the size with a 2×2 max pool and double the channels. Every module but
-    the last has the auxiliary network ``auxiliary``; the last has ``head``. Batch norm weights are drawn as in the
-    published runs. Raises InputError for an unknown auxiliary or an impossible block size.
+    the last has the auxiliary network ``auxiliary``: mlp, mlp-sr or cnn, or a callable (shape (C, h, w), classes,
+    **auxiliary_options) → module, (B, C, h, w) → (B, classes). The last module has ``head``. Batch norm weights are
+    drawn as in the published runs. Raises InputError for an unknown auxiliary or an impossible block size.
     """
     layers = []
     in_channels = input_shape[0]
@@ -63,7 +64,7 @@ def layerwise_cnn(
         body = nn.Sequential(*itertools.chain(*block))
         shape = output_shape(body, shape)
         if index < len(blocks) - 1:
-            aux = make_auxiliary(auxiliary, shape[0], shape[1:], classes, **auxiliary_options)
+            aux = make_auxiliary(auxiliary, shape, classes, **auxiliary_options)
         else:
             aux = head(shape[0], classes)
         modules.append(DecoupledModule(body, aux))

@@ -18,24 +18,24 @@ class TensorFormat:
 
     def __init__(self, tensor):
         strides = tensor.stride()
-        # Dimensions from the slowest to the fastest in memory: contiguous in this order.
+        # Dimensions from the slowest to the fastest in memory: contiguous in this order. B is not always the slowest: a
+        # GRU's output, for one, has the time first.
         self.order = sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension])
         self.inverse_order = sorted(range(tensor.dim()), key=lambda position: self.order[position])
-        self.packed_shape = [tensor.shape[dimension] for dimension in self.order[1:]]  # without B
         self.shape = list(tensor.shape[1:])
         self.dtype = tensor.dtype
 
     def pack(self, tensor):
-        """``tensor`` as a contiguous tensor; copies only when its order in memory is another. Raises RuntimeError for
+        """``tensor`` as a contiguous tensor; copies only when its order in memory is another. Raises InputError for
         another shape or dtype.
         """
-        packed = tensor.permute(self.order).contiguous()
-        if list(packed.shape[1:]) != self.packed_shape or packed.dtype != self.dtype:
-            raise RuntimeError(
-                f"a representation is {tensor.dtype} {tuple(tensor.shape)}, but {self.dtype} (B, "
-                f"{', '.join(map(str, self.shape))}) in evaluation"
+        if list(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
+            raise InputError(
+                f"a mini-batch on its way to the stage above has {describe(tensor.dtype, tensor.shape[1:])}, where the "
+                f"example of the data has {describe(self.dtype, self.shape)}: make them alike (labels are changed in "
+                "the data set or its collate, not between inputs and send)"
             )
-        return packed
+        return tensor.permute(self.order).contiguous()
 
     def unpack(self, packed):
         """The tensor that was packed, as a view of ``packed``."""
@@ -43,7 +43,14 @@ class TensorFormat:
 
     def empty(self, samples, device):
         """An uninitialized packed tensor with B = ``samples``."""
-        return torch.empty(samples, *self.packed_shape, dtype=self.dtype, device=device)
+        shape = [samples, *self.shape]
+        return torch.empty([shape[dimension] for dimension in self.order], dtype=self.dtype, device=device)
+
+
+def describe(dtype, shape):
+    """The form of tensors (B, *shape), for a message."""
+    sizes = ["B", *map(str, shape)]
+    return f"{str(dtype).removeprefix('torch.')} ({', '.join(sizes)})"
 
 
 class Survey(NamedTuple):
@@ -54,18 +61,21 @@ class Survey(NamedTuple):
     logits: TensorFormat  # of a head, as float32
 
 
-def survey(net, images, autocast):
-    """The Survey of ``net`` from a forward and backward pass of each module on ``images``. Leaves ``net`` unchanged."""
+def survey(net, example, autocast):
+    """The Survey of ``net`` from a forward and backward pass of each module on ``example``, a batch of its inputs.
+    Leaves ``net`` unchanged.
+    """
     flops = []
     inputs = []
-    representation = images
+    representation = example
     with eval_mode(net):
         for module in net:
             inputs.append(TensorFormat(representation))
             with flop_counter() as counter:
                 with autocast():
                     representation, logits = module(representation)
-                logits.float().sum().backward()
+                if logits.requires_grad:  # not all parameters of the module are frozen
+                    logits.float().sum().backward()
             flops.append(counter.get_total_flops())
             representation = representation.detach()
     net.zero_grad()

@@ -5,6 +5,7 @@ share every mini-batch. Data parallelism is a mesh with one stage.
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from decoupled.data.batches import Outline
 from decoupled.errors import InputError
@@ -113,9 +114,10 @@ class Mesh:
 
     # Among the stages
 
-    def load_images(self, load):
+    def load_data(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of images. Process 0 loads first. Raises InputError when ``load`` does.
+        instead of train and test. Process 0 loads first. Raises InputError when ``load`` does, and if a replica has
+        other data than process 0, as when its machine has an incomplete copy.
         """
         if self.processes.size == 1:
             return load()
@@ -125,20 +127,39 @@ class Mesh:
             nonlocal loaded
             loaded = load()
             train, test, classes = loaded
-            return train.outline, test.outline, classes
+            outlines = [(batches.outline, to_cpu(batches.example)) for batches in (train, test)]
+            return outlines, classes, fingerprints(train, test)
 
-        train_outline, test_outline, classes = self.processes.from_first(load_and_outline)
+        outlines, classes, expected = self.processes.from_first(load_and_outline)
         if self.stage > 0:
-            train = Outline(*train_outline, self.replica, self.replicas)
-            test = Outline(*test_outline, self.replica, self.replicas)
-            return train, test, classes
+            return *(self.outline(*known) for known in outlines), classes
         if loaded is None:  # in the other replicas of the lowest stage
             loaded = load()
+        train, test, _ = loaded
+        if fingerprints(train, test) != expected:
+            raise InputError(
+                f"process {self.processes.rank} has other images than process 0, {train} and {test}: give all machines "
+                "the same data set"
+            )
         return loaded
+
+    def outline(self, outline, example):
+        """The Outline for this process of mini-batches with that ``outline`` and ``example``."""
+        return Outline(*outline, self.replica, self.replicas, example)
 
     def to_first(self, value):
         """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
         return self.processes.to_first(value, range(0, self.processes.size, self.replicas))
+
+
+def to_cpu(tensors):
+    """``tensors``, however nested, on the CPU."""
+    return tree_map(torch.Tensor.cpu, tensors)
+
+
+def fingerprints(*splits):
+    """The fingerprint of each split's images; None for a split that has none."""
+    return [getattr(split, "fingerprint", None) for split in splits]
 
 
 def all_reduce_meters(meters, mesh):

@@ -11,12 +11,15 @@ A run in one process has a single stage with all modules, which reads the images
 import time
 from collections import deque
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import distributed, nn
 
+from decoupled.errors import InputError
 from decoupled.networks.evaluation import Meter, WithEnsembles, normalize_sums, weighted_sums
-from decoupled.parallel.balance import balance, check_lengths, survey
+from decoupled.networks.modules import DecoupledNetwork
+from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
 
@@ -26,7 +29,7 @@ class Stage:
 
     ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
 
-    shape            of an image, (3, h, w)
+    example          a batch of inputs of the network, on its device. Its values do not matter
     lengths          modules in each stage; None: balanced by FLOPs
     queue            mini-batches that may be on their way to the stage above before ``send`` waits
     autocast         the context of a forward pass
@@ -34,7 +37,7 @@ class Stage:
                      integer, 0 for nothing. The largest of the replicas' becomes the mini-batch's tag.
     """
 
-    def __init__(self, net, shape, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
+    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
         check_lengths(lengths, len(net), mesh.stages)
         self.net = net
         self.mesh = mesh
@@ -47,6 +50,7 @@ class Stage:
         # Of the mini-batch that this stage is working on:
         self.tag = 0
         self.labels = None
+        self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # of each of its labels
         self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
         self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
@@ -56,11 +60,11 @@ class Stage:
             self.modules_here = net
             self.heads = net
         else:
-            found = self.survey_net(shape, autocast)
+            found = survey(net, example, autocast)
             self.lengths = lengths or balance(found.flops, mesh.stages)
             self.first = sum(self.lengths[: mesh.stage])
             self.modules_here = net[self.first : self.end]
-            self.heads = Heads(self)
+            self.heads = Heads(self, self.modules_here)
             self.free_other_modules()
             self.prepare_transfers(found)
 
@@ -68,12 +72,6 @@ class Stage:
     def end(self):
         """The number of the module after those of this process."""
         return self.first + self.lengths[self.mesh.stage]
-
-    def survey_net(self, shape, autocast):
-        """The Survey of the whole network, on two images (B, 3, h, w) of zeros in channels-last memory."""
-        dtype = next(self.net.parameters()).dtype
-        images = torch.zeros(2, *shape, dtype=dtype, device=self.device)
-        return survey(self.net, images.to(memory_format=torch.channels_last), autocast)
 
     def free_other_modules(self):
         """Frees the parameters of the other processes' modules."""
@@ -112,8 +110,11 @@ class Stage:
     # Receiving
 
     def inputs(self, batches, with_ensemble_sum=False):
-        """The inputs of this process's lowest module for the images of ``batches`` (decoupled.data.batches.Batches, or
-        its Outline): iterates as Batches do, over (representation (B, …), labels (B,)).
+        """The inputs of this process's lowest module for ``batches`` (see decoupled.data.batches), or their Outline:
+        iterates as they do, over (representation (B, …), labels).
+
+        ``labels`` are (B,), or whatever the mini-batches have instead: soft labels (B, classes), or a tuple of tensors
+        (B, …), if every module needs more of a sample.
 
         ``with_ensemble_sum``: whether mini-batches travel with the sum of the outputs of all heads below, which
         ``ensembles`` needs.
@@ -137,43 +138,60 @@ class Stage:
         sizes = inputs.batches.left
         receiving = deque(self.begin_receive(size, inputs.with_ensemble_sum) for size in sizes[: self.queue])
         for number in range(len(sizes)):
-            works, tag, labels, packed, *ensemble_sum = receiving.popleft()
+            works, tag, labels, packed, ensemble_sum = receiving.popleft()
             self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
                 receiving.append(self.begin_receive(sizes[number + self.queue], inputs.with_ensemble_sum))
             inputs.batches.advance()
             self.tag = int(tag)
-            self.labels = labels.to(self.device)
-            self.ensemble_sum = ensemble_sum[0].to(self.device) if ensemble_sum else 0
+            self.labels = self.unpack_labels(labels)
+            self.ensemble_sum = 0 if ensemble_sum is None else ensemble_sum.to(self.device)
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
-        """Begins to receive a mini-batch of ``samples`` samples into new tensors: (works, tag, labels, packed
-        representation[, ensemble sum]).
-        """
+        """Begins to receive a mini-batch of ``samples`` samples into new tensors: an Arriving."""
         tag = torch.empty((), dtype=torch.int64)
-        labels = torch.empty(samples, dtype=torch.int64, device=self.transfer_device)
-        tensors = [tag, labels, self.input_format.empty(samples, self.transfer_device)]
+        labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
+        packed = self.input_format.empty(samples, self.transfer_device)
+        tensors = [tag, *labels, packed]
+        ensemble_sum = None
         if with_ensemble_sum:
-            tensors.append(self.logits_format.empty(samples, self.transfer_device))
+            ensemble_sum = self.logits_format.empty(samples, self.transfer_device)
+            tensors.append(ensemble_sum)
         works = self.transfer(distributed.irecv, tensors, self.mesh.below, self.group_below)
-        return works, *tensors
+        return Arriving(works, tag, labels, packed, ensemble_sum)
+
+    def unpack_labels(self, packed):
+        """The labels that were sent as ``packed``, one tensor for each: a tensor, or a tuple of several."""
+        labels = [form.unpack(one.to(self.device)) for form, one in zip(self.label_formats, packed, strict=True)]
+        return labels[0] if len(labels) == 1 else tuple(labels)
 
     # Sending
 
     def send(self, representation, labels, *ensemble_sum):
-        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels`` (B,), as received.
-        Waits only while the queue is full. Does nothing in the last stage.
+        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels``, as received.
+        Waits only while the queue is full. Does nothing in the last stage. Raises InputError for tensors of another
+        form than in the example of the data.
         """
         if self.last:
             return
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
         tag = torch.tensor(self.tag)
-        packed = self.output_format.pack(representation)
-        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (labels, packed, *ensemble_sum))]
+        packed = [*self.pack_labels(labels), self.output_format.pack(representation)]
+        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
+
+    def pack_labels(self, labels):
+        """``labels`` as ``unpack_labels`` expects them. Raises InputError for another number of tensors."""
+        tensors = as_list(labels)
+        if len(tensors) != len(self.label_formats):
+            raise InputError(
+                f"the labels on their way to the stage above are {len(tensors)} tensors, where the example of the data "
+                f"has {len(self.label_formats)}: send the labels as they came"
+            )
+        return [form.pack(one) for form, one in zip(self.label_formats, tensors, strict=True)]
 
     def finish_oldest_send(self):
         """Waits until the oldest mini-batch in the queue is sent, and frees its tensors."""
@@ -228,13 +246,19 @@ class Stage:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
+    def heads_of(self, modules):
+        """As ``heads``, of other ``modules`` in place of ``modules_here``, such as averages of their weights."""
+        if self.mesh.stages == 1:
+            return DecoupledNetwork(modules)
+        return Heads(self, modules)
+
     def ensembles(self, probabilities=True):
         """As ``heads``, with the ensembles up to each head as further outputs: of probabilities, or of logits. See
         decoupled.networks.evaluation.WithEnsembles.
         """
         if self.mesh.stages == 1:
             return WithEnsembles(self.net, probabilities)
-        return Heads(self, ensembles="probabilities" if probabilities else "logits")
+        return Heads(self, self.modules_here, ensembles="probabilities" if probabilities else "logits")
 
     # What process 0 gathers
 
@@ -272,6 +296,21 @@ class Stage:
         self.net.load_state_dict(state)
 
 
+class Arriving(NamedTuple):
+    """A mini-batch that a stage has begun to receive: tensors that are filled when the ``works`` are done."""
+
+    works: list
+    tag: torch.Tensor
+    labels: list  # packed, one tensor for each
+    packed: torch.Tensor  # the representation
+    ensemble_sum: torch.Tensor | None
+
+
+def as_list(labels):
+    """The tensors of a mini-batch's ``labels``, which are a tensor or a tuple of several."""
+    return [labels] if isinstance(labels, torch.Tensor) else list(labels)
+
+
 def batch_norms(net):
     """The batch norms of ``net`` that keep running statistics."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -279,16 +318,16 @@ def batch_norms(net):
 
 
 class Heads(nn.Module):
-    """The heads of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list of logits
-    (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
+    """The heads of the ``modules`` of a stage, for decoupled.networks.evaluation.evaluate: representation (B, …) → list
+    of logits (B, classes), followed by the ensembles up to each head if ``ensembles`` is "probabilities" or "logits".
 
     A forward pass sends the representation, and with ``ensembles`` the ensemble sum, to the stage above.
     """
 
-    def __init__(self, stage, ensembles=None):
+    def __init__(self, stage, modules, ensembles=None):
         super().__init__()
         self.stage = stage
-        self.modules_here = stage.modules_here
+        self.modules_here = nn.ModuleList(modules)
         self.ensembles = ensembles
 
     def forward(self, representation):
@@ -327,6 +366,9 @@ class Inputs:
         return self.rest()
 
     def rest(self):
+        if self.batches.example is not None:
+            _, labels = self.batches.example
+            self.stage.label_formats = [TensorFormat(one) for one in as_list(labels)]
         if self.stage.lowest:
             return self.stage.read_images(self)
         return self.stage.receive_representations(self)

@@ -20,12 +20,14 @@ LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
 FIELDS = {  # of a checkpoint: name → type
     "format": int,
     "script": str,  # FOLDER/SCRIPT.py
+    "script_sha256": str,  # of its text, in hexadecimal
     "arguments": dict,
     "module_index": int,  # these five are the fields of decoupled.training.run.Position
     "epoch": int,
     "within_epoch": bool,
     "batch": int,
     "seconds": float,
+    "finished": bool,  # whether this was the run's last epoch
     "data": dict,  # the InputForm of the test images, or empty
     "log": str,  # the log's text
     "state": dict,  # see decoupled.training.state.State
@@ -86,8 +88,8 @@ class RunFiles:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.reserve_stem()
-        self.acquire()
         try:
+            self.acquire()
             self.append_to_log(text)
         except InputError:
             self.remove_log()
@@ -95,8 +97,15 @@ class RunFiles:
         return self.stem
 
     def reserve_stem(self):
-        """Creates an empty log under the first STEM that no other run has."""
-        first_choice = f"{self.prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+        """Creates an empty log under the first STEM that no other run has. Its time is not before that of the newest
+        run, even if the clock has gone back: --resume would take the other one.
+        """
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        newest = self.newest_checkpoint()
+        if newest is not None:
+            time_of_newest, _ = started_at(newest)
+            time = max(time, time_of_newest)
+        first_choice = f"{self.prefix}-{time}"
         self.stem = first_choice
         for number in itertools.count(1):
             with contextlib.suppress(FileExistsError):
@@ -133,6 +142,10 @@ class RunFiles:
             temporary.write_bytes(text.encode())
             os.replace(temporary, log)
         self.log_text = text
+
+    def log_begins_with(self, text):
+        log = self.path(".log")
+        return log.exists() and log.read_bytes().startswith(text.encode())
 
     def unused_name_for_edited_log(self):
         kept = self.path(".edited.log")
@@ -233,7 +246,12 @@ def lock_file(path):
     if has_flock(path.parent):
         lock = FileLock(path, timeout=0)
         lock.acquire()
-        path.write_text(f"{os.getpid()}\n")
+        try:
+            path.write_text(f"{os.getpid()}\n")
+        except OSError:
+            path.unlink()
+            lock.release()
+            raise
     else:
         lock = SoftFileLock(path, timeout=0)
         lock.acquire()  # writes the number of this process, and more

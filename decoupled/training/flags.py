@@ -209,19 +209,44 @@ def run_name(text):
 # The shared flags
 
 
-def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False):
+def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False, own_data=False):
     """A parser with the flags that all CIFAR experiments share. With ``distributed``, it also has those for training
-    modules in several processes. ``doc`` is the docstring of the script, which adds its own groups of flags.
+    modules in several processes. With ``own_data``, --workers replaces the flags that choose a data set. ``doc`` is the
+    docstring of the script, which adds its own groups of flags.
     """
     parser = Parser(doc)
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=integer(1), default=epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="images per step")
+    group.add_argument("--epochs", type=integer(1), default=epochs, help="passes over the training data")
+    group.add_argument("--batch-size", type=integer(1), default=batch_size, help="samples per step")
     group.add_argument(
-        "--test-batch-size", type=integer(1), default=test_batch_size, help="images per batch in evaluation"
+        "--test-batch-size", type=integer(1), default=test_batch_size, help="samples per batch in evaluation"
     )
     group.add_argument("--lr", type=number(above=0), default=lr, help="initial learning rate")
     add_seed(group, seed)
+    if own_data:
+        add_workers(parser)
+    else:
+        add_datasets(parser)
+    add_device(parser)
+    if distributed:
+        group = add_processes(parser, "several processes: torchrun --nproc-per-node K")
+        add_stages(group)
+    add_log(parser)
+    return parser
+
+
+def add_workers(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--workers",
+        type=integer(0, 1024),
+        default=0,
+        metavar="N",
+        help="processes that read samples; 0: the process that trains does",
+    )
+
+
+def add_datasets(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
     group.add_argument(
@@ -235,12 +260,6 @@ def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, dis
         metavar="N",
         help="hold out N training images and evaluate on them instead of the test set",
     )
-    add_device(parser)
-    if distributed:
-        group = add_processes(parser, "several processes: torchrun --nproc-per-node K")
-        add_stages(group)
-    add_log(parser)
-    return parser
 
 
 def add_seed(group, seed):

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,16 +19,19 @@ from decoupled.training.precision import pick_device
 ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name scripts relative to it
 
 
-def load(checkpoint, *, script=None, build=None, device="cpu"):
-    """The trained network in the file ``checkpoint``, in eval mode on ``device``. It maps images, prepared as the
-    checkpoint's InputForm says, to a list of logits (B, classes), one for each head.
+def load(checkpoint, *, script=None, build=None, classes=None, device="cpu"):
+    """The trained network in the file ``checkpoint``, in eval mode on ``device``. It maps inputs like those of the run
+    (images: prepared as the checkpoint's InputForm says) to a list of logits (B, classes), one for each head.
 
     ``build(args, classes)`` makes the network, from the run's arguments and the number of classes; then the weights are
-    loaded. By default ``build`` comes from the script that made the checkpoint: the one in this repository, or the file
-    ``script``. Raises InputError if the file is not a checkpoint, if the script is missing or has no ``build``, and if
-    the network does not match the weights.
+    loaded. By default ``build`` comes from the script of this repository that made the checkpoint. Any other script
+    runs only if you name it (``script``). Warns if the script has changed since.
+
+    ``classes`` is needed only if the checkpoint has no InputForm, which names the classes. Raises InputError if the
+    file is not a checkpoint, if the script is missing or has no ``build``, and if the network does not match the
+    weights.
     """
-    return rebuild(read(checkpoint), checkpoint, script=script, build=build, device=device)
+    return rebuild(read(checkpoint), checkpoint, script=script, build=build, classes=classes, device=device)
 
 
 def read(path):
@@ -44,16 +49,20 @@ def input_form(saved, path):
     return InputForm(**saved["data"])
 
 
-def rebuild(saved, path, *, script=None, build=None, device="cpu"):
+def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu"):
     """As ``load``, from the checkpoint ``saved`` that was read from ``path``."""
     args = argparse.Namespace(**saved["arguments"])
-    classes = len(input_form(saved, path).classes)
+    if classes is None:
+        classes = count_classes(saved, path)
+    device = pick_device(device, setting="device=")
     states = saved["state"].get("net", [])
     if len(states) != 1:
         raise InputError(f"{path} has no network: its script must call it net in run.epochs(net=…)")
     with torch.random.fork_rng(devices=[]):
         if build is None:
-            net = build_with_script(script_path(saved["script"], script), args, classes)
+            script = find_script(saved["script"]) if script is None else named_script(script)
+            warn_if_changed(script, saved, path)
+            net = build_with_script(script, args, classes)
         else:
             net = build(args, classes)
     try:
@@ -62,22 +71,45 @@ def rebuild(saved, path, *, script=None, build=None, device="cpu"):
         raise InputError(
             f"{path} does not match the network that build(args, classes) returns now ({last_line(error)})"
         ) from error
-    return net.to(pick_device(device), memory_format=torch.channels_last).eval()
+    return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def script_path(name, path=None):
-    """The path of the script that a checkpoint calls ``name``: ``path`` if given, else FOLDER/SCRIPT.py in the
-    repository. Raises InputError if it does not exist.
+def count_classes(saved, path):
+    """The number of classes of the checkpoint ``saved``, read from ``path``. Raises InputError if it does not say."""
+    if not saved["data"]:
+        raise InputError(f"{path} does not say how many classes its network has: pass their number (classes=)")
+    return len(input_form(saved, path).classes)
+
+
+def find_script(name):
+    """The path of the script that a checkpoint calls ``name``, FOLDER/SCRIPT.py in this repository. A checkpoint may
+    come from anywhere, so it cannot choose any other file. Raises InputError if the repository has no such script.
     """
-    if path is None and not re.fullmatch(r"[\w-]+/[\w-]+\.py", name):
-        raise InputError(f"{name!r} is no script of this repository: say where it is (script=), or give build=")
-    path = ROOT / name if path is None else Path(path)
-    if not path.is_file():
+    path = ROOT / name
+    in_repository = (ROOT / "pyproject.toml").is_file() and re.fullmatch(r"[\w-]+/[\w-]+\.py", name)
+    if not in_repository or not path.is_file():
         raise InputError(
-            f"the script {path}, which builds the network, is missing: say where it is (script=, --script), or give "
-            "load a function build(args, classes) (build=)"
+            f"the network was built by {name!r}, which is no script of this repository: name the script (script=; "
+            "predict: --script), or pass a function build(args, classes) (build=)"
         )
     return path.resolve()
+
+
+def named_script(path):
+    """The path of the script that the caller names. Raises InputError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no script {path}: name the one that builds the network")
+    return path.resolve()
+
+
+def warn_if_changed(script, saved, path):
+    """Warns where ``script`` is not the one that made the checkpoint ``saved``, read from ``path``."""
+    if hashlib.sha256(script.read_bytes()).hexdigest() != saved["script_sha256"]:
+        warnings.warn(
+            f"{script} is not, or no longer, the script that made {path}: its network may compute something else",
+            stacklevel=4,
+        )
 
 
 def build_with_script(path, args, classes):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.optim import SGD
 from torch.utils._pytree import tree_map
 
@@ -19,10 +20,10 @@ from decoupled.training.console import warn
 # The device, its memory and its kernels
 
 
-def pick_device(name):
+def pick_device(name, setting="--device "):
     """The torch.device called ``name``. "auto" is CUDA if available, else MPS, else the CPU.
 
-    Raises InputError for a device that this machine does not have.
+    Raises InputError for a device that this machine does not have. In the message, ``setting`` is how it was set.
     """
     if name == "auto":
         name = best_device()
@@ -31,13 +32,13 @@ def pick_device(name):
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
+        raise InputError(f"{setting}{name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = counts[device.type]
     if (device.index or 0) >= count:
         plural = "" if count == 1 else "s"
         raise InputError(
-            f"--device {name} is not on this machine ({count} such device{plural}): --device cpu always works"
+            f"{setting}{name} is not on this machine ({count} such device{plural}): {setting}cpu always works"
         )
     return device
 
@@ -169,6 +170,19 @@ def compile_to_cuda_graphs(module):
 # Steps
 
 
+def parameters_of(optimizer):
+    """The parameters that ``optimizer`` trains, a list."""
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
+
+
+def learns(optimizer):
+    """Whether any of the parameters of ``optimizer`` are not frozen."""
+    return any(parameter.requires_grad for parameter in parameters_of(optimizer))
+
+
 class Learner(NamedTuple):
     """The module that an optimizer trains: its number ``n``, from 1, and its loss scale."""
 
@@ -236,15 +250,23 @@ class Steps:
             return torch.amp.GradScaler(self.device.type, enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled, init_scale=self.loss_scale)
 
-    def step(self, loss, optimizer, batch=0, weight=None):
-        """zero_grad, backward and step of one module, through its own loss scale.
+    def step(self, loss, optimizer, batch=0, weight=None, clip=None):
+        """zero_grad, backward and step of one module, through its own loss scale. None of these if all its parameters
+        are frozen.
 
-        ``weight``, if given, multiplies the loss. ``batch`` is the number of the mini-batch, for the check of losses.
+        ``weight``, if given, multiplies the loss; ``clip``, if given, is the largest norm of the gradient, which is
+        then no longer scaled. ``batch`` is the number of the mini-batch, for the check of losses.
         """
         n, scaler = self.learner(optimizer)
+        if not learns(optimizer):
+            self.watch(loss, n, batch)
+            return
         weighted = loss if weight is None else loss * weight
         optimizer.zero_grad()
         scaler.scale(weighted).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
         scaler.step(optimizer)
         scaler.update(self.loss_scale)  # a constant loss scale is set again, so that overflows do not lower it
         if self.replays:

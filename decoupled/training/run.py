@@ -6,9 +6,11 @@ for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, tra
     for images, labels in run.progress(train): ...
 """
 
+import hashlib
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ FREE_ON_RESUME = (  # arguments of any script that may differ when a run resumes
     "save_every",
     "log_dir",
     "data_dir",  # the images themselves are compared instead
+    "workers",
     "modules_per_stage",
     "stages",
     "queue",
@@ -73,6 +76,7 @@ class Run:
         self.args = args
         self.free_on_resume = (*FREE_ON_RESUME, *free_on_resume)
         self.script = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
+        self.script_sha256 = file_sha256(sys.argv[0])
         script_name = self.script.removesuffix(".py").replace("/", "-")
         self.files = RunFiles(args.log_dir, script_name, args.name)
         self.saves_checkpoints = not getattr(args, "debug", 0)
@@ -82,6 +86,7 @@ class Run:
         self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.device = self.processes.device
         self.stage = None  # this process's Stage, if the modules are spread over several
+        self.train = None  # the mini-batches for training that ``data`` has returned, or their Outline
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.described = []  # comments of the script for the first lines of the log
@@ -106,16 +111,20 @@ class Run:
 
     # Before the epochs
 
-    def data(self, **options):
-        """(train, test, number of classes) of the data set that the flags choose, on the run's device.
+    def data(self, load=None, **options):
+        """(train, test, number of classes) of the data set that the flags choose, on the run's device; ``options`` are
+        those of decoupled.data.datasets.load.
 
-        ``options`` are passed on to decoupled.data.datasets.load.
+        For data of your own, ``load`` is a function that returns these three: see decoupled.data.batches. If the
+        modules are spread over several processes, those above the lowest get Outlines instead of train and test.
         """
-        names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
-        options |= existing(self.args, *names)
-        options["device"] = self.device
+        if load is None:
+            names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
+            options |= existing(self.args, *names)
+            load = partial(datasets.load, **options, device=self.device)
         with self.console.reading():
-            return self.mesh.load_images(lambda: datasets.load(**options))
+            self.train, test, classes = self.mesh.load_data(load)
+        return self.train, test, classes
 
     def prepare(self, net, cuda_graphs=True):
         """Moves ``net`` to the run's device, in channels-last memory, and returns it. With --compile, compiles each of
@@ -123,13 +132,19 @@ class Run:
         """
         return self.steps.prepare(net, self.args.compile, cuda_graphs)
 
-    def distribute(self, net, shape=(3, 32, 32), kind=Stage):
+    def distribute(self, net, example=None, kind=Stage):
         """Keeps the modules of ``net`` that this process trains, and prepares them. Returns a Stage, or an object of
-        its subclass ``kind``. ``shape`` is the shape of an image.
+        its subclass ``kind``.
+
+        ``example`` is a batch of the network's inputs, of any shape and dtype: stages learn from it what they send to
+        each other. By default it is that of the training data that ``data`` has returned.
         """
+        net = self.steps.prepare(net, compiled=False)
+        if self.mesh.stages > 1:
+            example = self.example_input(example)
         stage = kind(
-            self.steps.prepare(net, compiled=False),
-            shape,
+            net,
+            example,
             self.mesh,
             lengths=getattr(self.args, "modules_per_stage", None),
             queue=getattr(self.args, "queue", 1),
@@ -142,6 +157,15 @@ class Run:
             self.stage = stage
         return stage
 
+    def example_input(self, example):
+        """``example``, by default that of the training data, on the run's device."""
+        if example is None:
+            if self.train is None or self.train.example is None:
+                raise InputError("several stages need an example of the network's inputs: run.distribute(net, example)")
+            example, _ = self.train.example
+        memory_format = torch.channels_last if example.dim() == 4 else torch.preserve_format
+        return example.to(self.device, memory_format=memory_format)
+
     def describe(self, *lines):
         """Adds comments to the first lines of a new log."""
         self.described += [f"# {line}" for line in lines]
@@ -152,15 +176,18 @@ class Run:
         """The context manager for forward passes: mixed precision with --half, else no effect."""
         return self.steps.autocast()
 
-    def step(self, loss, optimizer):
-        """zero_grad, backward and step of one module; with its own loss scale in fp16. Raises InputError for an
-        optimizer that was not given to ``epochs``: a resumed run would silently continue without its state.
+    def step(self, loss, optimizer, clip=None):
+        """zero_grad, backward and step of one module; with its own loss scale in fp16.
+
+        With ``clip``, a gradient with a greater norm is scaled down to it. Does nothing if all parameters of the module
+        are frozen. Raises InputError for an optimizer that was not given to ``epochs``: a resumed run would silently
+        continue without its state.
         """
         if not self.state.has(optimizer):
             raise InputError(
                 "run.step takes an optimizer that run.epochs does not know: give it to run.epochs, too (optimizers=…)"
             )
-        self.steps.step(loss, optimizer, self.batch, self.loss_weight)
+        self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
     def scaler(self, optimizer):
         """The loss scale of the module that ``optimizer`` trains; a no-op except in fp16."""
@@ -355,9 +382,10 @@ class Run:
             self.position.seconds = time.perf_counter() - self.epoch_started_at
         state = self.state.gather()
         if self.processes.rank == 0 and self.saves_checkpoints:
-            snapshot = {"script": self.script, "arguments": vars(self.args), "data": self.input_form()}
-            snapshot["finished"] = self.finished() and not self.position.within_epoch
-            self.files.write_checkpoint({**snapshot, **asdict(self.position), "state": state})
+            snapshot = {"script": self.script, "script_sha256": self.script_sha256, "arguments": vars(self.args)}
+            snapshot |= {"data": self.input_form(), **asdict(self.position), "state": state}
+            snapshot["finished"] = self.finished()
+            self.files.write_checkpoint(snapshot)
         self.saved_at = time.perf_counter()
 
     def input_form(self):
@@ -444,8 +472,11 @@ class Run:
         self.state.restore(saved["state"], path)
         self.position = Position(**{name: saved[name] for name in asdict(Position())})
         self.remember_checkpoint()
-        if self.processes.rank == 0 and not self.finished():
+        if self.processes.rank > 0:
+            return
+        if not self.finished() or not self.files.log_begins_with(saved["log"]):
             self.files.restore_log(saved["log"])
+        if not self.finished():
             header = [f"# resumed after {self.position_name()}", *self.environment()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
@@ -480,6 +511,13 @@ class Run:
     def write_log(self, text):
         if self.processes.rank == 0:
             self.files.append_to_log(text)
+
+
+def file_sha256(path):
+    """The SHA-256 of the file at ``path``, in hexadecimal; "" where there is none, as in a notebook."""
+    if not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def images_of(batches):

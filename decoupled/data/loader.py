@@ -1,0 +1,307 @@
+"""Mini-batches of any data set, read by worker processes: order and random numbers depend on the seed alone.
+
+torchdata's StatefulDataLoader keeps one random state per worker process. It resumes with as many workers as before, and
+not with the same transforms unless the data set saves their random state. Here the random numbers of a sample come from
+(seed, epoch, index), so the number of workers does not matter, and all that a checkpoint needs is the place in the
+epoch.
+"""
+
+import atexit
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import tempfile
+import zlib
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from decoupled.data.batches import mix_seed
+from decoupled.errors import InputError
+
+
+class Loader:
+    """The mini-batches (inputs, labels) of ``dataset`` on ``device``; see decoupled.data.batches for what they offer.
+
+    dataset      map-style: len(dataset), and dataset[index] is (input, label), both of them tensors, arrays or numbers.
+                 Random transforms belong in there. An InputError that it raises ends the run with its message.
+    batch_size   of all ``replicas`` together; the last mini-batch is smaller unless ``drop_last``
+    shuffle      whether each epoch has a new order and new random numbers. Otherwise all epochs are the same, as an
+                 evaluation needs
+    workers      number of processes that read samples; 0: this process reads them
+    collate      a function that makes (inputs, labels) of a list of samples; by default PyTorch's default_collate
+    limit        the largest number of mini-batches in an epoch
+    replica      this process gets share ``replica`` of ``replicas`` of each mini-batch
+    fingerprint  an integer that tells this data set from others. A run resumes only with the same one. By default it is
+                 computed from three samples
+    description  names the data in the log
+    form         the decoupled.data.images.InputForm that other images need for the same network
+
+    The random numbers of a sample, Python's, NumPy's and PyTorch's, come from (``seed``, epoch, index); those of
+    ``collate`` from (``seed``, epoch, index of the first sample). ``weight`` is the weight of the latest share's mean
+    loss in the mean over replicas.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        *,
+        shuffle=False,
+        seed=1,
+        workers=0,
+        device="cpu",
+        collate=default_collate,
+        drop_last=False,
+        limit=None,
+        replica=0,
+        replicas=1,
+        fingerprint=None,
+        description=None,
+        form=None,
+    ):
+        count = len(dataset)
+        if count == 0:
+            raise InputError(f"{type(dataset).__name__} has no samples: a run needs some")
+        if drop_last:
+            full = count // batch_size
+            limit = full if limit is None else min(full, limit)
+        self.samples = Samples(dataset, seed, collate)
+        self.share = Share(count, batch_size, shuffle, seed, replica, replicas, limit)
+        self.device = torch.device(device)
+        self.form = form
+        self.description = description or f"{count} samples of {type(dataset).__name__}"
+        self.fingerprint = self.samples.fingerprint() if fingerprint is None else fingerprint
+        self.place = len(self.share)  # mini-batches of the epoch that are done: all, before the first begins
+        self.weight = 1.0
+        self.loader = DataLoader(
+            self.samples,
+            batch_sampler=self.share,
+            collate_fn=do_nothing,  # the samples are collated already
+            pin_memory=self.device.type == "cuda",
+            **worker_options(workers),
+        )
+
+    def __len__(self):
+        return len(self.share)
+
+    def __iter__(self):
+        self.begin()
+        return self.rest()
+
+    def begin(self):
+        """Begins a new epoch."""
+        self.share.epoch += 1
+        self.place = 0
+
+    def rest(self):
+        """Iterates over what is left of the epoch that has begun."""
+        if self.place == len(self):
+            return
+        self.share.start = self.place
+        for batch in self.loader:
+            if isinstance(batch, InputError):
+                raise batch
+            inputs, labels = batch
+            self.weight = count_samples(inputs) * self.share.replicas / self.share.size(self.place)
+            self.place += 1
+            yield self.prepare(inputs), tree_map(self.to_device, labels)
+
+    def prepare(self, inputs):
+        """What the network gets of the collated ``inputs``."""
+        return tree_map(self.to_device, inputs)
+
+    def to_device(self, tensor):
+        """``tensor`` on the device; images and other tensors of four dimensions in channels-last memory."""
+        memory_format = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.device, non_blocking=True, memory_format=memory_format)
+
+    @property
+    def example(self):
+        """A mini-batch of two samples."""
+        inputs, labels = self.samples.collated([0, len(self.samples) - 1])
+        return self.prepare(inputs), tree_map(self.to_device, labels)
+
+    @property
+    def outline(self):
+        """The first arguments of the decoupled.data.batches.Outline of these mini-batches."""
+        return self.share.count, self.share.batch_size, len(self)
+
+    @property
+    def common(self):
+        """The number of mini-batches of which every replica has a share."""
+        full, rest = divmod(self.share.count, self.share.batch_size)
+        return full + (rest >= self.share.replicas)
+
+    def close(self):
+        """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
+        self.loader = None
+
+    def __str__(self):
+        return self.description
+
+    def state_dict(self):
+        return {"fingerprint": self.fingerprint, "epoch": self.share.epoch, "place": self.place}
+
+    def load_state_dict(self, state):
+        if state["fingerprint"] != self.fingerprint:
+            raise InputError(f"the run was trained on other data than these {self}: resume it with its own")
+        if not 0 <= state["place"] <= len(self):
+            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
+        self.share.epoch = state["epoch"]
+        self.place = state["place"]
+
+
+def count_samples(inputs):
+    return len(tree_leaves(inputs)[0])
+
+
+def do_nothing(batch):
+    return batch
+
+
+# Samples and their order
+
+
+class Samples(Dataset):
+    """``samples[epoch, index]`` is ``dataset[index]`` with the random numbers of that ``epoch``."""
+
+    def __init__(self, dataset, seed, collate):
+        self.dataset = dataset
+        self.seed = seed
+        self.collate = collate
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with random_numbers(mix_seed(self.seed, epoch, index)):
+            return self.dataset[index]
+
+    def __getitems__(self, keys):
+        """What a DataLoader asks for: a mini-batch, or the InputError that ends the run, which a worker cannot raise in
+        the process that trains.
+        """
+        try:
+            samples = [self[key] for key in keys]
+        except InputError as error:
+            return error
+        epoch, first_index = keys[0]
+        with random_numbers(mix_seed(self.seed, epoch, first_index, 1)):  # 1: other numbers than the sample's
+            return self.collate(samples)
+
+    def collated(self, indices):
+        """A mini-batch of the samples ``indices``, outside of any epoch. Raises InputError where the data set does."""
+        batch = self.__getitems__([(0, index) for index in indices])
+        if isinstance(batch, InputError):
+            raise batch
+        return batch
+
+    def fingerprint(self):
+        """A checksum of their number and of the first, middle and last of them."""
+        last = len(self) - 1
+        checksum = len(self)
+        for index in (0, last // 2, last):
+            for value in tree_leaves(self[0, index]):
+                checksum = zlib.crc32(np.ascontiguousarray(np.asarray(value)).tobytes(), checksum)
+        return checksum
+
+
+@contextmanager
+def random_numbers(seed):
+    """Within the block, Python's, NumPy's and PyTorch's random numbers come from ``seed``. Afterwards they continue as
+    before.
+    """
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002  the ones transforms use
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        python_state, numpy_state, torch_state = before
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+
+
+class Share:
+    """A batch sampler: the keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on.
+
+    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are
+    ``replicas``. With ``shuffle`` they come in a new order every epoch; otherwise in order, with the keys of epoch 0.
+    """
+
+    def __init__(self, count, batch_size, shuffle, seed, replica=0, replicas=1, limit=None):
+        self.count = count
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.replica = replica
+        self.replicas = replicas
+        self.limit = limit  # of mini-batches per epoch
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self):
+        count = -(-self.count // self.batch_size)
+        if self.limit is None:
+            return count
+        return min(count, self.limit)
+
+    def size(self, place):
+        """The number of samples in mini-batch ``place`` of all replicas."""
+        return min(self.batch_size, self.count - place * self.batch_size)
+
+    def __iter__(self):
+        epoch = self.epoch if self.shuffle else 0
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch)))
+        else:
+            order = torch.arange(self.count)
+        for batch in order.split(self.batch_size)[self.start : len(self)]:
+            share = batch.tensor_split(self.replicas)[self.replica]
+            if len(share):
+                yield [(epoch, index) for index in share.tolist()]
+
+
+# Worker processes
+
+
+def worker_options(workers):
+    """The DataLoader's arguments for so many worker processes. Raises InputError where they could hand nothing over."""
+    if workers == 0:
+        return {}
+    check_sockets()
+    ending = multiprocessing.Value("b", 0, lock=False)  # whether the process that trains is ending
+    atexit.register(setattr, ending, "value", 1)
+    return {"num_workers": workers, "persistent_workers": True, "worker_init_fn": partial(ignore_signals, ending)}
+
+
+def check_sockets():
+    """Raises InputError where workers cannot open the sockets over which they hand over tensors: they would print a
+    traceback each, and the run would wait for ever. A socket's path has at most 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.bind(os.path.join(folder, "listener-abcdefgh"))  # as long as the names that multiprocessing draws
+        except OSError as error:
+            raise InputError(
+                f"TMPDIR {tempfile.gettempdir()} cannot hold the sockets of the processes that read data ({error}): "
+                "set TMPDIR to a short path such as /tmp, or read without such processes, by --workers 0"
+            ) from error
+
+
+def ignore_signals(ending, worker):
+    """Makes a worker ignore Ctrl-C and, until ``ending`` is set, SIGTERM: they are for the process that trains, which
+    needs its workers until the mini-batch is finished.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.value else None)
