@@ -174,6 +174,8 @@ def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, caps
     for log in two_logs:
         rows = table[table["log"] == log.name].drop(columns="log").dropna(axis=1).reset_index(drop=True)
         pd.testing.assert_frame_equal(rows, read_log(log), check_like=True, check_dtype=False)
+    export_logs(monkeypatch, tmp_path, "--csv", tmp_path / "folder.csv")
+    assert pd.read_csv(tmp_path / "folder.csv").equals(table)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.log").write_text(two_logs[0].read_text())
     (tmp_path / "a.txt").write_text(two_logs[0].read_text())
