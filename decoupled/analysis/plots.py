@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import logs_in, parse_run_name, read_log
+from decoupled.logs import final, logs_in, parse_run_name, read_log
 from decoupled.training import flags
 from decoupled.training.run import FREE_ON_RESUME
 
