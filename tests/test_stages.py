@@ -236,13 +236,13 @@ def test_replicas_have_the_same_images():
         return Batches(images, torch.arange(8), 4, mean=(0,) * 3, std=(1,) * 3)
 
     first = batches(1)
-    sent = (first.outline, first.outline, 8, fingerprints(first, first))
+    sent = ([], 8, fingerprints(first, first))  # outlines are for the stages above
     processes = SimpleNamespace(rank=1, size=2, control=None, from_first=lambda make: sent)
     mesh = Mesh(processes, stages=1)
     same = batches(1)
-    assert mesh.images(lambda: (same, same, 8)) == (same, same, 8)
+    assert mesh.load_data(lambda: (same, same, 8)) == (same, same, 8)
     with pytest.raises(InputError, match="process 1"):
-        mesh.images(lambda: (same, batches(2), 8))
+        mesh.load_data(lambda: (same, batches(2), 8))
 
 
 def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():
