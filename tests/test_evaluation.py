@@ -53,16 +53,16 @@ def test_of_soft_labels_the_largest_share_counts(classes):
 
 
 @pytest.mark.parametrize("topk", [(1,), (1, 5)])
-def test_samples_that_are_ignored_do_not_count(topk):
-    logits = torch.randn(6, 10)
-    labels = torch.tensor([3, -100, -100, 7, -100, 0])
+def test_tokens_that_are_ignored_do_not_count(topk):
+    logits = torch.randn(2, 3, 10)
+    labels = torch.tensor([[3, -100, -100], [7, -100, 0]])
     meter = Meter(topk)
     expected = Meter(topk)
     kept = labels != -100
-    meter.update(F.cross_entropy(logits, labels), logits, labels)
+    meter.update(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits, labels)
     expected.update(F.cross_entropy(logits[kept], labels[kept]), logits[kept], labels[kept])
-    none = torch.full((6,), -100)
-    meter.update(F.cross_entropy(logits, none), logits, none)
+    none = torch.full((2, 3), -100)
+    meter.update(F.cross_entropy(logits.flatten(0, 1), none.flatten()), logits, none)
     torch.testing.assert_close(meter.sums(), expected.sums())
     assert meter.sums()[0] == 3
 

@@ -58,15 +58,17 @@ class Meter:
         """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
 
         Of soft labels (B, classes), as mixup makes them, the class with the largest share counts. With logits
-        (B, N, classes) and labels (B, N), every token is a sample. Samples with the label −100 do not count.
+        (B, N, classes) and labels (B, N), every token is a sample, but for those with the label −100. For labels (B,),
+        −100 has no such meaning: counting it would cost every step of every head several kernels.
         """
+        samples = len(labels)
         if logits.dim() == 3:
             logits = logits.flatten(0, 1)
             labels = labels.flatten()
+            samples = (labels != IGNORED).sum()
+            loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
         elif labels.dim() == 2:
             labels = labels.argmax(1)
-        samples = (labels != IGNORED).sum()
-        loss = torch.where(samples > 0, loss, 0.0)  # the mean over no sample is NaN
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         hits = count_hits(logits.detach(), labels, self.topk)
         self.count += samples
