@@ -2,6 +2,7 @@
 the results of cifar_buffer_distributed.py. The runs are rows of results/rows.csv.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,10 @@ COLUMNS = (
     "skipped",
     "log",
 )
+
+
+# A process's pace in an epoch, in the comments of cifar_buffer_distributed.py's logs
+PACE = re.compile(r"process (?P<module>\d+), epoch (?P<epoch>\d+): (?P<images_per_s>[\d.]+) images/s, .*")
 
 
 class LoggedRun(NamedTuple):
@@ -171,3 +176,22 @@ def side_by_side(folder, module):
             }
         )
     return pd.DataFrame(rows).sort_values(["how", "slow_down"], ascending=[False, True], ignore_index=True)
+
+
+def paces(folder, epoch):
+    """A data frame of images/s in ``epoch``, a row for each module and a column for each slow-down factor of the runs
+    in real time in ``folder``, the .txt logs of ``side_by_side``.
+    """
+    columns = {}
+    for path in sorted(Path(folder).glob("*.txt")):
+        frame = read_log(path)
+        slow = slow_module_of(frame.attrs["arguments"])
+        if slow.how != "real":
+            continue
+        pace = {}
+        for comment in frame.attrs["comments"]:
+            match = PACE.fullmatch(comment)
+            if match and int(match["epoch"]) == epoch:
+                pace[int(match["module"])] = float(match["images_per_s"])
+        columns[slow.factor] = pace
+    return pd.DataFrame(columns).sort_index(axis="index").sort_index(axis="columns")
