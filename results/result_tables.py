@@ -285,7 +285,7 @@ TABLES = {
     "aux_nets": partial(main_table, experiment="aux_nets"),
     "aux_nets_costs": auxiliary_costs_table,
     "dni": partial(main_table, experiment="dni"),
-    "dni_epochs": partial(epochs_table, experiment="dni", heads=(3,), epochs=(1, 5, 10, 20, 40, 60)),
+    "dni_epochs": partial(epochs_table, experiment="dni", heads=(3,), epochs=(1, 5, 20, 60)),
     "ddg_comparison": partial(main_table, experiment="ddg_comparison"),
     "async_buffer": partial(main_table, experiment="async_buffer"),
     "imagenet": partial(main_table, experiment="imagenet"),
