@@ -2,6 +2,7 @@
 the results of cifar_buffer_distributed.py. The runs are rows of results/rows.csv.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ COLUMNS = (
 )
 
 
+# A process's pace in an epoch, in the comments of cifar_buffer_distributed.py's logs
+PACE = re.compile(r"process (?P<module>\d+), epoch (?P<epoch>\d+): (?P<images_per_s>[\d.]+) images/s, .*")
+
+
 class LoggedRun(NamedTuple):
     """A log of cifar_buffer.py."""
 
@@ -38,13 +43,6 @@ class LoggedRun(NamedTuple):
     arguments: dict
     frame: pd.DataFrame
     complete: bool  # has the last epoch of all modules
-
-
-def current_names(arguments):
-    """A log's arguments under their current names: earlier versions called priority_lifo lifo."""
-    if arguments.get("buffer_sampling") == "lifo":
-        return {**arguments, "buffer_sampling": "priority_lifo"}
-    return arguments
 
 
 def read_runs(folder):
@@ -55,7 +53,7 @@ def read_runs(folder):
             frame = read_log(path)
         except InputError:  # no epoch is finished yet
             continue
-        arguments = current_names(frame.attrs["arguments"])
+        arguments = frame.attrs["arguments"]
         if "own_epoch" not in frame or not set(VARIED) <= set(arguments):
             continue  # a log of another script
         last_epoch = frame[frame["epoch"] == arguments["epochs"]]
@@ -105,7 +103,7 @@ def result(run):
 
 def setting_of(run):
     """The arguments of a LoggedRun that no figure varies, where they differ from the defaults, and its data set."""
-    defaults = current_names(vars(cifar_buffer.parse_args([])))
+    defaults = vars(cifar_buffer.parse_args([]))
     words = []
     for name, value in run.arguments.items():
         if name not in VARIED and name not in FLAGS_OF_PLACE and value != defaults.get(name):
@@ -157,8 +155,8 @@ def side_by_side(folder, module):
     """A data frame with a row for each run in ``folder``, simulated or in real time with a process for each module, in
     which ``module`` or none is slow. The logs are .txt files, so that no other table includes them.
 
-    Columns: how ("simulated", "real"), slow_down, log, test_top1 and ensemble_top1 as in ``results``, staleness and
-    reuse of what ``module`` learned from, means over the run.
+    Columns: how ("simulated", "real"), slow_down, log, staleness and reuse of what ``module`` learned from, means over
+    the run.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.txt")):
@@ -166,7 +164,6 @@ def side_by_side(folder, module):
         slow = slow_module_of(frame.attrs["arguments"])
         if slow.factor > 1 and slow.module != module:
             continue
-        last = final(frame).iloc[-1]
         tallies = read_tallies(frame.attrs["comments"])
         watched = tallies[tallies["n"] == module]
         rows.append(
@@ -174,10 +171,27 @@ def side_by_side(folder, module):
                 "how": slow.how,
                 "slow_down": round(slow.factor, 2),
                 "log": path.name,
-                "test_top1": last["test_top1"],
-                "ensemble_top1": last["ensemble_top1"],
                 "staleness": watched["staleness"].mean(),
                 "reuse": watched["reuse"].mean(),
             }
         )
     return pd.DataFrame(rows).sort_values(["how", "slow_down"], ascending=[False, True], ignore_index=True)
+
+
+def paces(folder, epoch):
+    """A data frame of images/s in ``epoch``, a row for each module and a column for each slow-down factor of the runs
+    in real time in ``folder``, the .txt logs of ``side_by_side``.
+    """
+    columns = {}
+    for path in sorted(Path(folder).glob("*.txt")):
+        frame = read_log(path)
+        slow = slow_module_of(frame.attrs["arguments"])
+        if slow.how != "real":
+            continue
+        pace = {}
+        for comment in frame.attrs["comments"]:
+            match = PACE.fullmatch(comment)
+            if match and int(match["epoch"]) == epoch:
+                pace[int(match["module"])] = float(match["images_per_s"])
+        columns[slow.factor] = pace
+    return pd.DataFrame(columns).sort_index(axis="index").sort_index(axis="columns")

@@ -1,8 +1,7 @@
 """The rows of the tables (rows.csv) and the logs of each row.
 
-The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them, and those named in the row's
-column ``logs``. Each must be of a run of that row: of the same script, on the same data, with the same values of all
-arguments that influence the result.
+The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them. Each must be of a run of that
+row: of the same script, on the same data, with the same values of all arguments that influence the result.
 """
 
 import csv
@@ -50,11 +49,9 @@ FREE_ARGUMENTS = {
     "seed",
     "epochs",
 }
-RENAMED_VALUES = {"lifo": "priority_lifo"}  # flag values in older logs: their names now
 
 DATA = {  # a row's data: the pattern of the log's line about the training images
     "CIFAR-10": r"\d+ images of cifar10 \((PNG|original)\).*",
-    "CIFAR-10 (JPEG)": r"\d+ images of cifar10 \(JPEG\).*",
     "ImageNet": r"1281167 images of .*",
     "digits": r"\d+ images of digits.*",
 }
@@ -66,7 +63,6 @@ class Row(NamedTuple):
     name   the column "row"
     head   the number of the last head; its result is the row's
     pflop  the cost of training one seed
-    logs   names of logs in results/EXPERIMENT that are not called ROW-seedS.log
     """
 
     name: str
@@ -78,7 +74,6 @@ class Row(NamedTuple):
     head: int
     seeds: tuple
     pflop: float
-    logs: tuple
 
     @property
     def experiment(self):
@@ -143,7 +138,6 @@ def read_rows(path=RESULTS / "rows.csv"):
                 head=int(line["head"]),
                 seeds=tuple(map(int, line["seeds"].split())),
                 pflop=float(line["pflop"]),
-                logs=tuple(line["logs"].split()),
             )
             if row.name in rows:
                 raise InputError(f"{path}: two rows are called {row.name}: rename one")
@@ -222,29 +216,25 @@ def check_log(row, log):
         if name in FREE_ARGUMENTS:
             continue
         logged = log.arguments.get(name, defaults[name])
-        if isinstance(logged, str):
-            logged = RENAMED_VALUES.get(logged, logged)
         if logged != value:
             raise InputError(f"{log.path} is a run with {name} {logged}, and {row.name} has {value}")
 
 
 def read_runs(row, results=RESULTS):
-    """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not. If several have the same seed, it
-    is the one with the most epochs. Raises InputError if a log named by the row is missing or of another row.
+    """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not. Raises InputError if one of them is
+    not of a run of the row with that seed.
     """
-    folder = results / row.experiment
-    logs = [read_run_log(folder / name) for name in row.logs]
-    for seed in row.seeds:
-        path = folder / f"{row.run_name(seed)}.log"
-        if path.is_file():
-            logs.append(read_run_log(path))
     runs = {}
-    for log in logs:
+    for seed in row.seeds:
+        path = results / row.experiment / f"{row.run_name(seed)}.log"
+        if not path.is_file():
+            continue
+        log = read_run_log(path)
         check_log(row, log)
-        seed = log.arguments["seed"]
-        if seed not in runs or log.last_epoch(row.head) > runs[seed].last_epoch(row.head):
-            runs[seed] = log
-    return {seed: runs[seed] for seed in row.seeds if seed in runs}
+        if log.arguments["seed"] != seed:
+            raise InputError(f"{path} is a run with seed {log.arguments['seed']}: rename it")
+        runs[seed] = log
+    return runs
 
 
 def is_finished(log, row):

@@ -4,7 +4,7 @@ stands between these markers:
     <!-- table: NAME -->
     <!-- /table -->
 
-Values are from the last epoch, or from the epochs that the table names, never from the best epoch. A cell has the mean
+Values are from the last epoch, or from the epoch that the row names, never from the best epoch. A cell has the mean
 ± standard deviation of three or more seeds, the mean (and both values) of two, or the value of one.
 """
 
@@ -101,18 +101,18 @@ def markdown(columns, lines):
 # Values
 
 
-def mean_over(log, metric, head, epochs):
-    """The mean of ``metric`` of ``head`` over ``epochs`` in ``log``; None if one of them is missing."""
-    frame = log.frame[(log.frame["n"] == head) & log.frame["epoch"].isin(epochs)]
-    if metric not in frame or len(frame) != len(epochs):
+def value_at(log, metric, head, epoch):
+    """``metric`` of ``head`` after ``epoch`` in ``log``; None if the log does not have it."""
+    frame = log.frame[(log.frame["n"] == head) & (log.frame["epoch"] == epoch)]
+    if metric not in frame or frame.empty:
         return None
-    return frame[metric].mean()
+    return frame[metric].iloc[0]
 
 
-def means_of_logs(logs, metric, head, epochs):
-    """A list: mean_over for each of ``logs`` that has all ``epochs``."""
-    means = [mean_over(log, metric, head, epochs) for log in logs]
-    return [mean for mean in means if mean is not None]
+def values_of_logs(logs, metric, head, epoch):
+    """A list: value_at for each of ``logs`` that has it."""
+    values = [value_at(log, metric, head, epoch) for log in logs]
+    return [value for value in values if value is not None]
 
 
 def authors_log(variant):
@@ -123,13 +123,13 @@ def authors_log(variant):
     return sources.iloc[0].split()[-1]
 
 
-def authors_mean_over(variant, metric, head, epochs):
-    """mean_over in the authors' log of ``variant``."""
-    keys = [(authors_log(variant), head, epoch) for epoch in epochs]
-    if metric not in AUTHORS or not all(key in AUTHORS.index for key in keys):
+def authors_value_at(variant, metric, head, epoch):
+    """value_at in the authors' log of ``variant``."""
+    key = (authors_log(variant), head, epoch)
+    if metric not in AUTHORS or key not in AUTHORS.index:
         return None
-    mean = AUTHORS.loc[keys, metric].mean()
-    return None if pd.isna(mean) else mean
+    value = AUTHORS.loc[key, metric]
+    return None if pd.isna(value) else value
 
 
 # Tables: functions of (rows, runs, folder): rows is {name: Row}, runs their logs {name: {seed: Log}}, folder the page's
@@ -168,7 +168,7 @@ def published_lines(row, metrics):
             "run": row.variant,
             "size": "published",
             "from": source,
-            "data": row.data.removesuffix(" (JPEG)"),
+            "data": row.data,
             "epochs": int(epoch),
         }
         for metric in metrics:
@@ -194,16 +194,19 @@ def our_line(row, logs, metrics, folder):
         "seeds: logs": " ".join(links),
     }
     for metric in metrics:
-        values = means_of_logs(logs.values(), metric.metric, metric.head or row.head, [row.epochs])
+        values = values_of_logs(logs.values(), metric.metric, metric.head or row.head, row.epochs)
         line[metric.title] = cell(values, metric.digits)
     return line
 
 
 def main_table(rows, runs, folder, experiment):
-    """The published numbers and our finished rows of an experiment."""
+    """The published numbers and our finished rows of an experiment. One sentence if there are neither."""
+    lines = result_lines(rows, runs, folder, experiment)
+    if not lines:
+        return "No run has finished yet, and the paper has no table.\n"
     titles = [metric.title for metric in METRICS[experiment]]
     columns = ["run", "size", "from", *titles, "data", *HOW, "seeds: logs"]
-    return markdown(columns, result_lines(rows, runs, folder, experiment))
+    return markdown(columns, lines)
 
 
 def summary_table(rows, runs, folder, experiment, variants):
@@ -213,9 +216,9 @@ def summary_table(rows, runs, folder, experiment, variants):
     return markdown(columns, result_lines(rows, runs, folder, experiment, variants))
 
 
-def epochs_table(rows, runs, folder, experiment, heads, epochs, metric="test_top1"):
-    """Our runs of published size, finished or not, beside the authors' log at the same ``epochs``: each is an epoch, or
-    a range (first, last) to average over.
+def epochs_table(rows, runs, folder, experiment, heads, epochs):
+    """Test top-1 of our runs of published size, finished or not, beside the authors' log at the same
+    ``epochs``.
     """
     columns = ["run", "data", "epoch"]
     for head in heads:
@@ -226,35 +229,18 @@ def epochs_table(rows, runs, folder, experiment, heads, epochs, metric="test_top
     for variant, data in dict.fromkeys((row.variant, row.data) for row in published):
         alike = [row for row in published if (row.variant, row.data) == (variant, data)]
         logs = furthest_logs(alike, runs)
-        for window in epochs:
-            span = epochs_in(window)
-            line = {"run": variant, "data": data, "epoch": window_title(window), "seeds": 0}
+        for epoch in epochs:
+            line = {"run": variant, "data": data, "epoch": epoch, "seeds": 0}
             for head in heads:
                 ours, theirs = head_columns(head, heads)
-                values = means_of_logs(logs, metric, head, span)
-                authors = authors_mean_over(variant, metric, head, span)
+                values = values_of_logs(logs, "test_top1", head, epoch)
+                authors = authors_value_at(variant, "test_top1", head, epoch)
                 line[ours] = cell(values)
                 line[theirs] = "" if authors is None else cell([authors])
                 line["seeds"] = max(line["seeds"], len(values))
             if line["seeds"] > 0:
                 lines.append(line)
     return markdown(columns, lines)
-
-
-def epochs_in(window):
-    """The epochs of ``window``, an epoch or a range (first, last)."""
-    if isinstance(window, int):
-        return [window]
-    first, last = window
-    return range(first, last + 1)
-
-
-def window_title(window):
-    """What a table calls ``window``, an epoch or a range (first, last)."""
-    if isinstance(window, int):
-        return window
-    first, last = window
-    return f"mean of {first}–{last}"
 
 
 def head_columns(head, heads):
@@ -294,15 +280,12 @@ TABLES = {
     "summary": partial(summary_table, experiment="learning_curves", variants=("parallel (DGL)", "sequential")),
     "learning_curves": partial(main_table, experiment="learning_curves"),
     "learning_curves_epochs": partial(
-        epochs_table, experiment="learning_curves", heads=(1, 2, 3, 4), epochs=(1, 5, 15, 16, 30, 31, 45, 50)
-    ),
-    "learning_curves_start": partial(
-        epochs_table, experiment="learning_curves", heads=(1, 4), epochs=(2, 3, 5), metric="train_top1"
+        epochs_table, experiment="learning_curves", heads=(1, 2, 3, 4), epochs=(1, 15, 16, 31, 50)
     ),
     "aux_nets": partial(main_table, experiment="aux_nets"),
     "aux_nets_costs": auxiliary_costs_table,
     "dni": partial(main_table, experiment="dni"),
-    "dni_epochs": partial(epochs_table, experiment="dni", heads=(3,), epochs=(1, 5, 10, (11, 15), 20, 40, 60)),
+    "dni_epochs": partial(epochs_table, experiment="dni", heads=(3,), epochs=(1, 5, 20, 60)),
     "ddg_comparison": partial(main_table, experiment="ddg_comparison"),
     "async_buffer": partial(main_table, experiment="async_buffer"),
     "imagenet": partial(main_table, experiment="imagenet"),

@@ -21,10 +21,10 @@ import result_tables  # noqa: E402
 from decoupled.analysis.costs import costs  # noqa: E402
 from decoupled.training.flags import start  # noqa: E402
 
-HEADER = "row,variant,size,script,flags,data,head,seeds,pflop,logs\n"
+HEADER = "row,variant,size,script,flags,data,head,seeds,pflop\n"
 SMALL = "--dataset digits --train-samples 64 --batch-size 32"
 AUX = f"aux_nets/cifar_dgl.py,{SMALL} --channels 2 --depth 2"
-PARALLEL = "lc,parallel (DGL),published,learning_curves/cifar_dgl.py,,CIFAR-10,4,1 2,0.866,"
+PARALLEL = "lc,parallel (DGL),published,learning_curves/cifar_dgl.py,,CIFAR-10,4,1 2,0.866"
 
 
 @pytest.fixture
@@ -76,20 +76,18 @@ def a_log(path, data="50000 images of cifar10 (PNG)", epochs=50, reached=50, **a
 # Rows and logs
 
 
-def test_a_rows_logs_are_those_of_its_name_and_those_that_it_lists(results, tmp_path):
-    (row,) = results(PARALLEL + "short.log other.log").values()
+def test_a_rows_logs_are_those_of_its_name_and_seeds(results, tmp_path):
+    (row,) = results(PARALLEL).values()
     folder = tmp_path / "results/learning_curves"
-    a_log(folder / "short.log", reached=7)
-    a_log(folder / "other.log", seed=2)
-    a_log(folder / "elsewhere.log", seed=2, reached=50)
-    runs = result_rows.read_runs(row, tmp_path / "results")
-    assert {seed: log.path.name for seed, log in runs.items()} == {1: "short.log", 2: "other.log"}
-    assert [result_rows.is_finished(log, row) for log in runs.values()] == [False, True]
     a_log(folder / "lc-seed1.log", epochs=300, reached=60)  # its first 50 epochs are the row's
+    a_log(folder / "elsewhere.log", seed=2)
     runs = result_rows.read_runs(row, tmp_path / "results")
-    assert runs[1].path.name == "lc-seed1.log" and result_rows.wall_time(runs[1], row) == 100
-    (folder / "other.log").unlink()
-    with pytest.raises(InputError, match=r"other\.log"):
+    assert list(runs) == [1] and result_rows.wall_time(runs[1], row) == 100
+    a_log(folder / "lc-seed2.log", seed=2, reached=7)
+    runs = result_rows.read_runs(row, tmp_path / "results")
+    assert [result_rows.is_finished(log, row) for log in runs.values()] == [True, False]
+    a_log(folder / "lc-seed2.log", seed=1)
+    with pytest.raises(InputError, match=r"lc-seed2\.log"):
         result_rows.read_runs(row, tmp_path / "results")
 
 
@@ -107,8 +105,8 @@ def test_a_log_of_another_run_is_refused(results, tmp_path, change):
 
 
 def test_runs_of_sequential_greedy_learning_and_the_simulation_have_their_rows_number_of_epochs():
-    row = result_rows.read_rows()["learning_curves-sequential-jpeg"]
-    log = result_rows.read_run_log(ROOT / "results/learning_curves/sequential.log")
+    row = result_rows.read_rows()["learning_curves-sequential"]
+    log = result_rows.read_run_log(ROOT / "results/learning_curves/learning_curves-sequential-seed1.log")
     result_rows.check_log(row, log)
     with pytest.raises(InputError):
         result_rows.check_log(row, log._replace(epochs=60))
@@ -117,12 +115,9 @@ def test_runs_of_sequential_greedy_learning_and_the_simulation_have_their_rows_n
 def test_every_committed_log_is_a_run_of_a_row():
     named = set()
     for row in result_rows.read_rows().values():
-        folder = ROOT / "results" / row.experiment
-        for name in (*row.logs, *(f"{row.run_name(seed)}.log" for seed in row.seeds)):
-            if (folder / name).is_file():
-                result_rows.check_log(row, result_rows.read_run_log(folder / name))
-                named.add(folder / name)
-    assert named == set((ROOT / "results").rglob("*.log")) and len(named) > 50
+        for log in result_rows.read_runs(row).values():
+            named.add(log.path)
+    assert named == set((ROOT / "results").rglob("*.log")) and named
 
 
 # Running
@@ -130,9 +125,9 @@ def test_every_committed_log_is_a_run_of_a_row():
 
 def test_runs_and_resumes_what_is_missing_and_then_has_nothing_to_do(results, command, run_script, tmp_path):
     results(
-        f"t-aux,a,tiny,{AUX} --epochs 2,digits,2,1 2,0.001,",
+        f"t-aux,a,tiny,{AUX} --epochs 2,digits,2,1 2,0.001",
         f"t-buffer,b,tiny,async_buffer/cifar_buffer.py,{SMALL} --feature_size 2 --ncnn 2 --mlp 1 --epochs 1 --down [0],"
-        "digits,1,1,0.001,",
+        "digits,1,1,0.001",
     )
     script, *flags = AUX.replace(",", " ").split()
     run_script(script, *flags, "--epochs", 1, "--name", "t-aux-seed1", folder=tmp_path / "runs")
@@ -180,7 +175,7 @@ def test_only_finished_runs_of_the_row_are_copied(results, tmp_path):
 
 @pytest.mark.parametrize("way", ["budget", "Ctrl-C"])
 def test_the_budgets_end_and_ctrl_c_stop_the_runs(results, command, way):
-    results(f"t-long,p,tiny,{AUX} --epochs 9999,digits,2,1,1,")
+    results(f"t-long,p,tiny,{AUX} --epochs 9999,digits,2,1,1")
     started = time.monotonic()
     if way == "budget":
         command("run", "t-long", "--budget", 0.02)
@@ -225,8 +220,8 @@ def test_the_authors_curves_end_in_the_numbers_quoted_of_their_logs():
         key = (figure.source.split()[-1], int(figure.head), int(figure.epoch))
         assert authors.loc[key, figure.metric] == float(figure.value), figure
         assert key[2] == authors.loc[key[0]].index.get_level_values("epoch").max()
-    assert result_tables.authors_mean_over("parallel (DGL)", "test_top1", 4, [16]) == 84.30
-    assert result_tables.authors_mean_over("DGL", "test_top1", 3, [10]) == 61.46  # counted from 1
+    assert result_tables.authors_value_at("parallel (DGL)", "test_top1", 4, 16) == 84.30
+    assert result_tables.authors_value_at("DGL", "test_top1", 3, 10) == 61.46  # counted from 1
 
 
 # Tables
@@ -257,12 +252,13 @@ def test_tables_show_finished_runs_and_unfinished_ones_beside_the_authors_epochs
         result_tables.fill_tables(page, rows, runs)
 
 
-def test_a_mean_over_epochs_needs_them_all(tmp_path):
+def test_a_value_that_a_log_lacks_is_none(tmp_path):
     log = result_rows.read_run_log(a_log(tmp_path / "a.log", reached=14))
-    assert result_tables.mean_over(log, "test_top1", 1, range(11, 15)) == pytest.approx(11.25)
-    assert result_tables.mean_over(log, "test_top1", 1, range(11, 16)) is None
-    assert result_tables.authors_mean_over("cDNI", "test_top1", 3, range(11, 16)) == pytest.approx(51.856)
-    assert result_tables.authors_mean_over("cDNI", "test_top1", 3, [60, 61]) is None  # they have every 50th from there
+    assert result_tables.value_at(log, "test_top1", 1, 14) == pytest.approx(11.4)
+    assert result_tables.value_at(log, "test_top1", 1, 15) is None
+    assert result_tables.value_at(log, "ensemble_top1", 1, 14) is None
+    assert result_tables.authors_value_at("cDNI", "test_top1", 3, 61) is None  # they have every 50th from there
+    assert result_tables.authors_value_at("cDNI", "train_top1", 3, 60) is None
 
 
 def test_a_result_that_no_table_has_is_found(tmp_path):
