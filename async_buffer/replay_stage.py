@@ -24,8 +24,8 @@ from decoupled.parallel.stages import Stage
 MEET = -1  # everything sent before this has arrived
 END = -2  # nothing will follow
 
-# Reasons to meet: this one, and those of Run.pending_request, which are positive
-EPOCH_OVER = -1  # all processes have finished the epoch
+# A request, besides those of Run.pending_request, which are positive
+EPOCH_OVER = -3  # all processes have finished the epoch
 
 IDLE_SECONDS = 0.005  # pause of a process that has nothing to do
 HEARTBEAT_SECONDS = 1.0
@@ -288,7 +288,7 @@ class ReplayStage(Stage):
         self.waited = 0.0  # seconds in which there was nothing to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
-        while self.learning:  # until take_tag, which Run.progress calls after each turn, finds that the epoch is over
+        while self.learning:  # until take_request, which Run.progress calls after each turn, finds that the epoch is over
             self.turn_began = time.perf_counter()
             yield
 
@@ -339,33 +339,33 @@ class ReplayStage(Stage):
 
     # Meetings
 
-    def take_tag(self):
-        """As Stage.take_tag: what the run is to do after this turn, 0 for nothing. Meets the other processes when there
-        is a reason to.
+    def take_request(self):
+        """As Stage.take_request, after a turn. Also shows that this process is alive, raises what its threads raised,
+        and meets the other processes when there is a request or the epoch is over.
         """
         if not self.learning:
-            return super().take_tag()
+            return super().take_request()
         self.check_threads()
         self.check_heartbeats()
-        reason = self.reason_to_meet()
-        if reason:
+        request = self.next_request()
+        if request:
             self.meet()
-        if reason == EPOCH_OVER:
+        if request == EPOCH_OVER:
             self.end_epoch()
             return 0
-        return reason
+        return request
 
-    def reason_to_meet(self):
+    def next_request(self):
         """EPOCH_OVER, what Run.pending_request asks for, or 0. The lowest process decides and tells the others."""
         note = f"meeting {self.meetings}"
         if not self.lowest:
             return int(self.noticeboard.read(note) or 0)
-        reason = self.pending_request()
-        if not reason and self.noticeboard.has(*(f"finished {self.epoch} {rank}" for rank in range(self.size))):
-            reason = EPOCH_OVER
-        if reason:
-            self.noticeboard.post(note, reason)
-        return reason
+        request = self.pending_request()
+        if not request and self.noticeboard.has(*(f"finished {self.epoch} {rank}" for rank in range(self.size))):
+            request = EPOCH_OVER
+        if request:
+            self.noticeboard.post(note, request)
+        return request
 
     def meet(self):
         """Returns when all that was sent to this process is in its buffer, and all that it has sent has arrived."""

@@ -2,8 +2,8 @@
 some consecutive modules, the lowest stage the lowest modules. Representations and labels travel up, and nothing travels
 back: no module waits for one above it (Algorithm 1), unless the queue between two stages is full.
 
-A mini-batch travels with its tag: an integer that says what the run is to do after this mini-batch. The lowest stage
-chooses it, so all stages do the same after the same mini-batch.
+A mini-batch travels with a request: an integer that says what the run is to do after it (decoupled.training.run). The
+lowest stage chooses it, so all stages do the same after the same mini-batch.
 
 A run in one process has a single stage with all modules, which reads the images itself.
 """
@@ -34,7 +34,7 @@ class Stage:
     queue            mini-batches that may be on their way to the stage above before ``send`` waits
     autocast         the context of a forward pass
     pending_request  called in the lowest stage before each mini-batch, returns what the run is to do after it: an
-                     integer, 0 for nothing. The largest of the replicas' becomes the mini-batch's tag.
+                     integer, 0 for nothing. The largest of the replicas' travels with the mini-batch.
     """
 
     def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
@@ -48,7 +48,7 @@ class Stage:
         self.lowest = mesh.stage == 0
         self.last = mesh.stage == mesh.stages - 1
         # Of the mini-batch that this stage is working on:
-        self.tag = 0
+        self.request = 0
         self.labels = None
         self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # of each of its labels
         self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
@@ -101,11 +101,11 @@ class Stage:
         """Sets all modules to training mode."""
         self.net.train()
 
-    def take_tag(self):
-        """The tag of the latest mini-batch; 0 when called again before the next mini-batch."""
-        tag = self.tag
-        self.tag = 0
-        return tag
+    def take_request(self):
+        """The request of the latest mini-batch; 0 when called again before the next mini-batch."""
+        request = self.request
+        self.request = 0
+        return request
 
     # Receiving
 
@@ -127,9 +127,9 @@ class Stage:
         """Iterates over the rest of the epoch, in the lowest stage."""
         batches = inputs.batches
         for number, (images, labels) in enumerate(batches.rest(), start=batches.place):
-            self.tag = 0
+            self.request = 0
             if number < inputs.common:  # otherwise some replicas have no share of this mini-batch
-                self.tag = self.mesh.max(self.pending_request())
+                self.request = self.mesh.max(self.pending_request())
             self.labels = labels
             yield images, labels
 
@@ -138,28 +138,28 @@ class Stage:
         sizes = inputs.batches.left
         receiving = deque(self.begin_receive(size, inputs.with_ensemble_sum) for size in sizes[: self.queue])
         for number in range(len(sizes)):
-            works, tag, labels, packed, ensemble_sum = receiving.popleft()
+            works, request, labels, packed, ensemble_sum = receiving.popleft()
             self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
                 receiving.append(self.begin_receive(sizes[number + self.queue], inputs.with_ensemble_sum))
             inputs.batches.advance()
-            self.tag = int(tag)
+            self.request = int(request)
             self.labels = self.unpack_labels(labels)
             self.ensemble_sum = 0 if ensemble_sum is None else ensemble_sum.to(self.device)
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
         """Begins to receive a mini-batch of ``samples`` samples into new tensors: an Arriving."""
-        tag = torch.empty((), dtype=torch.int64)
+        request = torch.empty((), dtype=torch.int64)
         labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
         packed = self.input_format.empty(samples, self.transfer_device)
-        tensors = [tag, *labels, packed]
+        tensors = [request, *labels, packed]
         ensemble_sum = None
         if with_ensemble_sum:
             ensemble_sum = self.logits_format.empty(samples, self.transfer_device)
             tensors.append(ensemble_sum)
         works = self.transfer(distributed.irecv, tensors, self.mesh.below, self.group_below)
-        return Arriving(works, tag, labels, packed, ensemble_sum)
+        return Arriving(works, request, labels, packed, ensemble_sum)
 
     def unpack_labels(self, packed):
         """The labels that were sent as ``packed``, one tensor for each: a tensor, or a tuple of several."""
@@ -177,9 +177,9 @@ class Stage:
             return
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
-        tag = torch.tensor(self.tag)
+        request = torch.tensor(self.request)
         packed = [*self.pack_labels(labels), self.output_format.pack(representation)]
-        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
+        tensors = [request, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
 
@@ -202,12 +202,11 @@ class Stage:
         """Begins to send the ``tensors`` of a mini-batch to process ``other``, or to receive them from it: ``begin`` is
         isend or irecv. Returns the list of works.
 
-        The first tensor, the mini-batch's tag, travels from CPU to CPU, so that no process waits for a GPU to read it.
+        The first tensor, the request, travels from CPU to CPU, so that no process waits for a GPU to read it.
         """
-        mini_batch_tag, *others = tensors
+        request, *others = tensors
         with self.processes.waiting(other):
-            # PyTorch's tag only numbers the tensors of a mini-batch.
-            works = [begin(mini_batch_tag, other, group=self.processes.control, tag=1)]
+            works = [begin(request, other, group=self.processes.control, tag=1)]
             for number, tensor in enumerate(others, start=2):
                 works.append(begin(tensor, other, group=group, tag=number))
         return works
@@ -300,7 +299,7 @@ class Arriving(NamedTuple):
     """A mini-batch that a stage has begun to receive: tensors that are filled when the ``works`` are done."""
 
     works: list
-    tag: torch.Tensor
+    request: torch.Tensor
     labels: list  # packed, one tensor for each
     packed: torch.Tensor  # the representation
     ensemble_sum: torch.Tensor | None

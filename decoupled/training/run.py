@@ -356,7 +356,7 @@ class Run:
         the lowest stage travels up with the mini-batch.
         """
         if self.stage is not None:
-            return self.stage.take_tag()
+            return self.stage.take_request()
         return self.mesh.max(self.pending_request())
 
     def stop(self, signal_number):
