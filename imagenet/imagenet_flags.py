@@ -180,8 +180,8 @@ class Setup(NamedTuple):
     run: Run
     train: object  # images and labels for training, from imagenet_folders.load
     val: object  # those for evaluation
-    net: Stage  # this process's modules of the network
-    modules: list[nn.Module]  # net.modules_here as a step calls them: with replicas, each in DistributedDataParallel
+    stage: Stage  # this process's modules of the network
+    modules: list[nn.Module]  # stage.modules_here as a step calls them: with replicas, each in DistributedDataParallel
 
 
 def setup(args, build):
@@ -220,9 +220,9 @@ def setup(args, build):
             replicas = "all processes" if mesh.stages == 1 else "the replicas of each module"
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
-    net = run.distribute(net)
-    modules = mesh.data_parallel(net.modules_here, args.local_batch_norm)
-    return Setup(run, train, val, net, modules)
+    stage = run.distribute(net)
+    modules = mesh.data_parallel(stage.modules_here, args.local_batch_norm)
+    return Setup(run, train, val, stage, modules)
 
 
 def log_progress(run, batches, total):
