@@ -134,7 +134,7 @@ def main():
     ]
     # After the module's own epochs 15, 30, 45.
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
-    pace = Pace(stage.lengths, len(train), args.epochs)
+    pace = Pace(stage.modules_per_stage, len(train), args.epochs)
     images = ImageStream(train) if stage.lowest else train  # without images above the lowest process
     buffer = make_buffer(args, run, stage)
     factor = slow_down(args, run.processes.rank)
@@ -186,7 +186,7 @@ def log(run, stage, epoch, tallies, pace, scores):
     ensembles = scores[count:] or [float("nan")] * count
     entries = []  # (line, comments) of each module here
     for index, tally in enumerate(tallies):
-        n = stage.first + index
+        n = stage.first_module + index
         line = logs.async_line(n, epoch, pace.own_epochs, tally.top1, scores[index], ensembles[index])
         entries.append((line, [tally.line(n, epoch)]))
     _, last_comments = entries[-1]

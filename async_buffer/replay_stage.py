@@ -184,13 +184,13 @@ class Outbox(threading.Thread):
 class Pace:
     """The progress of this process's modules, which all learn in the same turns.
 
-    learned              mini-batches that they have learned from, out of ``epochs`` × ``length``
-    frozen               turns since then, in which they only made representations
-    modules_per_process  a list with the number of modules in each process; a resumed run must have the same
+    learned            mini-batches that they have learned from, out of ``epochs`` × ``length``
+    frozen             turns since then, in which they only made representations
+    modules_per_stage  a list with the number of modules in each process; a resumed run must have the same
     """
 
-    def __init__(self, modules_per_process, length, epochs):
-        self.modules_per_process = modules_per_process
+    def __init__(self, modules_per_stage, length, epochs):
+        self.modules_per_stage = modules_per_stage
         self.length = length
         self.epochs = epochs
         self.learned = 0
@@ -208,7 +208,7 @@ class Pace:
 
     def state_dict(self):
         return {
-            "modules": self.modules_per_process,
+            "modules": self.modules_per_stage,
             "epochs": self.epochs,
             "learned": self.learned,
             "frozen": self.frozen,
@@ -216,7 +216,7 @@ class Pace:
 
     def load_state_dict(self, state):
         before = state["modules"]
-        if before != self.modules_per_process:
+        if before != self.modules_per_stage:
             modules = ",".join(map(str, before))
             raise InputError(
                 f"the run had {modules} modules in its {len(before)} processes, and saved the buffers between them: "
@@ -270,7 +270,7 @@ class ReplayStage(Stage):
         self.outbox = None
         if not self.lowest:
             self.inbox = Inbox(buffer, self.input_format, self.batch_size, self.rank - 1, groups[self.rank - 1])
-        if not self.last:
+        if not self.highest:
             self.outbox = Outbox(self.rank + 1, groups[self.rank])
         self.threads = [thread for thread in (self.inbox, self.outbox) if thread is not None]
 
@@ -288,7 +288,7 @@ class ReplayStage(Stage):
         self.waited = 0.0  # seconds in which there was nothing to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
-        while self.learning:  # until take_request, which Run.progress calls after each turn, finds that the epoch is over
+        while self.learning:  # until take_request, called by Run.progress after each turn, finds the epoch over
             self.turn_began = time.perf_counter()
             yield
 
@@ -313,7 +313,7 @@ class ReplayStage(Stage):
 
     def feeds(self):
         """Whether a process above still learns."""
-        if self.last:
+        if self.highest:
             return False
         above = range(self.rank + 1, self.size)
         return not self.noticeboard.has(*(f"done {rank}" for rank in above))
@@ -438,6 +438,6 @@ class ReplayStage(Stage):
         )
         if not self.lowest:
             line += f", received {traffic.received}"
-        if not self.last:
+        if not self.highest:
             line += f", sent {traffic.sent}, dropped {traffic.dropped}"
         return line

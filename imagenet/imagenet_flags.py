@@ -204,7 +204,7 @@ def setup(args, build):
             seed=args.seed,
             train_samples=args.train_samples,
             val_samples=args.val_samples,
-            rank=mesh.replica,
+            rank=mesh.replica_index,
             processes=mesh.replicas,
             min_share=2 if args.local_batch_norm else 1,
             limit=DEBUG_BATCHES if args.debug else None,

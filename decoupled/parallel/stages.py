@@ -19,34 +19,44 @@ from torch import distributed, nn
 from decoupled.errors import InputError
 from decoupled.networks.evaluation import Meter, WithEnsembles, normalize_sums, weighted_sums
 from decoupled.networks.modules import DecoupledNetwork
-from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
+from decoupled.parallel.balance import TensorFormat, balance, check_modules_per_stage, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
 
 class Stage:
     """The modules of this process, ``modules_here``, of the network ``net``, which all processes have built alike. The
-    first of them is module ``first`` of the network, from 0. The parameters of all other modules are freed.
+    first of them is module ``first_module`` of the network, from 0. The parameters of all other modules are freed.
 
     ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
 
-    example          a batch of inputs of the network, on its device. Its values do not matter
-    lengths          modules in each stage; None: balanced by FLOPs
-    queue            mini-batches that may be on their way to the stage above before ``send`` waits
-    autocast         the context of a forward pass
-    pending_request  called in the lowest stage before each mini-batch, returns what the run is to do after it: an
-                     integer, 0 for nothing. The largest of the replicas' travels with the mini-batch.
+    example            a batch of inputs of the network, on its device. Its values do not matter
+    modules_per_stage  a list of numbers; None: balanced by FLOPs
+    queue              mini-batches that may be on their way to the stage above before ``send`` waits
+    autocast           the context of a forward pass
+    pending_request    called in the lowest stage before each mini-batch, returns what the run is to do after it: an
+                       integer, 0 for nothing. The largest of the replicas' travels with the mini-batch.
     """
 
-    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
-        check_lengths(lengths, len(net), mesh.stages)
+    def __init__(
+        self,
+        net,
+        example,
+        mesh,
+        *,
+        modules_per_stage=None,
+        queue=2,
+        autocast=nullcontext,
+        pending_request=lambda: 0,
+    ):
+        check_modules_per_stage(modules_per_stage, len(net), mesh.stages)
         self.net = net
         self.mesh = mesh
         self.processes = mesh.processes
         self.device = next(net.parameters()).device
         self.queue = queue
         self.pending_request = pending_request
-        self.lowest = mesh.stage == 0
-        self.last = mesh.stage == mesh.stages - 1
+        self.lowest = mesh.stage_index == 0
+        self.highest = mesh.stage_index == mesh.stages - 1
         # Of the mini-batch that this stage is working on:
         self.request = 0
         self.labels = None
@@ -55,41 +65,41 @@ class Stage:
         self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
         if mesh.stages == 1:
-            self.lengths = [len(net)]
-            self.first = 0
+            self.modules_per_stage = [len(net)]
+            self.first_module = 0
             self.modules_here = net
             self.heads = net
         else:
             found = survey(net, example, autocast)
-            self.lengths = lengths or balance(found.flops, mesh.stages)
-            self.first = sum(self.lengths[: mesh.stage])
-            self.modules_here = net[self.first : self.end]
+            self.modules_per_stage = modules_per_stage or balance(found.flops, mesh.stages)
+            self.first_module = sum(self.modules_per_stage[: mesh.stage_index])
+            self.modules_here = net[self.first_module : self.end_module]
             self.heads = Heads(self, self.modules_here)
             self.free_other_modules()
             self.prepare_transfers(found)
 
     @property
-    def end(self):
-        """The number of the module after those of this process."""
-        return self.first + self.lengths[self.mesh.stage]
+    def end_module(self):
+        """The index after that of this process's last module."""
+        return self.first_module + self.modules_per_stage[self.mesh.stage_index]
 
     def free_other_modules(self):
         """Frees the parameters of the other processes' modules."""
         for index, module in enumerate(self.net):
-            if not self.first <= index < self.end:
+            if not self.first_module <= index < self.end_module:
                 module.to("meta")
 
     def prepare_transfers(self, found):
         """Prepares transfers with the processes below and above, of tensors as the Survey ``found`` says."""
-        self.input_format = found.inputs[self.first]
-        self.output_format = None if self.last else found.inputs[self.end]
+        self.input_format = found.inputs[self.first_module]
+        self.output_format = None if self.highest else found.inputs[self.end_module]
         self.logits_format = found.logits
         self.group_below, self.group_above = self.mesh.links()
         # Gloo transfers from and to main memory only.
         self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
 
     def __str__(self):
-        modules = ",".join(map(str, self.lengths))
+        modules = ",".join(map(str, self.modules_per_stage))
         if self.mesh.replicas > 1:
             return f"{modules}, {self.mesh.replicas} replicas of each"
         return modules
@@ -170,10 +180,10 @@ class Stage:
 
     def send(self, representation, labels, *ensemble_sum):
         """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels``, as received.
-        Waits only while the queue is full. Does nothing in the last stage. Raises InputError for tensors of another
+        Waits only while the queue is full. Does nothing in the highest stage. Raises InputError for tensors of another
         form than in the example of the data.
         """
-        if self.last:
+        if self.highest:
             return
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
@@ -284,7 +294,7 @@ class Stage:
         """
         if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
-        return values[self.first : self.first + len(self.modules_here)]
+        return values[self.first_module : self.first_module + len(self.modules_here)]
 
     def state_dict(self):
         """The parameters and buffers of this process's modules, under their names in the whole network."""
@@ -342,9 +352,9 @@ class Heads(nn.Module):
         outputs = all_logits
         if self.ensembles == "probabilities":
             outputs = [logits.softmax(1) for logits in all_logits]
-        sums = weighted_sums(outputs, self.stage.first, self.stage.ensemble_sum)
+        sums = weighted_sums(outputs, self.stage.first_module, self.stage.ensemble_sum)
         self.stage.send(representation, self.stage.labels, sums[-1])
-        return all_logits + normalize_sums(sums, self.stage.first)
+        return all_logits + normalize_sums(sums, self.stage.first_module)
 
 
 class Inputs:

@@ -146,13 +146,12 @@ class Run:
             net,
             example,
             self.mesh,
-            lengths=getattr(self.args, "modules_per_stage", None),
-            queue=getattr(self.args, "queue", 1),
             autocast=self.autocast,
             pending_request=self.pending_request,
+            **existing(self.args, "modules_per_stage", "queue"),
         )
         self.prepare(stage.modules_here)
-        self.steps.modules_below = stage.first
+        self.steps.modules_below = stage.first_module
         if self.mesh.stages > 1:
             self.stage = stage
         return stage
@@ -315,7 +314,7 @@ class Run:
             )
 
     def seed_of_batch(self):
-        position = [self.epoch, self.batch, self.mesh.replica]
+        position = [self.epoch, self.batch, self.mesh.replica_index]
         if self.num_modules:
             position.insert(0, self.position.module_index + 1)
         return mix_seed(self.args.seed, *position)

@@ -113,7 +113,7 @@ class State:
             raise InputError(
                 f"{path} is a checkpoint of another network ({last_line(error)}): choose one of this network"
             ) from error
-        if self.mesh.replica > 0:
+        if self.mesh.replica_index > 0:
             for meter in self.get("meters"):
                 meter.begin()  # the saved sums are over all replicas: only replica 0 continues from them
 
