@@ -132,24 +132,30 @@ def main():
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
         for module in stage.modules_here
     ]
-    # After the module's own epochs 15, 30, 45.
+    # Steps in epochs of these modules' own
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     pace = Pace(stage.modules_per_stage, len(train), args.epochs)
-    images = ImageStream(train) if stage.lowest else train  # without images above the lowest process
+    stream = ImageStream(train) if stage.lowest else train  # above the lowest process, train is an Outline
     buffer = make_buffer(args, run, stage)
     factor = slow_down(args, run.processes.rank)
-    stage.connect(pace, images, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
+    stage.connect(pace, stream, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
     tallies = [Tally() for _ in stage.modules_here]
 
-    state = {"net": stage, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
-    # A checkpoint has one entry for each module, and the modules here share their pace.
-    state |= {"pace": [pace for _ in stage.modules_here], "tallies": tallies}
-    state |= {"buffers": buffers_by_module(stage, buffer, run.device)}
-    for epoch in run.epochs(**state):  # over when the slowest process has finished an epoch of its own
+    # An epoch of the log is over when the slowest process has finished an epoch of its own.
+    for epoch in run.epochs(
+        net=stage,
+        optimizers=optimizers,
+        schedules=schedules,
+        train=stream,
+        test=test,
+        pace=[pace for _ in stage.modules_here],  # a checkpoint has one entry for each module
+        tallies=tallies,
+        buffers=buffers_by_module(stage, buffer, run.device),
+    ):
         stage.train()
         for _ in run.progress(stage.turns(epoch), resumes=True):  # one turn of this process
-            sample, age = stage.read()  # the next images in the lowest process, in the others from the replay buffer
-            if sample is None:  # nothing to do in this turn
+            sample, staleness = stage.read()  # in the lowest process the next images, else from the replay buffer
+            if sample is None:  # nothing to do: no turn of the tallies, but the time is in stage.idle_seconds
                 continue
             representation = sample.representation
             labels = sample.labels
@@ -161,7 +167,7 @@ def main():
                     run.step(loss, optimizer)  # zero_grad, backward, step
                     representation = representation.detach()  # the module above sends no gradient back
                     tally.turns += 1
-                    tally.add(loss, logits, labels, age, sample.uses)
+                    tally.add(loss, logits, labels, staleness, sample.uses)
                 pace.learned += 1
                 if pace.learned % pace.length == 0:  # an epoch of these modules is over
                     for schedule in schedules:

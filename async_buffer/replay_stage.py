@@ -101,8 +101,8 @@ class Inbox(threading.Thread):
         self.met.clear()
 
     def read(self):
-        """(Sample, its age in steps of the process below), or (None, None) when the buffer has none to read. No later
-        write changes the Sample.
+        """(Sample, its staleness in steps of the process below), or (None, None) when the buffer has none to read. No
+        later write changes the Sample.
         """
         with self.lock:
             sample = self.buffer.read()
@@ -285,7 +285,7 @@ class ReplayStage(Stage):
         self.learning = True
         self.epoch = epoch
         self.seen_alive = {}
-        self.waited = 0.0  # seconds in which there was nothing to do
+        self.idle_seconds = 0.0  # in which there was nothing to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
         while self.learning:  # until take_request, called by Run.progress after each turn, finds the epoch over
@@ -293,23 +293,23 @@ class ReplayStage(Stage):
             yield
 
     def read(self):
-        """(Sample, its age in steps of the process below) for this turn: from the replay buffer, or in the lowest
-        process the next images, with age None.
+        """(Sample, its staleness in steps of the process below) for this turn: from the replay buffer, or in the lowest
+        process the next images, with staleness None.
 
         (None, None), after a short pause, when there is nothing to do: nothing has arrived yet, every mini-batch was
         read as often as allowed, or the modules here and above have learned all their epochs.
         """
         sample = None
-        age = None
+        staleness = None
         if self.pace.learns or self.feeds():
             if self.lowest:
                 sample = self.images.read()
             else:
-                sample, age = self.inbox.read()
+                sample, staleness = self.inbox.read()
         if sample is None:
             time.sleep(IDLE_SECONDS)
-            self.waited += time.perf_counter() - self.turn_began
-        return sample, age
+            self.idle_seconds += time.perf_counter() - self.turn_began
+        return sample, staleness
 
     def feeds(self):
         """Whether a process above still learns."""
@@ -385,8 +385,7 @@ class ReplayStage(Stage):
         """Raises InputError when a thread of this process has failed."""
         for thread in self.threads:
             if thread.error is not None:
-                with self.processes.waiting(thread.other):
-                    raise thread.error
+                raise self.processes.lost(thread.other) from thread.error
 
     def check_heartbeats(self):
         """Shows that this process is alive. Raises InputError when one has taken no turn for ``timeout`` seconds."""
@@ -400,8 +399,7 @@ class ReplayStage(Stage):
                 self.seen_alive[rank] = (count, now)
             _, since = self.seen_alive[rank]
             if now - since > self.processes.timeout.total_seconds():
-                with self.processes.waiting(rank):
-                    raise RuntimeError("timed out")
+                raise self.processes.lost(rank)
 
     def close(self):
         """Ends the threads. Call this before the process group is destroyed."""
@@ -434,7 +432,7 @@ class ReplayStage(Stage):
         speed = traffic.learned * self.batch_size / seconds
         line = (
             f"process {self.rank}, epoch {self.epoch}: {speed:.1f} images/s, "
-            f"waited {self.waited:.2f} s of {seconds:.2f}, learned from {traffic.learned}"
+            f"waited {self.idle_seconds:.2f} s of {seconds:.2f}, learned from {traffic.learned}"
         )
         if not self.lowest:
             line += f", received {traffic.received}"

@@ -30,7 +30,8 @@ def parse_args():
     group.add_argument(
         "--precise-statistics",
         action="store_true",
-        help="evaluate with batch norm statistics of all training images; for epochs of few mini-batches",
+        help="recompute batch norm statistics on all training images before each evaluation; for runs with few "
+        "mini-batches per epoch",
     )
     return parser.parse_args()
 
@@ -60,12 +61,13 @@ def main():
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
-                run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
+                run.step(loss, optimizer)  # zero_grad, backward, which frees the graph, step
                 representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
             stage.send(representation, labels)  # to the module above, if another process trains it
         if args.precise_statistics:
-            stage.recompute_statistics(train.without_augmentation(), run.autocast)
+            with run.autocast():
+                stage.recompute_statistics(train.without_augmentation())
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

@@ -89,8 +89,8 @@ class Mesh:
         """A list with each of ``modules`` in a DistributedDataParallel of its own, for training steps. With one
         replica, the modules themselves.
 
-        Buffers are not broadcast: they start equal in all replicas and stay equal. With ``local_batch_norm`` running
-        statistics differ between replicas, and those of replica 0 are used.
+        Buffers start equal in all replicas and stay equal, so they are not broadcast. With ``local_batch_norm``,
+        running statistics differ, and each forward pass begins with those of replica 0.
         """
         if self.replicas == 1:
             return list(modules)
@@ -116,8 +116,8 @@ class Mesh:
 
     def load_data(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of train and test. Process 0 loads first. Raises InputError when ``load`` does, and if a replica has
-        other data than process 0, as when its machine has an incomplete copy.
+        instead of train and test. Process 0 loads first, as it may have to download the images. Raises InputError when
+        ``load`` does, and if a replica has other data than process 0, as when its machine has an incomplete copy.
         """
         if self.processes.size == 1:
             return load()

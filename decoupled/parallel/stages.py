@@ -70,13 +70,13 @@ class Stage:
             self.modules_here = net
             self.heads = net
         else:
-            found = survey(net, example, autocast)
-            self.modules_per_stage = modules_per_stage or balance(found.flops, mesh.stages)
+            measured = survey(net, example, autocast)
+            self.modules_per_stage = modules_per_stage or balance(measured.flops, mesh.stages)
             self.first_module = sum(self.modules_per_stage[: mesh.stage_index])
             self.modules_here = net[self.first_module : self.end_module]
             self.heads = Heads(self, self.modules_here)
             self.free_other_modules()
-            self.prepare_transfers(found)
+            self.prepare_transfers(measured)
 
     @property
     def end_module(self):
@@ -89,11 +89,11 @@ class Stage:
             if not self.first_module <= index < self.end_module:
                 module.to("meta")
 
-    def prepare_transfers(self, found):
-        """Prepares transfers with the processes below and above, of tensors as the Survey ``found`` says."""
-        self.input_format = found.inputs[self.first_module]
-        self.output_format = None if self.highest else found.inputs[self.end_module]
-        self.logits_format = found.logits
+    def prepare_transfers(self, measured):
+        """Prepares transfers with the processes below and above, of tensors as the Survey ``measured`` says."""
+        self.input_format = measured.inputs[self.first_module]
+        self.output_format = None if self.highest else measured.inputs[self.end_module]
+        self.logits_format = measured.logits
         self.group_below, self.group_above = self.mesh.links()
         # Gloo transfers from and to main memory only.
         self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
@@ -231,7 +231,7 @@ class Stage:
 
     # Evaluation
 
-    def recompute_statistics(self, images, autocast=nullcontext):
+    def recompute_statistics(self, images):
         """Recomputes batch norm's running means and variances with the current weights, as the means over the
         mini-batches of ``images`` (Batches.without_augmentation). Training does not read them, evaluation does.
 
@@ -246,7 +246,7 @@ class Stage:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # every mini-batch has the same weight
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             for representation, labels in self.inputs(images):
                 for module in self.modules_here:
                     representation, _ = module(representation)

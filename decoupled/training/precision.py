@@ -77,15 +77,13 @@ def choose_kernels(device, deterministic):
 
     Raises InputError for ``deterministic`` on any device but CUDA.
     """
-    if deterministic and device.type == "cpu":
-        raise InputError("--deterministic is for CUDA: leave it out, results on the CPU are exact without it")
     if deterministic and device.type != "cuda":
         raise InputError(f"--deterministic is for CUDA: leave it out on {device.type}")
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # takes time, and nothing here reads it
     if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing here reads such memory
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
 
 
@@ -127,7 +125,7 @@ def allocate_momentum(optimizer):
 
 
 def check_compiler(device):
-    """Compiles a small function. Raises InputError if that fails, before there is anything to lose."""
+    """Compiles a small function. Raises InputError if that fails: now, not in the first step."""
     logging_before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # a failing compiler logs pages
     try:
@@ -159,9 +157,9 @@ def compile_to_cuda_graphs(module):
     """Compiles ``module`` to CUDA graphs: one launch for its forward pass, one for its backward pass.
 
     There is one graph for each size of mini-batch, so a shorter last one has its own. All graphs share one memory pool,
-    and a replay overwrites the outputs of the previous one. So outputs are copied, and the module above, meters and
-    messages may read them at any time. Gradients stay in the pool: ``Steps.step`` reads them before any other replay,
-    and zero_grad drops them unread. A module's backward pass must come before any other forward pass.
+    and a replay overwrites the outputs of the previous one. So outputs are copied: the module above, meters and the
+    process above may read them later. Gradients are not copied: ``Steps.step`` uses them before the next replay, and
+    zero_grad drops them. A module's backward pass and step must come before any other forward pass.
     """
     graphs = torch.compile(module.forward, mode="reduce-overhead", dynamic=False)
     module.forward = lambda *inputs: tree_map(torch.clone, graphs(*inputs))
@@ -210,7 +208,7 @@ class Steps:
         self.loss_scale = loss_scale
         self.modules_below = 0  # how many modules below those of this process learn in other processes
         self.learners = {}  # id of an optimizer → Learner
-        self.replays = False  # whether modules are compiled to CUDA graphs
+        self.cuda_graphs = False  # whether modules are compiled to CUDA graphs
         self.watched = []  # a WatchedLoss for each step since the last check
 
     def autocast(self):
@@ -227,21 +225,19 @@ class Steps:
             check_compiler(self.device)
             if self.device.type == "cpu":
                 warn("--compile: on CPUs, compiled modules ran slower than plain ones; it is meant for CUDA")
-            self.replays = cuda_graphs and self.device.type == "cuda"
-            compile_modules(net, self.replays)
+            self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
+            compile_modules(net, self.cuda_graphs)
         return net
 
     def learner(self, optimizer):
-        """The Learner of ``optimizer``, which is added if it is new."""
+        """The Learner of ``optimizer``. An optimizer seen for the first time gets the number of the next module, so the
+        first calls must go from the lowest module up.
+        """
         if id(optimizer) not in self.learners:
-            self.add_learner(optimizer)
+            allocate_momentum(optimizer)
+            n = self.modules_below + len(self.learners) + 1
+            self.learners[id(optimizer)] = Learner(n, self.new_scaler())
         return self.learners[id(optimizer)]
-
-    def add_learner(self, optimizer):
-        """Numbers the module that ``optimizer`` trains: optimizers must be added from the lowest module up."""
-        allocate_momentum(optimizer)
-        n = self.modules_below + len(self.learners) + 1
-        self.learners[id(optimizer)] = Learner(n, self.new_scaler())
 
     def new_scaler(self):
         """A new loss scale; a no-op except in fp16."""
@@ -269,7 +265,7 @@ class Steps:
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
         scaler.step(optimizer)
         scaler.update(self.loss_scale)  # a constant loss scale is set again, so that overflows do not lower it
-        if self.replays:
+        if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # from here on, replays may overwrite the module's memory
         self.watch(loss, n, batch)
 
