@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from decoupled.data.datasets import load
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import run as runs
-from decoupled.training.precision import Steps, compile_modules, compile_to_cuda_graphs
+from decoupled.training.steps import Steps, compile_modules, compile_to_cuda_graphs
 
 SHORT = (
     *("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--test-batch-size", 400, "--epochs", 2),

@@ -16,7 +16,7 @@ from decoupled.data.datasets import DATASETS
 from decoupled.errors import EXIT_BAD_INPUT, InputError, one_line
 from decoupled.parallel.processes import TIMEOUT
 from decoupled.training.console import broken_pipes_ignored, is_first_process
-from decoupled.training.precision import keep_freed_memory
+from decoupled.training.device import keep_freed_memory
 
 EXIT_CTRL_C = 130
 
@@ -34,7 +34,7 @@ def start(main, keep_memory=True):
     """Runs the function ``main`` of a script. InputError, too little memory and a full disk end the script with a
     one-line message and exit code 2; Ctrl-C ends it with a one-line message and 130. Other errors show a traceback.
 
-    ``keep_memory``: see decoupled.training.precision.keep_freed_memory.
+    ``keep_memory``: see decoupled.training.device.keep_freed_memory.
     """
     if keep_memory:
         keep_freed_memory()

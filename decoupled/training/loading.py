@@ -14,7 +14,7 @@ import torch
 from decoupled.data.images import InputForm
 from decoupled.errors import InputError, last_line
 from decoupled.training.checkpoint import read_checkpoint
-from decoupled.training.precision import pick_device
+from decoupled.training.device import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name scripts relative to it
 

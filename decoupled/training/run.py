@@ -25,8 +25,9 @@ from decoupled.parallel.stages import Stage
 from decoupled.training import environment
 from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
-from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_if_half_is_slow
+from decoupled.training.device import choose_kernels, pick_device
 from decoupled.training.state import State
+from decoupled.training.steps import Steps, warn_if_half_is_slow
 
 CHECK_LOSSES_EVERY = 100  # mini-batches: each check waits for the device
 
