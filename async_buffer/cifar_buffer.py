@@ -130,8 +130,8 @@ def main():
                 loss = F.cross_entropy(logits.float(), sample.labels)
                 run.step(loss, optimizers[n])  # zero_grad, backward, step
                 representation = representation.detach()  # no gradient crosses to another module
-                age = turns.learned[n - 1] - sample.step if n > 0 else None
-                tally.add(loss, logits, sample.labels, age, sample.uses)
+                staleness = turns.learned[n - 1] - sample.step if n > 0 else None
+                tally.add(loss, logits, sample.labels, staleness, sample.uses)
                 turns.learned[n] += 1
                 if turns.learned[n] % len(images) == 0:  # an epoch of this module is over
                     schedules[n].step()

@@ -80,21 +80,21 @@ def parse_args(argv=None):
     return args
 
 
-def make_buffer(args, run, net):
+def make_buffer(args, run, stage):
     """The replay buffer of this process; None in the lowest."""
-    if net.lowest:
+    if stage.lowest:
         return None
     options = async_flags.buffer_options(args, run.device)
-    options |= {"dtype": net.input_format.dtype}
-    (buffer,), _ = make_buffers(args.buffer, args.batch_size, [net.input_format.shape], **options)
+    options |= {"dtype": stage.input_format.dtype}
+    (buffer,), _ = make_buffers(args.buffer, args.batch_size, [stage.input_format.shape], **options)
     return buffer
 
 
-def buffers_by_module(net, buffer, device):
+def buffers_by_module(stage, buffer, device):
     """What a checkpoint saves as the buffer of each module of this process: ``buffer`` for the lowest. The others learn
     from the module below in the same turn, as in Algorithm 1, and need none: theirs is an empty HandOver.
     """
-    buffers = [HandOver(device) for _ in net.modules_here]
+    buffers = [HandOver(device) for _ in stage.modules_here]
     if buffer is not None:
         buffers[0] = buffer
     return buffers
@@ -127,69 +127,76 @@ def main():
     if args.slow and args.slow[0] >= size:
         raise InputError(f"--slow {args.slow[0]}:{args.slow[1]:g}: the processes are 0 to {size - 1}")
     train, test, classes = run.data(drop_last=True)
-    net = run.distribute(build(args, classes), kind=ReplayStage)  # the modules of this process
+    stage = run.distribute(build(args, classes), kind=ReplayStage)  # the modules that this process trains
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net.modules_here
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        for module in stage.modules_here
     ]
-    # After the module's own epochs 15, 30, 45.
+    # Steps in epochs of these modules' own
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
-    pace = Pace(net.lengths, len(train), args.epochs)
-    images = ImageStream(train) if net.lowest else train  # without images above the lowest process
-    buffer = make_buffer(args, run, net)
+    pace = Pace(stage.modules_per_stage, len(train), args.epochs)
+    stream = ImageStream(train) if stage.lowest else train  # above the lowest process, train is an Outline
+    buffer = make_buffer(args, run, stage)
     factor = slow_down(args, run.processes.rank)
-    net.connect(pace, images, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
-    tallies = [Tally() for _ in net.modules_here]
+    stage.connect(pace, stream, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
+    tallies = [Tally() for _ in stage.modules_here]
 
-    state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
-    # A checkpoint has one entry for each module, and the modules here share their pace.
-    state |= {"pace": [pace for _ in net.modules_here], "tallies": tallies}
-    state |= {"buffers": buffers_by_module(net, buffer, run.device)}
-    for epoch in run.epochs(**state):  # over when the slowest process has finished an epoch of its own
-        net.train()
-        for _ in run.progress(net.turns(epoch), resumes=True):  # one turn of this process
-            sample, age = net.read()  # the next images in the lowest process, in the others from the replay buffer
-            if sample is None:  # nothing to do in this turn
+    # An epoch of the log is over when the slowest process has finished an epoch of its own.
+    for epoch in run.epochs(
+        net=stage,
+        optimizers=optimizers,
+        schedules=schedules,
+        train=stream,
+        test=test,
+        pace=[pace for _ in stage.modules_here],  # a checkpoint has one entry for each module
+        tallies=tallies,
+        buffers=buffers_by_module(stage, buffer, run.device),
+    ):
+        stage.train()
+        for _ in run.progress(stage.turns(epoch), resumes=True):  # one turn of this process
+            sample, staleness = stage.read()  # in the lowest process the next images, else from the replay buffer
+            if sample is None:  # nothing to do: no turn of the tallies, but the time is in stage.idle_seconds
                 continue
             representation = sample.representation
             labels = sample.labels
             if pace.learns:
-                for module, optimizer, tally in zip(net.modules_here, optimizers, tallies, strict=True):
+                for module, optimizer, tally in zip(stage.modules_here, optimizers, tallies, strict=True):
                     with run.autocast():
                         representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                     loss = F.cross_entropy(logits.float(), labels)
                     run.step(loss, optimizer)  # zero_grad, backward, step
-                    representation = representation.detach()  # no gradient crosses to the module below
+                    representation = representation.detach()  # the module above sends no gradient back
                     tally.turns += 1
-                    tally.add(loss, logits, labels, age, sample.uses)
+                    tally.add(loss, logits, labels, staleness, sample.uses)
                 pace.learned += 1
                 if pace.learned % pace.length == 0:  # an epoch of these modules is over
                     for schedule in schedules:
                         schedule.step()
             else:
-                representation = forward_only(run, net.modules_here, representation)
+                representation = forward_only(run, stage.modules_here, representation)
                 for tally in tallies:
                     tally.turns += 1
                     tally.frozen += 1
                 pace.frozen += 1
-            net.end_turn(representation, labels)  # into the replay buffer of the process above
+            stage.end_turn(representation, labels)  # into the replay buffer of the process above
 
-        heads = net.ensembles(probabilities=False) if args.ensemble else net.heads
+        heads = stage.ensembles(probabilities=False) if args.ensemble else stage.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(test, with_ensemble_sum=args.ensemble)))
-        log(run, net, epoch, tallies, pace, [score.top1 for score in scores])
+            scores = evaluate(heads, run.evaluation(stage.inputs(test, with_ensemble_sum=args.ensemble)))
+        log(run, stage, epoch, tallies, pace, [score.top1 for score in scores])
 
 
-def log(run, net, epoch, tallies, pace, scores):
+def log(run, stage, epoch, tallies, pace, scores):
     """Logs the modules of all processes. ``scores``: test top-1 of this process's heads, then of their ensembles."""
     count = len(tallies)
     ensembles = scores[count:] or [float("nan")] * count
     entries = []  # (line, comments) of each module here
     for index, tally in enumerate(tallies):
-        n = net.first + index
+        n = stage.first_module + index
         line = logs.async_line(n, epoch, pace.own_epochs, tally.top1, scores[index], ensembles[index])
         entries.append((line, [tally.line(n, epoch)]))
     _, last_comments = entries[-1]
-    last_comments.append(f"# {net.epoch_summary}")
+    last_comments.append(f"# {stage.epoch_summary}")
     for entries_of_process in run.mesh.to_first(entries):
         for line, comments in entries_of_process:
             run.report(line, *comments)

@@ -24,8 +24,8 @@ from decoupled.parallel.stages import Stage
 MEET = -1  # everything sent before this has arrived
 END = -2  # nothing will follow
 
-# Reasons to meet: this one, and those of Run.pending_request, which are positive
-EPOCH_OVER = -1  # all processes have finished the epoch
+# A request, besides those of Run.pending_request, which are positive
+EPOCH_OVER = -3  # all processes have finished the epoch
 
 IDLE_SECONDS = 0.005  # pause of a process that has nothing to do
 HEARTBEAT_SECONDS = 1.0
@@ -101,8 +101,8 @@ class Inbox(threading.Thread):
         self.met.clear()
 
     def read(self):
-        """(Sample, its age in steps of the process below), or (None, None) when the buffer has none to read. No later
-        write changes the Sample.
+        """(Sample, its staleness in steps of the process below), or (None, None) when the buffer has none to read. No
+        later write changes the Sample.
         """
         with self.lock:
             sample = self.buffer.read()
@@ -184,13 +184,13 @@ class Outbox(threading.Thread):
 class Pace:
     """The progress of this process's modules, which all learn in the same turns.
 
-    learned              mini-batches that they have learned from, out of ``epochs`` × ``length``
-    frozen               turns since then, in which they only made representations
-    modules_per_process  a list with the number of modules in each process; a resumed run must have the same
+    learned            mini-batches that they have learned from, out of ``epochs`` × ``length``
+    frozen             turns since then, in which they only made representations
+    modules_per_stage  a list with the number of modules in each process; a resumed run must have the same
     """
 
-    def __init__(self, modules_per_process, length, epochs):
-        self.modules_per_process = modules_per_process
+    def __init__(self, modules_per_stage, length, epochs):
+        self.modules_per_stage = modules_per_stage
         self.length = length
         self.epochs = epochs
         self.learned = 0
@@ -208,7 +208,7 @@ class Pace:
 
     def state_dict(self):
         return {
-            "modules": self.modules_per_process,
+            "modules": self.modules_per_stage,
             "epochs": self.epochs,
             "learned": self.learned,
             "frozen": self.frozen,
@@ -216,7 +216,7 @@ class Pace:
 
     def load_state_dict(self, state):
         before = state["modules"]
-        if before != self.modules_per_process:
+        if before != self.modules_per_stage:
             modules = ",".join(map(str, before))
             raise InputError(
                 f"the run had {modules} modules in its {len(before)} processes, and saved the buffers between them: "
@@ -270,7 +270,7 @@ class ReplayStage(Stage):
         self.outbox = None
         if not self.lowest:
             self.inbox = Inbox(buffer, self.input_format, self.batch_size, self.rank - 1, groups[self.rank - 1])
-        if not self.last:
+        if not self.highest:
             self.outbox = Outbox(self.rank + 1, groups[self.rank])
         self.threads = [thread for thread in (self.inbox, self.outbox) if thread is not None]
 
@@ -285,35 +285,35 @@ class ReplayStage(Stage):
         self.learning = True
         self.epoch = epoch
         self.seen_alive = {}
-        self.waited = 0.0  # seconds in which there was nothing to do
+        self.idle_seconds = 0.0  # in which there was nothing to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
-        while self.learning:  # until take_tag, which Run.progress calls after each turn, finds that the epoch is over
+        while self.learning:  # until take_request, called by Run.progress after each turn, finds the epoch over
             self.turn_began = time.perf_counter()
             yield
 
     def read(self):
-        """(Sample, its age in steps of the process below) for this turn: from the replay buffer, or in the lowest
-        process the next images, with age None.
+        """(Sample, its staleness in steps of the process below) for this turn: from the replay buffer, or in the lowest
+        process the next images, with staleness None.
 
         (None, None), after a short pause, when there is nothing to do: nothing has arrived yet, every mini-batch was
         read as often as allowed, or the modules here and above have learned all their epochs.
         """
         sample = None
-        age = None
+        staleness = None
         if self.pace.learns or self.feeds():
             if self.lowest:
                 sample = self.images.read()
             else:
-                sample, age = self.inbox.read()
+                sample, staleness = self.inbox.read()
         if sample is None:
             time.sleep(IDLE_SECONDS)
-            self.waited += time.perf_counter() - self.turn_began
-        return sample, age
+            self.idle_seconds += time.perf_counter() - self.turn_began
+        return sample, staleness
 
     def feeds(self):
         """Whether a process above still learns."""
-        if self.last:
+        if self.highest:
             return False
         above = range(self.rank + 1, self.size)
         return not self.noticeboard.has(*(f"done {rank}" for rank in above))
@@ -339,33 +339,33 @@ class ReplayStage(Stage):
 
     # Meetings
 
-    def take_tag(self):
-        """As Stage.take_tag: what the run is to do after this turn, 0 for nothing. Meets the other processes when there
-        is a reason to.
+    def take_request(self):
+        """As Stage.take_request, after a turn. Also shows that this process is alive, raises what its threads raised,
+        and meets the other processes when there is a request or the epoch is over.
         """
         if not self.learning:
-            return super().take_tag()
+            return super().take_request()
         self.check_threads()
         self.check_heartbeats()
-        reason = self.reason_to_meet()
-        if reason:
+        request = self.next_request()
+        if request:
             self.meet()
-        if reason == EPOCH_OVER:
+        if request == EPOCH_OVER:
             self.end_epoch()
             return 0
-        return reason
+        return request
 
-    def reason_to_meet(self):
+    def next_request(self):
         """EPOCH_OVER, what Run.pending_request asks for, or 0. The lowest process decides and tells the others."""
         note = f"meeting {self.meetings}"
         if not self.lowest:
             return int(self.noticeboard.read(note) or 0)
-        reason = self.pending_request()
-        if not reason and self.noticeboard.has(*(f"finished {self.epoch} {rank}" for rank in range(self.size))):
-            reason = EPOCH_OVER
-        if reason:
-            self.noticeboard.post(note, reason)
-        return reason
+        request = self.pending_request()
+        if not request and self.noticeboard.has(*(f"finished {self.epoch} {rank}" for rank in range(self.size))):
+            request = EPOCH_OVER
+        if request:
+            self.noticeboard.post(note, request)
+        return request
 
     def meet(self):
         """Returns when all that was sent to this process is in its buffer, and all that it has sent has arrived."""
@@ -385,8 +385,7 @@ class ReplayStage(Stage):
         """Raises InputError when a thread of this process has failed."""
         for thread in self.threads:
             if thread.error is not None:
-                with self.processes.waiting(thread.other):
-                    raise thread.error
+                raise self.processes.lost(thread.other) from thread.error
 
     def check_heartbeats(self):
         """Shows that this process is alive. Raises InputError when one has taken no turn for ``timeout`` seconds."""
@@ -400,8 +399,7 @@ class ReplayStage(Stage):
                 self.seen_alive[rank] = (count, now)
             _, since = self.seen_alive[rank]
             if now - since > self.processes.timeout.total_seconds():
-                with self.processes.waiting(rank):
-                    raise RuntimeError("timed out")
+                raise self.processes.lost(rank)
 
     def close(self):
         """Ends the threads. Call this before the process group is destroyed."""
@@ -434,10 +432,10 @@ class ReplayStage(Stage):
         speed = traffic.learned * self.batch_size / seconds
         line = (
             f"process {self.rank}, epoch {self.epoch}: {speed:.1f} images/s, "
-            f"waited {self.waited:.2f} s of {seconds:.2f}, learned from {traffic.learned}"
+            f"waited {self.idle_seconds:.2f} s of {seconds:.2f}, learned from {traffic.learned}"
         )
         if not self.lowest:
             line += f", received {traffic.received}"
-        if not self.last:
+        if not self.highest:
             line += f", sent {traffic.sent}, dropped {traffic.dropped}"
         return line

@@ -132,7 +132,7 @@ class Tally:
         """Begins a new epoch."""
         self.meter.begin()
         self.turns = 0
-        self.skipped = 0  # turns in which there was nothing to learn from
+        self.skipped = 0  # turns in which there was nothing to learn from; only in the simulation
         self.frozen = 0  # turns after the module's last epoch
         self.staleness = []
         self.reuse = []

@@ -63,28 +63,31 @@ def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data()
-    net = run.distribute(build(args, classes))  # this process's modules: all of them, except under torchrun
+    stage = run.distribute(build(args, classes))  # the modules that this process trains
     optimizers = [
-        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True) for module in net.modules_here
+        SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
+        for module in stage.modules_here
     ]
     # By default at epochs 16, 31, 46, …
     schedules = [StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers]
-    meters = [Meter() for _ in net.modules_here]
+    meters = [Meter() for _ in stage.modules_here]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
-        net.train()
-        for representation, labels in run.progress(net.inputs(train)):  # images, or what the module below sends
-            for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
+    for epoch in run.epochs(
+        net=stage, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters
+    ):
+        stage.train()
+        for representation, labels in run.progress(stage.inputs(train)):  # images, or what the stage below sends
+            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (B, C, s, s), (B, classes)
                 loss = F.cross_entropy(logits.float(), labels)
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
-                representation = representation.detach()  # no gradient crosses to the module below
+                representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            net.send(representation, labels)  # to the module above, if another process has it
+            stage.send(representation, labels)  # to the module above, if another process has it
         with run.autocast():
-            scores = evaluate(net.heads, run.evaluation(net.inputs(test)))
-        for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
+            scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
+        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for schedule in schedules:
             schedule.step()

@@ -40,8 +40,8 @@ from decoupled.networks.auxiliary import AUXILIARIES
 from decoupled.networks.flops import count_flops
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import flags
+from decoupled.training.device import pick_device
 from decoupled.training.environment import environment
-from decoupled.training.precision import pick_device
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from method_steps import ScaledOptimizer, autocast_on, dgl_step, sgd

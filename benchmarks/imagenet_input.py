@@ -20,8 +20,8 @@ import torch
 
 from decoupled.analysis.costs import step_seconds
 from decoupled.training import flags
+from decoupled.training.device import pick_device
 from decoupled.training.environment import environment
-from decoupled.training.precision import pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
 from method_steps import ScaledOptimizer, autocast_on, dgl_step, sgd

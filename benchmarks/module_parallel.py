@@ -180,9 +180,9 @@ def greedy(args, net, autocast, mesh):
             representation = dgl_step([module], [optimizer], representation, labels, autocast)
             clock.module_seconds[index] += time.process_time() - started
         stage.send(representation, labels)
-        if not stage.last:
+        if not stage.highest:
             sent = representation.nbytes + labels.nbytes
-    return result_of(clock, sent, stage.lengths)
+    return result_of(clock, sent, stage.modules_per_stage)
 
 
 class Part(nn.Module):
@@ -231,12 +231,12 @@ def pipeline(args, net, autocast, mesh, row):
     net = without_lower_heads(net)
     surveyed = survey(net, torch.zeros(2, 3, 32, 32), autocast)
     lengths = balance(surveyed.flops, mesh.stages)
-    first = sum(lengths[: mesh.stage])
-    end = first + lengths[mesh.stage]
-    is_first = mesh.stage == 0
-    is_last = mesh.stage == mesh.stages - 1
+    first = sum(lengths[: mesh.stage_index])
+    end = first + lengths[mesh.stage_index]
+    is_first = mesh.stage_index == 0
+    is_last = mesh.stage_index == mesh.stages - 1
     part = Part(net[first:end], autocast, is_first, is_last)
-    stage = PipelineStage(part, mesh.stage, mesh.stages, CPU)
+    stage = PipelineStage(part, mesh.stage_index, mesh.stages, CPU)
     schedule = row.schedule(stage, row.micro_batches, loss_fn=loss_of)
     optimizer = script_sgd(part)
     clock = Clock()

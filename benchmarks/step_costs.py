@@ -66,8 +66,8 @@ from decoupled import InputError
 from decoupled.analysis.costs import LiveStorages, step_seconds
 from decoupled.networks.flops import count_flops
 from decoupled.training import flags
+from decoupled.training.device import pick_device
 from decoupled.training.environment import environment
-from decoupled.training.precision import pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
 import method_steps

@@ -69,8 +69,8 @@ from decoupled.networks.evaluation import Meter, evaluate
 from decoupled.networks.flops import count_flops
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import flags
+from decoupled.training.device import pick_device
 from decoupled.training.environment import environment
-from decoupled.training.precision import pick_device
 from decoupled.training.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -127,7 +127,7 @@ def parse_args():
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument(
-        "--plain-malloc", action="store_true", help="do not call decoupled.training.precision.keep_freed_memory"
+        "--plain-malloc", action="store_true", help="do not call decoupled.training.device.keep_freed_memory"
     )
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, only to check that everything runs: the numbers mean nothing"

@@ -2,10 +2,12 @@
 
 import contextlib
 
+EXIT_BAD_INPUT = 2
+
 
 class InputError(Exception):
     """Something that the user gave cannot be used. The message is one line, which names it and says how to fix it.
-    Scripts print it and exit with code 2.
+    Scripts print it and exit with EXIT_BAD_INPUT.
     """
 
 
@@ -20,7 +22,7 @@ def last_line(error):
 
 
 @contextlib.contextmanager
-def writing(path, fix="make room or access there, then --resume"):
+def writing(path, fix="free some space or get write access there, then --resume"):
     """Within the block, an OSError becomes an InputError: ``path`` cannot be written. ``fix`` says what to do."""
     try:
         yield

@@ -95,7 +95,7 @@ INTEGER = r"(\d{1,9})"
 NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
 
 
-def line_format(template, columns):
+def compile_line(template, columns):
     """The LineFormat of ``template``, in which ``{}`` stands for the numbers of ``columns``, in that order. Blanks at
     the end of a line do not matter.
     """
@@ -110,26 +110,26 @@ def line_format(template, columns):
 LOWER_HEAD = "# head {}, epoch {}: loss {}, train top-1 {}, test top-1 {}"
 
 RESULT_LINES = (
-    line_format(
+    compile_line(
         "n: {}, epoch {}, loss: {}, train top1:{} test top1:{} ",
         ("n", "epoch", "loss", "train_top1", "test_top1"),
     ),
-    line_format(
+    compile_line(
         "n: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{}), top1ens:{} top5ens:{}",
         ("n", "epoch", "train_top1", "train_top5", "test_top1", "test_top5", "ensemble_top1", "ensemble_top5"),
     ),
-    line_format(
+    compile_line(
         "lr: {}, epoch {}, train top1:{}(top5:{}), test top1:{} (top5:{})",
         ("lr", "epoch", "train_top1", "train_top5", "test_top1", "test_top5"),
     ),
-    line_format(
+    compile_line(
         "n: {}, epoch {},epochtrue {}, train {}, test {},ense {} ",
         ("n", "epoch", "own_epoch", "train_top1", "test_top1", "ensemble_top1"),
     ),
-    line_format(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
+    compile_line(LOWER_HEAD, ("n", "epoch", "loss", "train_top1", "test_top1")),
 )
 RESULT_STARTS = ("n: ", "lr: ", "# head ")
-LOSS_LINE = line_format("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))
+LOSS_LINE = compile_line("# n: {}, epoch {}, loss: {}", ("n", "epoch", "loss"))
 SECONDS = re.compile(r"# (?:module \d+, )?epoch \d+ took (\d+(?:\.\d+)?) s", re.ASCII)
 
 
@@ -261,10 +261,10 @@ def read_lines(path):
 
 def parse_result(line):
     """{column: number} of a line of results; None for any other line."""
-    for line_form in RESULT_LINES:
-        if match := line_form.pattern.fullmatch(line):
+    for kind in RESULT_LINES:
+        if match := kind.pattern.fullmatch(line):
             numbers = map(float, match.groups())
-            return {"n": 1.0} | dict(zip(line_form.columns, numbers, strict=True))
+            return {"n": 1.0} | dict(zip(kind.columns, numbers, strict=True))
     return None
 
 

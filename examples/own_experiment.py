@@ -85,33 +85,33 @@ def main():
     args = parse_args()
     run = Run(args, distributed=True)
     train, test, classes = run.data(lambda: load_data(args, run.device))
-    net = run.distribute(build(args, classes))
-    optimizers = [AdamW(module.parameters(), lr=args.lr) for module in net.modules_here]
+    stage = run.distribute(build(args, classes))
+    optimizers = [AdamW(module.parameters(), lr=args.lr) for module in stage.modules_here]
     schedules = [schedule(optimizer, args.epochs) for optimizer in optimizers]
-    meters = [Meter() for _ in net.modules_here]
+    meters = [Meter() for _ in stage.modules_here]
 
     for epoch in run.epochs(
-        net=net,
+        net=stage,
         optimizers=optimizers,
         schedules=schedules,
         train=train,
         test=test,
         meters=meters,
     ):
-        net.train()
-        for representation, labels in run.progress(net.inputs(train)):
-            for module, optimizer, meter in zip(net.modules_here, optimizers, meters, strict=True):
+        stage.train()
+        for representation, labels in run.progress(stage.inputs(train)):
+            for module, optimizer, meter in zip(stage.modules_here, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)
                 loss = F.cross_entropy(logits.float(), labels)
                 run.step(loss, optimizer)
                 representation = representation.detach()
                 meter.update(loss, logits, labels)
-            net.send(representation, labels)
+            stage.send(representation, labels)
         with run.autocast():
-            heads = net.heads
-            scores = evaluate(heads, run.evaluation(net.inputs(test)))
-        for n, (meter, score) in enumerate(zip(*net.gather(meters, scores), strict=True), start=1):
+            heads = stage.heads
+            scores = evaluate(heads, run.evaluation(stage.inputs(test)))
+        for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):
             run.log(n, epoch, meter, score)
         for each in schedules:
             each.step()

@@ -42,22 +42,22 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run, train, val, net, (network,) = imagenet_flags.setup(args, build)
+    run, train, val, stage, (network,) = imagenet_flags.setup(args, build)
     optimizer = sgd(args, network)
     schedule = StepLR(optimizer, args.epochdecay, gamma=0.1)
     meter = Meter(TOPK)
 
-    for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=val, meters=meter):
-        net.train()
+    for epoch in run.epochs(net=stage, optimizers=optimizer, schedules=schedule, train=train, test=val, meters=meter):
+        stage.train()
         for images, labels in log_progress(run, run.progress(train), len(train)):
             with run.autocast():
                 logits = network(images)  # (b, classes)
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward (gradients are averaged over the processes), step
             meter.update(loss, logits, labels)
-        run.mesh.broadcast_buffers(net.modules_here)
+        run.mesh.broadcast_buffers(stage.modules_here)
         with run.autocast():
-            scores = evaluate(net.heads, run.evaluation(val), topk=TOPK)
+            scores = evaluate(stage.heads, run.evaluation(val), topk=TOPK)
         trained, score = all_reduce_meters([meter, *scores], run.mesh)
         rate = schedule.get_last_lr()[0]
         line = logs.imagenet_backprop_line(rate, epoch, (trained.top1, trained.top5), (score.top1, score.top5))

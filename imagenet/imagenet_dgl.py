@@ -93,33 +93,35 @@ def build(args, classes):
 
 def main():
     args = parse_args()
-    run, train, val, net, modules = imagenet_flags.setup(args, build)
-    optimizers = [sgd(args, module) for module in net.modules_here]
+    run, train, val, stage, modules = imagenet_flags.setup(args, build)
+    optimizers = [sgd(args, module) for module in stage.modules_here]
     schedules = [StepLR(optimizer, args.epochdecay, gamma=0.1) for optimizer in optimizers]
-    meters = [Meter(TOPK) for _ in net.modules_here]
+    meters = [Meter(TOPK) for _ in stage.modules_here]
 
-    for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=val, meters=meters):
-        net.train()
-        # Images, or what the module below sends
-        for representation, labels in log_progress(run, run.progress(net.inputs(train)), len(train)):
+    for epoch in run.epochs(
+        net=stage, optimizers=optimizers, schedules=schedules, train=train, test=val, meters=meters
+    ):
+        stage.train()
+        # Images, or what the stage below sends
+        for representation, labels in log_progress(run, run.progress(stage.inputs(train)), len(train)):
             for module, optimizer, meter in zip(modules, optimizers, meters, strict=True):
                 with run.autocast():
                     representation, logits = module(representation)  # (b, C, s, s), (b, classes)
                 loss = F.cross_entropy(logits.float(), labels)
                 # zero_grad, backward (gradients are averaged over the replicas), step: frees the module's graph
                 run.step(loss, optimizer)
-                representation = representation.detach()  # no gradient crosses to the module below
+                representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            net.send(representation, labels)  # to the module above, if another process has it
-        run.mesh.broadcast_buffers(net.modules_here)
-        heads = net.ensembles() if args.ensemble else net.heads
+            stage.send(representation, labels)  # to the module above, if another process has it
+        run.mesh.broadcast_buffers(stage.modules_here)
+        heads = stage.ensembles() if args.ensemble else stage.heads
         with run.autocast():
-            scores = evaluate(heads, run.evaluation(net.inputs(val, with_ensemble_sum=args.ensemble)), topk=TOPK)
+            scores = evaluate(heads, run.evaluation(stage.inputs(val, with_ensemble_sum=args.ensemble)), topk=TOPK)
         head_scores = scores[: len(meters)]
         ensemble_scores = scores[len(meters) :]
         if not args.ensemble:
             ensemble_scores = [Meter(TOPK) for _ in meters]  # empty: logged as nan
-        gathered = net.gather(meters, head_scores, ensemble_scores)
+        gathered = stage.gather(meters, head_scores, ensemble_scores)
         for n, (meter, score, ensemble) in enumerate(zip(*gathered, strict=True), start=1):
             line = logs.imagenet_line(
                 n,

@@ -180,8 +180,8 @@ class Setup(NamedTuple):
     run: Run
     train: object  # images and labels for training, from imagenet_folders.load
     val: object  # those for evaluation
-    net: Stage  # this process's modules of the network
-    modules: list[nn.Module]  # net.modules_here as a step calls them: with replicas, each in DistributedDataParallel
+    stage: Stage  # this process's modules of the network
+    modules: list[nn.Module]  # stage.modules_here as a step calls them: with replicas, each in DistributedDataParallel
 
 
 def setup(args, build):
@@ -204,7 +204,7 @@ def setup(args, build):
             seed=args.seed,
             train_samples=args.train_samples,
             val_samples=args.val_samples,
-            rank=mesh.replica,
+            rank=mesh.replica_index,
             processes=mesh.replicas,
             min_share=2 if args.local_batch_norm else 1,
             limit=DEBUG_BATCHES if args.debug else None,
@@ -220,9 +220,9 @@ def setup(args, build):
             replicas = "all processes" if mesh.stages == 1 else "the replicas of each module"
             run.describe(f"batch norm: over {replicas}")
             net = globalize(net, run.device, mesh.group)
-    net = run.distribute(net)
-    modules = mesh.data_parallel(net.modules_here, args.local_batch_norm)
-    return Setup(run, train, val, net, modules)
+    stage = run.distribute(net)
+    modules = mesh.data_parallel(stage.modules_here, args.local_batch_norm)
+    return Setup(run, train, val, stage, modules)
 
 
 def log_progress(run, batches, total):

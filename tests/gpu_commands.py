@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.networks.modules import eval_mode
-from decoupled.training.precision import Steps
+from decoupled.training.steps import Steps
 
 TOY = (
     "--dataset",

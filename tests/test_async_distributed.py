@@ -149,6 +149,6 @@ def test_what_is_read_stays_when_the_buffer_is_written_again():
     inbox = Inbox(buffer, TensorFormat(torch.zeros(2, 3, 4, 4)), 2, 0, None)
     buffer.write(torch.ones(2, 3, 4, 4), torch.ones(2, dtype=torch.int64), 3)
     inbox.newest_step = 5
-    sample, age = inbox.read()
+    sample, staleness = inbox.read()
     buffer.write(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), 6)
-    assert (sample.representation == 1).all() and (sample.labels == 1).all() and age == 2
+    assert (sample.representation == 1).all() and (sample.labels == 1).all() and staleness == 2

@@ -14,8 +14,8 @@ from torch.optim import SGD
 from decoupled.analysis.costs import peak_memory
 from decoupled.logs import read_log
 from decoupled.networks.layerwise import layerwise_cnn
-from decoupled.training.precision import Steps
 from decoupled.training.run import Run
+from decoupled.training.steps import Steps
 
 load_script(ASYNC)  # its folder can be imported from now on
 from replay_buffer import ReplayBuffer  # noqa: E402

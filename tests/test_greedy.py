@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from decoupled.data.datasets import load
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import run as runs
-from decoupled.training.precision import Steps, compile_modules, compile_to_cuda_graphs
+from decoupled.training.steps import Steps, compile_modules, compile_to_cuda_graphs
 
 SHORT = (
     *("--dataset", "digits", "--train-samples", 200, "--batch-size", 64, "--test-batch-size", 400, "--epochs", 2),
@@ -209,7 +209,7 @@ def test_what_leaves_a_replayed_module_is_a_copy(monkeypatch):
         torch.equal(a, b) for now, then in zip(made, expected, strict=True) for a, b in zip(now, then, strict=True)
     )
     steps = Steps(torch.device("cpu"), half=False)
-    for steps.replays in (False, True):
+    for steps.cuda_graphs in (False, True):
         steps.step(next(module.parameters()).sum(), torch.optim.SGD(module.parameters(), lr=0.1))
     assert marks == [1]  # after a step, where there are graphs
 

@@ -21,7 +21,7 @@ from decoupled import InputError
 from decoupled.data.loader import Loader
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.parallel.balance import TensorFormat
-from decoupled.training.precision import Steps
+from decoupled.training.steps import Steps
 
 SCRIPT = "examples/own_experiment.py"
 SMALL = "--device cpu --epochs 2 --images 80 --batch-size 32"  # 2 mini-batches of 32 images per epoch

@@ -21,8 +21,9 @@ from decoupled.logs import read_log
 from decoupled.training import flags
 from decoupled.training import run as runs
 from decoupled.training.checkpoint import RunFiles
+from decoupled.training.device import pick_device
 from decoupled.training.flags import start
-from decoupled.training.precision import Steps, allocate_momentum, has_bf16_instructions, pick_device
+from decoupled.training.steps import Steps, allocate_momentum, has_bf16_instructions
 
 FLAGS = (
     *("--dataset", "digits", "--train-samples", "100", "--batch-size", "50", "--test-batch-size", "400"),
@@ -326,7 +327,7 @@ def test_half_warns_on_a_cpu_without_bf16_instructions(run_script, monkeypatch, 
     assert has_bf16_instructions(tmp_path / "none")
     tiny = (*FLAGS, "--epochs", 1, "--channels", 1)
     for has, words, warnings in ((True, ["--half"], 0), (False, [], 0), (False, ["--half"], 1)):
-        monkeypatch.setattr("decoupled.training.precision.has_bf16_instructions", lambda has=has: has)
+        monkeypatch.setattr("decoupled.training.steps.has_bf16_instructions", lambda has=has: has)
         run_script(PARALLEL, *tiny, *words)
         assert capsys.readouterr().err.count("\n") == warnings
 

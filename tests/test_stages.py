@@ -14,7 +14,7 @@ from decoupled import InputError
 from decoupled.analysis.costs import costs
 from decoupled.data.batches import Batches, Outline
 from decoupled.networks.layerwise import layerwise_cnn
-from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
+from decoupled.parallel.balance import TensorFormat, balance, check_modules_per_stage, survey
 from decoupled.parallel.mesh import Mesh, fingerprints
 
 # 3 mini-batches per epoch, the last of 8 images; 3 of the evaluation, the last of 19.
@@ -221,13 +221,13 @@ def test_a_representation_arrives_as_it_was_in_memory_too(shape, channels_last):
 
 
 def test_modules_and_processes_must_fit():
-    check_lengths(None, 4, 3)
-    check_lengths([1, 2, 1], 4, 3)
+    check_modules_per_stage(None, 4, 3)
+    check_modules_per_stage([1, 2, 1], 4, 3)
     with pytest.raises(InputError, match="5 stages"):
-        check_lengths(None, 4, 5)
-    for lengths, processes in (([4], 2), ([1, 1, 1], 3), ([2, 2], 1)):
+        check_modules_per_stage(None, 4, 5)
+    for modules_per_stage, processes in (([4], 2), ([1, 1, 1], 3), ([2, 2], 1)):
         with pytest.raises(InputError, match="--modules-per-stage"):
-            check_lengths(lengths, 4, processes)
+            check_modules_per_stage(modules_per_stage, 4, processes)
 
 
 def test_replicas_have_the_same_images():
@@ -236,7 +236,8 @@ def test_replicas_have_the_same_images():
         return Batches(images, torch.arange(8), 4, mean=(0,) * 3, std=(1,) * 3)
 
     first = batches(1)
-    sent = ([], 8, fingerprints(first, first))  # outlines are for the stages above
+    outlines = [(first.outline, first.example), (first.outline, first.example)]
+    sent = (outlines, 8, fingerprints(first, first))
     processes = SimpleNamespace(rank=1, size=2, control=None, from_first=lambda make: sent)
     mesh = Mesh(processes, stages=1)
     same = batches(1)
@@ -248,7 +249,7 @@ def test_replicas_have_the_same_images():
 def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():
     def place(rank, size, stages):
         mesh = Mesh(SimpleNamespace(rank=rank, size=size, control=None, group=lambda *_: None), stages)
-        return mesh.stage, mesh.replica, mesh.replicas, mesh.below, mesh.above
+        return mesh.stage_index, mesh.replica_index, mesh.replicas, mesh.below, mesh.above
 
     assert [place(rank, 4, 2)[:3] for rank in range(4)] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
     assert place(1, 4, 2)[4] == 3 and place(3, 4, 2)[3] == 1

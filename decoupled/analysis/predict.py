@@ -36,7 +36,7 @@ from decoupled.logs import newest
 from decoupled.networks.flops import count_flops
 from decoupled.networks.modules import DecoupledNetwork, eval_mode
 from decoupled.training import flags, loading
-from decoupled.training.precision import pick_device
+from decoupled.training.device import pick_device
 
 CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 BATCH_SIZE = 100

@@ -104,15 +104,18 @@ def balance(costs, parts):
     return lengths
 
 
-def check_lengths(lengths, modules, stages):
-    """Raises InputError unless a network of ``modules`` modules can be split into ``stages`` stages, and unless
-    ``lengths``, the number of modules in each, adds up if it is given.
+def check_modules_per_stage(modules_per_stage, modules, stages):
+    """Raises InputError unless a network of ``modules`` modules can be split into ``stages`` stages and, if
+    ``modules_per_stage`` is given, unless there is one number for each stage and they add up to ``modules``.
     """
     if stages > modules:
         raise InputError(f"{stages} stages are more than the {modules} modules: start {modules} processes or fewer")
-    if lengths and (len(lengths) != stages or sum(lengths) != modules):
-        flag = f"--modules-per-stage {','.join(map(str, lengths))}"
+    if modules_per_stage is None:
+        return
+    total = sum(modules_per_stage)
+    if len(modules_per_stage) != stages or total != modules:
+        flag = f"--modules-per-stage {','.join(map(str, modules_per_stage))}"
         raise InputError(
-            f"{flag} is {len(lengths)} numbers for {sum(lengths)} modules, and there are {stages} stages and "
-            f"{modules} modules: give each stage its number, or leave the flag out"
+            f"{flag} has {len(modules_per_stage)} numbers that add up to {total}: give {stages}, one for each stage, "
+            f"that add up to {modules}, or leave the flag out"
         )

@@ -13,8 +13,8 @@ from decoupled.networks.evaluation import Meter
 
 
 class Mesh:
-    """The place of this process in the mesh: its ``stage``, one of ``stages``, and its ``replica``, one of the stage's
-    ``replicas``. Both are counted from 0.
+    """The place of this process in the mesh: stage number ``stage_index`` of ``stages``, and in it replica number
+    ``replica_index`` of ``replicas``. Both count from 0.
 
     The replicas of a stage have consecutive ranks, because gradients need more bandwidth than representations: torchrun
     then puts whole stages on each machine. Raises InputError when the number of processes is no multiple of ``stages``.
@@ -29,7 +29,7 @@ class Mesh:
         self.processes = processes
         self.stages = stages
         self.replicas = processes.size // stages
-        self.stage, self.replica = divmod(processes.rank, self.replicas)
+        self.stage_index, self.replica_index = divmod(processes.rank, self.replicas)
         # Groups of the replicas of this stage
         self.group = None  # for tensors on their device; None: all processes
         self.control = processes.control  # for tensors on the CPU
@@ -89,8 +89,8 @@ class Mesh:
         """A list with each of ``modules`` in a DistributedDataParallel of its own, for training steps. With one
         replica, the modules themselves.
 
-        Buffers are not broadcast: they start equal in all replicas and stay equal. With ``local_batch_norm`` running
-        statistics differ between replicas, and those of replica 0 are used.
+        Buffers start equal in all replicas and stay equal, so they are not broadcast. With ``local_batch_norm``,
+        running statistics differ, and each forward pass begins with those of replica 0.
         """
         if self.replicas == 1:
             return list(modules)
@@ -107,7 +107,7 @@ class Mesh:
         """Copies the buffers of ``net`` from replica 0 to all replicas."""
         if self.replicas == 1:
             return
-        first = self.processes.rank - self.replica
+        first = self.processes.rank - self.replica_index
         with self.processes.waiting(first):
             for buffer in net.buffers():
                 distributed.broadcast(buffer, first, group=self.group)
@@ -116,8 +116,8 @@ class Mesh:
 
     def load_data(self, load):
         """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of train and test. Process 0 loads first. Raises InputError when ``load`` does, and if a replica has
-        other data than process 0, as when its machine has an incomplete copy.
+        instead of train and test. Process 0 loads first, as it may have to download the images. Raises InputError when
+        ``load`` does, and if a replica has other data than process 0, as when its machine has an incomplete copy.
         """
         if self.processes.size == 1:
             return load()
@@ -131,7 +131,7 @@ class Mesh:
             return outlines, classes, fingerprints(train, test)
 
         outlines, classes, expected = self.processes.from_first(load_and_outline)
-        if self.stage > 0:
+        if self.stage_index > 0:
             return *(self.outline(*known) for known in outlines), classes
         if loaded is None:  # in the other replicas of the lowest stage
             loaded = load()
@@ -145,7 +145,7 @@ class Mesh:
 
     def outline(self, outline, example):
         """The Outline for this process of mini-batches with that ``outline`` and ``example``."""
-        return Outline(*outline, self.replica, self.replicas, example)
+        return Outline(*outline, self.replica_index, self.replicas, example)
 
     def to_first(self, value):
         """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""

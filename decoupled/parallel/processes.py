@@ -13,13 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from decoupled.errors import InputError
+from decoupled.errors import EXIT_BAD_INPUT, InputError
 
 TIMEOUT = 600.0  # seconds to wait for another process
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-
-EXIT_BAD_INPUT = 2
 
 
 class Launched(NamedTuple):
@@ -46,8 +44,8 @@ class Processes:
     Only process 0 prints, logs and saves. A process that waits for another for more than ``timeout`` seconds gives up.
 
     With --max-restarts, torchrun starts the processes several times: each is an attempt. ``store`` is torchrun's
-    key-value store, for this attempt; None in a single process. ``remembered`` is the path that an earlier attempt gave
-    to ``remember``; None if there was none.
+    key-value store, for this attempt; None in a single process. ``earlier_checkpoint`` is the path that an earlier
+    attempt gave to ``remember_checkpoint``; None if there was none.
 
     Raises InputError when there are more processes than GPUs, when the processes do not find each other and, in all
     methods, when another process has ended or does not answer.
@@ -57,7 +55,7 @@ class Processes:
         self.rank, self.size, local_rank = launched()
         self.device = device
         self.timeout = timedelta(seconds=timeout)
-        self.remembered = None
+        self.earlier_checkpoint = None
         self.store = None
         self.job_store = None  # for all attempts
         self.control = None  # a group for tensors on the CPU: no process waits for a GPU
@@ -65,20 +63,20 @@ class Processes:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
             self.device = device_of_process(device, backend, local_rank, self.size)
             self.silence()
-            self.join(backend)
+            self.connect(backend)
 
     def silence(self):
         """Drops what this process prints, unless it is process 0."""
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
-    def join(self, backend):
+    def connect(self, backend):
         """Connects this process with the others."""
         try:
             self.job_store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
             # Read now: process 0 of this attempt may overwrite it as soon as all have called init_process_group.
             if self.job_store.check(["checkpoint"]):
-                self.remembered = self.job_store.get("checkpoint").decode()
+                self.earlier_checkpoint = self.job_store.get("checkpoint").decode()
             # The store survives a restart. The prefix hides what earlier attempts have left in it.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = distributed.PrefixStore(f"attempt {attempt}", self.job_store)
@@ -149,19 +147,23 @@ class Processes:
     @contextmanager
     def waiting(self, other=None):
         """The context of an operation that waits for process ``other``, or for any (None): turns its RuntimeError into
-        an InputError that says that this process has ended or hangs.
+        an InputError that says that the other process has ended or hangs.
         """
         try:
             yield
         except RuntimeError as error:
-            name = "another process" if other is None else f"process {other}"
-            raise InputError(
-                f"{name} has ended, or has not answered for {self.timeout.total_seconds():g} s (--timeout): see its "
-                "output above; --resume continues from the last checkpoint"
-            ) from error
+            raise self.lost(other) from error
 
-    def remember(self, checkpoint):
-        """Keeps the path of this run's ``checkpoint`` for later attempts, which find it as ``remembered``."""
+    def lost(self, other=None):
+        """An InputError: process ``other``, or any (None), has ended or hangs."""
+        name = "another process" if other is None else f"process {other}"
+        return InputError(
+            f"{name} has ended, or has not answered for {self.timeout.total_seconds():g} s (--timeout): see its output "
+            "above; --resume continues from the last checkpoint"
+        )
+
+    def remember_checkpoint(self, checkpoint):
+        """Keeps the path of this run's ``checkpoint`` for later attempts, whose ``earlier_checkpoint`` it is."""
         if self.size > 1 and self.rank == 0:
             self.job_store.set("checkpoint", str(checkpoint))
 

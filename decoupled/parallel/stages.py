@@ -2,8 +2,8 @@
 some consecutive modules, the lowest stage the lowest modules. Representations and labels travel up, and nothing travels
 back: no module waits for one above it (Algorithm 1), unless the queue between two stages is full.
 
-A mini-batch travels with its tag: an integer that says what the run is to do after this mini-batch. The lowest stage
-chooses it, so all stages do the same after the same mini-batch.
+A mini-batch travels with a request: an integer that says what the run is to do after it (decoupled.training.run). The
+lowest stage chooses it, so all stages do the same after the same mini-batch.
 
 A run in one process has a single stage with all modules, which reads the images itself.
 """
@@ -19,77 +19,87 @@ from torch import distributed, nn
 from decoupled.errors import InputError
 from decoupled.networks.evaluation import Meter, WithEnsembles, normalize_sums, weighted_sums
 from decoupled.networks.modules import DecoupledNetwork
-from decoupled.parallel.balance import TensorFormat, balance, check_lengths, survey
+from decoupled.parallel.balance import TensorFormat, balance, check_modules_per_stage, survey
 from decoupled.parallel.mesh import all_reduce_meters
 
 
 class Stage:
     """The modules of this process, ``modules_here``, of the network ``net``, which all processes have built alike. The
-    first of them is module ``first`` of the network, from 0. The parameters of all other modules are freed.
+    first of them is module ``first_module`` of the network, from 0. The parameters of all other modules are freed.
 
     ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
 
-    example          a batch of inputs of the network, on its device. Its values do not matter
-    lengths          modules in each stage; None: balanced by FLOPs
-    queue            mini-batches that may be on their way to the stage above before ``send`` waits
-    autocast         the context of a forward pass
-    pending_request  called in the lowest stage before each mini-batch, returns what the run is to do after it: an
-                     integer, 0 for nothing. The largest of the replicas' becomes the mini-batch's tag.
+    example            a batch of inputs of the network, on its device. Its values do not matter
+    modules_per_stage  a list of numbers; None: balanced by FLOPs
+    queue              mini-batches that may be on their way to the stage above before ``send`` waits
+    autocast           the context of a forward pass
+    pending_request    called in the lowest stage before each mini-batch, returns what the run is to do after it: an
+                       integer, 0 for nothing. The largest of the replicas' travels with the mini-batch.
     """
 
-    def __init__(self, net, example, mesh, *, lengths=None, queue=2, autocast=nullcontext, pending_request=lambda: 0):
-        check_lengths(lengths, len(net), mesh.stages)
+    def __init__(
+        self,
+        net,
+        example,
+        mesh,
+        *,
+        modules_per_stage=None,
+        queue=2,
+        autocast=nullcontext,
+        pending_request=lambda: 0,
+    ):
+        check_modules_per_stage(modules_per_stage, len(net), mesh.stages)
         self.net = net
         self.mesh = mesh
         self.processes = mesh.processes
         self.device = next(net.parameters()).device
         self.queue = queue
         self.pending_request = pending_request
-        self.lowest = mesh.stage == 0
-        self.last = mesh.stage == mesh.stages - 1
+        self.lowest = mesh.stage_index == 0
+        self.highest = mesh.stage_index == mesh.stages - 1
         # Of the mini-batch that this stage is working on:
-        self.tag = 0
+        self.request = 0
         self.labels = None
         self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # of each of its labels
         self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
         self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
         if mesh.stages == 1:
-            self.lengths = [len(net)]
-            self.first = 0
+            self.modules_per_stage = [len(net)]
+            self.first_module = 0
             self.modules_here = net
             self.heads = net
         else:
-            found = survey(net, example, autocast)
-            self.lengths = lengths or balance(found.flops, mesh.stages)
-            self.first = sum(self.lengths[: mesh.stage])
-            self.modules_here = net[self.first : self.end]
+            measured = survey(net, example, autocast)
+            self.modules_per_stage = modules_per_stage or balance(measured.flops, mesh.stages)
+            self.first_module = sum(self.modules_per_stage[: mesh.stage_index])
+            self.modules_here = net[self.first_module : self.end_module]
             self.heads = Heads(self, self.modules_here)
             self.free_other_modules()
-            self.prepare_transfers(found)
+            self.prepare_transfers(measured)
 
     @property
-    def end(self):
-        """The number of the module after those of this process."""
-        return self.first + self.lengths[self.mesh.stage]
+    def end_module(self):
+        """The index after that of this process's last module."""
+        return self.first_module + self.modules_per_stage[self.mesh.stage_index]
 
     def free_other_modules(self):
         """Frees the parameters of the other processes' modules."""
         for index, module in enumerate(self.net):
-            if not self.first <= index < self.end:
+            if not self.first_module <= index < self.end_module:
                 module.to("meta")
 
-    def prepare_transfers(self, found):
-        """Prepares transfers with the processes below and above, of tensors as the Survey ``found`` says."""
-        self.input_format = found.inputs[self.first]
-        self.output_format = None if self.last else found.inputs[self.end]
-        self.logits_format = found.logits
+    def prepare_transfers(self, measured):
+        """Prepares transfers with the processes below and above, of tensors as the Survey ``measured`` says."""
+        self.input_format = measured.inputs[self.first_module]
+        self.output_format = None if self.highest else measured.inputs[self.end_module]
+        self.logits_format = measured.logits
         self.group_below, self.group_above = self.mesh.links()
         # Gloo transfers from and to main memory only.
         self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
 
     def __str__(self):
-        modules = ",".join(map(str, self.lengths))
+        modules = ",".join(map(str, self.modules_per_stage))
         if self.mesh.replicas > 1:
             return f"{modules}, {self.mesh.replicas} replicas of each"
         return modules
@@ -101,11 +111,11 @@ class Stage:
         """Sets all modules to training mode."""
         self.net.train()
 
-    def take_tag(self):
-        """The tag of the latest mini-batch; 0 when called again before the next mini-batch."""
-        tag = self.tag
-        self.tag = 0
-        return tag
+    def take_request(self):
+        """The request of the latest mini-batch; 0 when called again before the next mini-batch."""
+        request = self.request
+        self.request = 0
+        return request
 
     # Receiving
 
@@ -127,9 +137,9 @@ class Stage:
         """Iterates over the rest of the epoch, in the lowest stage."""
         batches = inputs.batches
         for number, (images, labels) in enumerate(batches.rest(), start=batches.place):
-            self.tag = 0
+            self.request = 0
             if number < inputs.common:  # otherwise some replicas have no share of this mini-batch
-                self.tag = self.mesh.max(self.pending_request())
+                self.request = self.mesh.max(self.pending_request())
             self.labels = labels
             yield images, labels
 
@@ -138,28 +148,28 @@ class Stage:
         sizes = inputs.batches.left
         receiving = deque(self.begin_receive(size, inputs.with_ensemble_sum) for size in sizes[: self.queue])
         for number in range(len(sizes)):
-            works, tag, labels, packed, ensemble_sum = receiving.popleft()
+            works, request, labels, packed, ensemble_sum = receiving.popleft()
             self.wait_for(works, self.mesh.below)
             if number + self.queue < len(sizes):
                 receiving.append(self.begin_receive(sizes[number + self.queue], inputs.with_ensemble_sum))
             inputs.batches.advance()
-            self.tag = int(tag)
+            self.request = int(request)
             self.labels = self.unpack_labels(labels)
             self.ensemble_sum = 0 if ensemble_sum is None else ensemble_sum.to(self.device)
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
         """Begins to receive a mini-batch of ``samples`` samples into new tensors: an Arriving."""
-        tag = torch.empty((), dtype=torch.int64)
+        request = torch.empty((), dtype=torch.int64)
         labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
         packed = self.input_format.empty(samples, self.transfer_device)
-        tensors = [tag, *labels, packed]
+        tensors = [request, *labels, packed]
         ensemble_sum = None
         if with_ensemble_sum:
             ensemble_sum = self.logits_format.empty(samples, self.transfer_device)
             tensors.append(ensemble_sum)
         works = self.transfer(distributed.irecv, tensors, self.mesh.below, self.group_below)
-        return Arriving(works, tag, labels, packed, ensemble_sum)
+        return Arriving(works, request, labels, packed, ensemble_sum)
 
     def unpack_labels(self, packed):
         """The labels that were sent as ``packed``, one tensor for each: a tensor, or a tuple of several."""
@@ -170,16 +180,16 @@ class Stage:
 
     def send(self, representation, labels, *ensemble_sum):
         """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels``, as received.
-        Waits only while the queue is full. Does nothing in the last stage. Raises InputError for tensors of another
+        Waits only while the queue is full. Does nothing in the highest stage. Raises InputError for tensors of another
         form than in the example of the data.
         """
-        if self.last:
+        if self.highest:
             return
         while len(self.sending) >= self.queue:
             self.finish_oldest_send()
-        tag = torch.tensor(self.tag)
+        request = torch.tensor(self.request)
         packed = [*self.pack_labels(labels), self.output_format.pack(representation)]
-        tensors = [tag, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
+        tensors = [request, *(tensor.to(self.transfer_device) for tensor in (*packed, *ensemble_sum))]
         works = self.transfer(distributed.isend, tensors, self.mesh.above, self.group_above)
         self.sending.append((works, tensors))  # the tensors must live until they are sent
 
@@ -202,12 +212,11 @@ class Stage:
         """Begins to send the ``tensors`` of a mini-batch to process ``other``, or to receive them from it: ``begin`` is
         isend or irecv. Returns the list of works.
 
-        The first tensor, the mini-batch's tag, travels from CPU to CPU, so that no process waits for a GPU to read it.
+        The first tensor, the request, travels from CPU to CPU, so that no process waits for a GPU to read it.
         """
-        mini_batch_tag, *others = tensors
+        request, *others = tensors
         with self.processes.waiting(other):
-            # PyTorch's tag only numbers the tensors of a mini-batch.
-            works = [begin(mini_batch_tag, other, group=self.processes.control, tag=1)]
+            works = [begin(request, other, group=self.processes.control, tag=1)]
             for number, tensor in enumerate(others, start=2):
                 works.append(begin(tensor, other, group=group, tag=number))
         return works
@@ -222,7 +231,7 @@ class Stage:
 
     # Evaluation
 
-    def recompute_statistics(self, images, autocast=nullcontext):
+    def recompute_statistics(self, images):
         """Recomputes batch norm's running means and variances with the current weights, as the means over the
         mini-batches of ``images`` (Batches.without_augmentation). Training does not read them, evaluation does.
 
@@ -237,7 +246,7 @@ class Stage:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # every mini-batch has the same weight
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             for representation, labels in self.inputs(images):
                 for module in self.modules_here:
                     representation, _ = module(representation)
@@ -285,7 +294,7 @@ class Stage:
         """
         if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
-        return values[self.first : self.first + len(self.modules_here)]
+        return values[self.first_module : self.first_module + len(self.modules_here)]
 
     def state_dict(self):
         """The parameters and buffers of this process's modules, under their names in the whole network."""
@@ -300,7 +309,7 @@ class Arriving(NamedTuple):
     """A mini-batch that a stage has begun to receive: tensors that are filled when the ``works`` are done."""
 
     works: list
-    tag: torch.Tensor
+    request: torch.Tensor
     labels: list  # packed, one tensor for each
     packed: torch.Tensor  # the representation
     ensemble_sum: torch.Tensor | None
@@ -343,9 +352,9 @@ class Heads(nn.Module):
         outputs = all_logits
         if self.ensembles == "probabilities":
             outputs = [logits.softmax(1) for logits in all_logits]
-        sums = weighted_sums(outputs, self.stage.first, self.stage.ensemble_sum)
+        sums = weighted_sums(outputs, self.stage.first_module, self.stage.ensemble_sum)
         self.stage.send(representation, self.stage.labels, sums[-1])
-        return all_logits + normalize_sums(sums, self.stage.first)
+        return all_logits + normalize_sums(sums, self.stage.first_module)
 
 
 class Inputs:

@@ -171,7 +171,7 @@ class RunFiles:
         target = self.path(".pt")
         with writing(target):
             try:
-                with open(log, "rb") as file:  # the log first, so that no line in a checkpoint is lost
+                with open(log, "rb") as file:  # the log first: a power failure must not leave it older
                     os.fsync(file.fileno())
                 with open(temporary, "wb") as file:
                     save({**snapshot, "format": FORMAT, "log": self.log_text}, file)
@@ -337,10 +337,12 @@ def check_archive(path, fix):
             damaged = archive.testzip()
             attributes = [entry.external_attr for entry in archive.infolist()]
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a seek to an offset that cannot be
+        if error.errno == errno.EINVAL:  # a damaged offset
             raise InputError(f"{path} is damaged: {fix}") from error
         raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
     except Exception as error:  # whatever zipfile raises on damaged bytes
         raise InputError(f"{path} is truncated, damaged or no checkpoint: {fix}") from error
-    if damaged is not None or any(attributes):  # torch.save writes 0, and the checksums do not cover attributes
+    # torch.save writes attributes of 0, which no checksum covers: an entry that a flipped bit calls a folder would be
+    # read as arbitrary numbers.
+    if damaged is not None or any(attributes):
         raise InputError(f"{path} is damaged: {fix}")

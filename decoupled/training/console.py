@@ -155,15 +155,17 @@ class Console:
         if self.bar is not None:
             self.bar.close()
 
-    def stopped(self, what, checkpoint):
-        """Prints on stderr, terminal or not, ``what`` has stopped, and the ``checkpoint`` that has it, if any."""
+    def stopped(self, message, checkpoint):
+        """Prints on stderr, terminal or not, ``message`` and where the run is saved; ``checkpoint`` is None if it is
+        not.
+        """
         self.close()
         if self.quiet:
             return
         if checkpoint is None:
-            print(f"{what}, nothing is saved with --debug 1", file=sys.stderr)
+            print(f"{message}, nothing is saved with --debug 1", file=sys.stderr)
         else:
-            print(f"{what}, saved in {checkpoint}: --resume continues there", file=sys.stderr)
+            print(f"{message}, saved in {checkpoint}: --resume continues there", file=sys.stderr)
 
 
 class Signals:

@@ -1,4 +1,4 @@
-"""The first lines of a log, which say how the run was made."""
+"""How and where a run was made, for the first lines of its log."""
 
 import platform
 import shlex
@@ -12,7 +12,7 @@ import torch
 from decoupled.errors import one_line
 
 
-def environment(device, half):
+def describe(device, half):
     """The lines of a log that say how and where it was made: command, versions, commit, device and precision."""
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

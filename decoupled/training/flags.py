@@ -13,12 +13,11 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from decoupled.data.datasets import DATASETS
-from decoupled.errors import InputError, one_line
+from decoupled.errors import EXIT_BAD_INPUT, InputError, one_line
 from decoupled.parallel.processes import TIMEOUT
 from decoupled.training.console import broken_pipes_ignored, is_first_process
-from decoupled.training.precision import keep_freed_memory
+from decoupled.training.device import keep_freed_memory
 
-EXIT_BAD_INPUT = 2
 EXIT_CTRL_C = 130
 
 MAX_NAME_BYTES = 160  # file names have at most 255; script, time and suffix need the rest
@@ -35,7 +34,7 @@ def start(main, keep_memory=True):
     """Runs the function ``main`` of a script. InputError, too little memory and a full disk end the script with a
     one-line message and exit code 2; Ctrl-C ends it with a one-line message and 130. Other errors show a traceback.
 
-    ``keep_memory``: see decoupled.training.precision.keep_freed_memory.
+    ``keep_memory``: see decoupled.training.device.keep_freed_memory.
     """
     if keep_memory:
         keep_freed_memory()
@@ -66,7 +65,7 @@ def fail(message):
 def shortage(error):
     """The message for an exception that means too little memory or a full disk; None for any other exception."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}: make room there, then --resume: the last checkpoint stays"
+        return f"{error}: free some space, then --resume: the last checkpoint is intact"
     out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if out_of_memory or any(text in str(error) for text in OUT_OF_MEMORY):
         first_line = str(error).strip().partition("\n")[0]

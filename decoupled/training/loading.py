@@ -14,7 +14,7 @@ import torch
 from decoupled.data.images import InputForm
 from decoupled.errors import InputError, last_line
 from decoupled.training.checkpoint import read_checkpoint
-from decoupled.training.precision import pick_device
+from decoupled.training.device import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name scripts relative to it
 
@@ -45,12 +45,15 @@ def read(path):
 def input_form(saved, path):
     """The InputForm of the checkpoint ``saved``, read from ``path``. Raises InputError if it has none."""
     if set(saved["data"]) != set(InputForm._fields):
-        raise InputError(f"{path} does not say what images its network reads: its run had no test images with a form")
+        raise InputError(
+            f"{path} has no InputForm, which says how to prepare images: its script must give run.epochs a test=… "
+            "with a form"
+        )
     return InputForm(**saved["data"])
 
 
 def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu"):
-    """As ``load``, from the checkpoint ``saved`` that was read from ``path``."""
+    """As ``load``, for the checkpoint ``saved``, which was read from ``path``."""
     args = argparse.Namespace(**saved["arguments"])
     if classes is None:
         classes = count_classes(saved, path)
@@ -58,7 +61,7 @@ def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu")
     states = saved["state"].get("net", [])
     if len(states) != 1:
         raise InputError(f"{path} has no network: its script must call it net in run.epochs(net=…)")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         if build is None:
             script = find_script(saved["script"]) if script is None else named_script(script)
             warn_if_changed(script, saved, path)

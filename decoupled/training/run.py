@@ -22,11 +22,12 @@ from decoupled.errors import InputError
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes, launched
 from decoupled.parallel.stages import Stage
+from decoupled.training import environment
 from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
-from decoupled.training.environment import environment
-from decoupled.training.precision import Steps, choose_kernels, pick_device, warn_if_half_is_slow
+from decoupled.training.device import choose_kernels, pick_device
 from decoupled.training.state import State
+from decoupled.training.steps import Steps, warn_if_half_is_slow
 
 CHECK_LOSSES_EVERY = 100  # mini-batches: each check waits for the device
 
@@ -52,12 +53,12 @@ SAVE = 1
 
 @dataclass
 class Position:
-    """Where a run is."""
+    """How far a run has come."""
 
     module_index: int = 0  # the module in training, from 0; always 0 unless modules are trained one after the other
     epoch: int = 0  # the epoch in progress or, between epochs, the last one, from 1; 0 before training
     within_epoch: bool = False  # whether that epoch is still in progress
-    batch: int = 0  # how many mini-batches of that epoch have been trained on
+    batch: int = 0  # the number of its latest mini-batch, from 1, as soon as its step begins; 0 before the first
     seconds: float = 0.0  # how long that epoch had taken when it was saved
 
 
@@ -90,9 +91,10 @@ class Run:
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.described = []  # comments of the script for the first lines of the log
-        self.num_modules = None  # a number if modules are trained one after the other
+        self.sequential_modules = None  # a number if modules are trained one after the other
         self.position = Position()
-        self.loss_weight = None  # of this replica: its share of a mini-batch may be smaller than another's
+        # What this replica multiplies its loss by, as shares of a mini-batch differ in size; None with one replica
+        self.loss_weight = None
         self.steps = Steps(self.device, args.half, loss_scale)
         if args.half:
             warn_if_half_is_slow(self.device)
@@ -139,20 +141,19 @@ class Run:
         ``example`` is a batch of the network's inputs, of any shape and dtype: stages learn from it what they send to
         each other. By default it is that of the training data that ``data`` has returned.
         """
-        net = self.steps.prepare(net, compiled=False)
+        net = self.steps.prepare(net, compiled=False)  # with --compile, only the modules that stay are compiled, below
         if self.mesh.stages > 1:
             example = self.example_input(example)
         stage = kind(
             net,
             example,
             self.mesh,
-            lengths=getattr(self.args, "modules_per_stage", None),
-            queue=getattr(self.args, "queue", 1),
             autocast=self.autocast,
             pending_request=self.pending_request,
+            **existing(self.args, "modules_per_stage", "queue"),
         )
         self.prepare(stage.modules_here)
-        self.steps.modules_below = stage.first
+        self.steps.modules_below = stage.first_module
         if self.mesh.stages > 1:
             self.stage = stage
         return stage
@@ -190,7 +191,9 @@ class Run:
         self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
     def scaler(self, optimizer):
-        """The loss scale of the module that ``optimizer`` trains; a no-op except in fp16."""
+        """The loss scale of the module that ``optimizer`` trains; a no-op except in fp16. The first call numbers the
+        module.
+        """
         return self.steps.learner(optimizer).scaler
 
     def watch(self, loss, n):
@@ -208,10 +211,19 @@ class Run:
     # Epochs
 
     def epochs(
-        self, *, net, optimizers, schedules=(), train=None, test=None, meters=(), num_modules=None, **further_state
+        self,
+        *,
+        net,
+        optimizers,
+        schedules=(),
+        train=None,
+        test=None,
+        meters=(),
+        sequential_modules=None,
+        **further_state,
     ):
-        """Yields the remaining epochs, from 1. With ``num_modules``, trains one module after the other for all epochs,
-        and yields (module_index, epoch), module_index from 0.
+        """Yields the remaining epochs, from 1. With ``sequential_modules``, a number, trains so many modules one after
+        the other, each for all epochs, and yields (module_index, epoch), module_index from 0.
 
         The arguments are the state of the run, which is saved in checkpoints and restored by --resume. Each is an
         object with state_dict and load_state_dict, or a list of them, one for each module. Those with a method
@@ -225,7 +237,7 @@ class Run:
         objects |= {"train": train, "test": test, "meters": meters, **further_state}
         objects = {name: value for name, value in objects.items() if value is not None}
         self.state = State(objects, self.scaler, self.mesh, self.stage)
-        self.num_modules = num_modules
+        self.sequential_modules = sequential_modules
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
@@ -234,8 +246,9 @@ class Run:
                     if not self.position.within_epoch:
                         self.begin_epoch()
                     self.epoch_started_at = time.perf_counter() - self.position.seconds
-                    self.console.begin_epoch(self.epoch, self.args.epochs, self.position.module_index, num_modules)
-                    yield (self.position.module_index, self.epoch) if num_modules else self.epoch
+                    module_index = self.position.module_index
+                    self.console.begin_epoch(self.epoch, self.args.epochs, module_index, sequential_modules)
+                    yield (module_index, self.epoch) if sequential_modules else self.epoch
                     self.end_epoch()
                     self.save_or_stop()
                 self.console.write(f"finished: {self.files.path('.log')}")
@@ -247,7 +260,7 @@ class Run:
     def finished(self):
         if self.position.within_epoch:
             return False
-        last_module = (self.num_modules or 1) - 1
+        last_module = (self.sequential_modules or 1) - 1
         return self.position.module_index == last_module and self.epoch >= self.args.epochs
 
     def begin_epoch(self):
@@ -269,7 +282,7 @@ class Run:
 
     def position_name(self):
         name = f"epoch {self.epoch}"
-        if self.num_modules:
+        if self.sequential_modules:
             name = f"module {self.position.module_index + 1}, {name}"
         if self.position.within_epoch:
             name = f"{name}, batch {self.batch}"
@@ -296,12 +309,12 @@ class Run:
                 f"run.progress({type(batches).__name__}) could not resume within an epoch: give it an object with "
                 "rest(), state_dict() and load_state_dict(), such as Batches, and give that to run.epochs, too"
             )
-        for batch in self.console.training(rest, batches, self.batch, self.args.batch_size):
+        for mini_batch in self.console.training(rest, batches, self.batch, self.args.batch_size):
             self.position.batch += 1
             if self.mesh.replicas > 1:
                 self.loss_weight = batches.weight
             torch.manual_seed(self.seed_of_batch())
-            yield batch
+            yield mini_batch
             if self.batch % CHECK_LOSSES_EVERY == 0:
                 self.check_losses()
                 self.console.show_accuracies(self.state.get("meters"))
@@ -320,8 +333,8 @@ class Run:
             )
 
     def seed_of_batch(self):
-        position = [self.epoch, self.batch, self.mesh.replica]
-        if self.num_modules:
+        position = [self.epoch, self.batch, self.mesh.replica_index]
+        if self.sequential_modules:
             position.insert(0, self.position.module_index + 1)
         return mix_seed(self.args.seed, *position)
 
@@ -331,9 +344,10 @@ class Run:
         """
         if any(images_of(batches) is images for images in self.state.get("train")):
             raise InputError("run.evaluation cannot take the images in training: use train.without_augmentation()")
-        for number, batch in enumerate(self.console.evaluation(batches)):
-            yield batch
-            # Replicas stop together, so only after one of the first mini-batches, those that all replicas have.
+        for number, mini_batch in enumerate(self.console.evaluation(batches)):
+            yield mini_batch
+            # Replicas agree on whether to stop, so all must ask: not after a last mini-batch that is too small to give
+            # every replica a share. (For training, imagenet_folders.check_batches refuses one.)
             if self.mesh.replicas == 1 or number < batches.common:
                 self.save_or_stop()
 
@@ -348,13 +362,13 @@ class Run:
         return GO_ON
 
     def save_or_stop(self):
-        """Called between mini-batches. Saves if a checkpoint is due. After a signal, saves and exits with code 128 +
-        its number.
+        """Called after every mini-batch and every epoch. Saves if a checkpoint is due. After a signal, saves and exits
+        with code 128 + its number.
         """
         request = self.common_request()
         if request == GO_ON:
             return
-        if self.position.within_epoch:
+        if self.position.within_epoch:  # otherwise end_epoch has just saved
             self.check_losses()
             self.save()
         if request != SAVE:
@@ -365,7 +379,7 @@ class Run:
         the lowest stage travels up with the mini-batch.
         """
         if self.stage is not None:
-            return self.stage.take_tag()
+            return self.stage.take_request()
         return self.mesh.max(self.pending_request())
 
     def stop(self, signal_number):
@@ -415,8 +429,8 @@ class Run:
 
     def checkpoint_to_resume(self):
         """The path of the checkpoint to resume; None for a new run."""
-        if self.processes.remembered:  # torchrun has restarted this run
-            return Path(self.processes.remembered)
+        if self.processes.earlier_checkpoint:  # torchrun has restarted this run
+            return Path(self.processes.earlier_checkpoint)
         if self.args.resume not in ("newest", "auto"):
             return self.args.resume
         newest = self.files.newest_checkpoint()
@@ -450,7 +464,7 @@ class Run:
 
     def begin(self):
         """Creates the log, with its first lines, and the checkpoint of the untrained network."""
-        header = [repr(self.args), *self.environment()]
+        header = [repr(self.args), *self.environment_lines()]
         header += [f"# train: {images}" for images in self.state.get("train")]
         header += [f"# test: {images}" for images in self.state.get("test")]
         header += self.described
@@ -477,18 +491,18 @@ class Run:
         if not self.finished() or not self.files.log_begins_with(saved["log"]):
             self.files.restore_log(saved["log"])
         if not self.finished():
-            header = [f"# resumed after {self.position_name()}", *self.environment()]
+            header = [f"# resumed after {self.position_name()}", *self.environment_lines()]
             self.write_log("\n".join(header) + "\n")
             print(f"resuming {path} after {self.position_name()}")
             self.console.start(header, self.files.path(".log"))
 
     def remember_checkpoint(self):
         """If a process fails and torchrun restarts all of them, they resume this run's checkpoint."""
-        self.processes.remember(self.files.path(".pt"))
+        self.processes.remember_checkpoint(self.files.path(".pt"))
 
-    def environment(self):
+    def environment_lines(self):
         """The lines of the log that say how and where this run was made."""
-        lines = environment(self.device, self.args.half)
+        lines = environment.describe(self.device, self.args.half)
         if self.stage is not None:
             lines.append(f"# processes: {self.processes}, modules {self.stage}")
         elif self.processes.size > 1:

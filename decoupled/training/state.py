@@ -42,6 +42,7 @@ class State:
             else:
                 self.objects[name] = [value]
         optimizers = [value for value in self.all_objects() if isinstance(value, Optimizer)]
+        # In this order, from the lowest module up, ``scaler`` numbers the modules.
         self.objects["scalers"] = [scaler(optimizer) for optimizer in optimizers]
 
     def all_objects(self):
@@ -78,9 +79,9 @@ class State:
         state = {name: [value.state_dict() for value in values] for name, values in objects.items()}
         if self.stage is None:
             return state
-        return self.join(self.mesh.to_first(state))
+        return self.merge(self.mesh.to_first(state))
 
-    def join(self, parts):
+    def merge(self, parts):
         """The state of the whole run from ``parts``, the states of all stages, lowest first."""
         whole = {}
         for part in parts:
@@ -96,7 +97,7 @@ class State:
 
     def restore(self, saved, path):
         """Restores all objects from ``saved``, which ``gather`` returned and the file ``path`` holds. Raises InputError
-        if it does not match this run's network.
+        if it does not fit, as after a change of the script.
         """
         try:
             for name, values in self.objects.items():
@@ -111,9 +112,10 @@ class State:
                         check_same_lambdas(value, path)
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"{path} is a checkpoint of another network ({last_line(error)}): choose one of this network"
+                f"{path} does not fit this version of the script ({type(error).__name__}: {last_line(error)}): resume "
+                "with the code that wrote it, or start a new run"
             ) from error
-        if self.mesh.replica > 0:
+        if self.mesh.replica_index > 0:
             for meter in self.get("meters"):
                 meter.begin()  # the saved sums are over all replicas: only replica 0 continues from them
 

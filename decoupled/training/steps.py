@@ -1,11 +1,8 @@
-"""The device of a run, and the training steps of modules on it: mixed precision with a loss scale for each module,
-compilation, and a check that losses stay finite.
+"""Training steps of modules: mixed precision with a loss scale for each module, compilation, and a check that losses
+stay finite.
 """
 
-import ctypes
 import logging
-import os
-import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,78 +13,6 @@ from torch.utils._pytree import tree_map
 
 from decoupled.errors import InputError
 from decoupled.training.console import warn
-
-# The device, its memory and its kernels
-
-
-def pick_device(name, setting="--device "):
-    """The torch.device called ``name``. "auto" is CUDA if available, else MPS, else the CPU.
-
-    Raises InputError for a device that this machine does not have. In the message, ``setting`` is how it was set.
-    """
-    if name == "auto":
-        name = best_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"{setting}{name} is unknown: choose from auto, cpu, cuda, cuda:N, mps")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    count = counts[device.type]
-    if (device.index or 0) >= count:
-        plural = "" if count == 1 else "s"
-        raise InputError(
-            f"{setting}{name} is not on this machine ({count} such device{plural}): {setting}cpu always works"
-        )
-    return device
-
-
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
-
-
-def keep_freed_memory():
-    """Lets the process keep the memory of freed CPU tensors, in huge pages, for the tensors of the next step.
-
-    By default glibc returns the largest blocks to the kernel at once, and each step pays for mapping and clearing them
-    again. On two cores, the DGL step of learning_curves processes 465 images/s with this and 407 without in fp32. In
-    bf16, whose blocks are half as large, it makes no difference (benchmarks/throughput.py, with and without
-    --plain-malloc). Has no effect on results, nor with other C libraries.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first large allocation
-    if platform.libc_ver()[0] != "glibc":
-        return
-    M_TRIM_THRESHOLD = -1  # these three from malloc.h
-    M_TOP_PAD = -2
-    M_MMAP_MAX = -4
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(M_TOP_PAD, 2**28)
-
-
-def choose_kernels(device, deterministic):
-    """Lets cuDNN time its kernels and choose the fastest. With ``deterministic``, makes PyTorch use deterministic
-    kernels instead, and warn about operations that have none.
-
-    Raises InputError for ``deterministic`` on any device but CUDA.
-    """
-    if deterministic and device.type == "cpu":
-        raise InputError("--deterministic is for CUDA: leave it out, results on the CPU are exact without it")
-    if deterministic and device.type != "cuda":
-        raise InputError(f"--deterministic is for CUDA: leave it out on {device.type}")
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # takes time, and nothing here reads it
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
-
 
 # Mixed precision
 
@@ -127,7 +52,7 @@ def allocate_momentum(optimizer):
 
 
 def check_compiler(device):
-    """Compiles a small function. Raises InputError if that fails, before there is anything to lose."""
+    """Compiles a small function. Raises InputError if that fails: now, not in the first step."""
     logging_before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # a failing compiler logs pages
     try:
@@ -159,9 +84,9 @@ def compile_to_cuda_graphs(module):
     """Compiles ``module`` to CUDA graphs: one launch for its forward pass, one for its backward pass.
 
     There is one graph for each size of mini-batch, so a shorter last one has its own. All graphs share one memory pool,
-    and a replay overwrites the outputs of the previous one. So outputs are copied, and the module above, meters and
-    messages may read them at any time. Gradients stay in the pool: ``Steps.step`` reads them before any other replay,
-    and zero_grad drops them unread. A module's backward pass must come before any other forward pass.
+    and a replay overwrites the outputs of the previous one. So outputs are copied: the module above, meters and the
+    process above may read them later. Gradients are not copied: ``Steps.step`` uses them before the next replay, and
+    zero_grad drops them. A module's backward pass and step must come before any other forward pass.
     """
     graphs = torch.compile(module.forward, mode="reduce-overhead", dynamic=False)
     module.forward = lambda *inputs: tree_map(torch.clone, graphs(*inputs))
@@ -210,7 +135,7 @@ class Steps:
         self.loss_scale = loss_scale
         self.modules_below = 0  # how many modules below those of this process learn in other processes
         self.learners = {}  # id of an optimizer → Learner
-        self.replays = False  # whether modules are compiled to CUDA graphs
+        self.cuda_graphs = False  # whether modules are compiled to CUDA graphs
         self.watched = []  # a WatchedLoss for each step since the last check
 
     def autocast(self):
@@ -227,21 +152,19 @@ class Steps:
             check_compiler(self.device)
             if self.device.type == "cpu":
                 warn("--compile: on CPUs, compiled modules ran slower than plain ones; it is meant for CUDA")
-            self.replays = cuda_graphs and self.device.type == "cuda"
-            compile_modules(net, self.replays)
+            self.cuda_graphs = cuda_graphs and self.device.type == "cuda"
+            compile_modules(net, self.cuda_graphs)
         return net
 
     def learner(self, optimizer):
-        """The Learner of ``optimizer``, which is added if it is new."""
+        """The Learner of ``optimizer``. An optimizer seen for the first time gets the number of the next module, so the
+        first calls must go from the lowest module up.
+        """
         if id(optimizer) not in self.learners:
-            self.add_learner(optimizer)
+            allocate_momentum(optimizer)
+            n = self.modules_below + len(self.learners) + 1
+            self.learners[id(optimizer)] = Learner(n, self.new_scaler())
         return self.learners[id(optimizer)]
-
-    def add_learner(self, optimizer):
-        """Numbers the module that ``optimizer`` trains: optimizers must be added from the lowest module up."""
-        allocate_momentum(optimizer)
-        n = self.modules_below + len(self.learners) + 1
-        self.learners[id(optimizer)] = Learner(n, self.new_scaler())
 
     def new_scaler(self):
         """A new loss scale; a no-op except in fp16."""
@@ -269,7 +192,7 @@ class Steps:
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
         scaler.step(optimizer)
         scaler.update(self.loss_scale)  # a constant loss scale is set again, so that overflows do not lower it
-        if self.replays:
+        if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # from here on, replays may overwrite the module's memory
         self.watch(loss, n, batch)
 
