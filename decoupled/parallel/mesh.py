@@ -127,7 +127,7 @@ class Mesh:
             nonlocal loaded
             loaded = load()
             train, test, classes = loaded
-            outlines = [(batches.outline, to_cpu(batches.example)) for batches in (train, test)]
+            outlines = [(batches.outline_arguments, to_cpu(batches.example)) for batches in (train, test)]
             return outlines, classes, fingerprints(train, test)
 
         outlines, classes, expected = self.processes.from_first(load_and_outline)
@@ -143,9 +143,9 @@ class Mesh:
             )
         return loaded
 
-    def outline(self, outline, example):
-        """The Outline for this process of mini-batches with that ``outline`` and ``example``."""
-        return Outline(*outline, self.replica, self.replicas, example)
+    def outline(self, arguments, example):
+        """The Outline for this process of mini-batches with these ``arguments`` (outline_arguments) and ``example``."""
+        return Outline(*arguments, self.replica, self.replicas, example)
 
     def to_first(self, value):
         """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
