@@ -306,7 +306,7 @@ def read_digits():
 
 
 def grey_to_rgb(images):
-    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the grey channel three times."""
+    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the gray channel three times."""
     height, width = images.shape[1:]
     top = (SIDE - height) // 2
     left = (SIDE - width) // 2

@@ -183,8 +183,8 @@ class WithEnsembles(nn.Module):
         self.probabilities = probabilities
 
     def forward(self, images):
-        every_logits = [logits.float() for logits in self.net(images)]
-        outputs = every_logits
+        logits_of_heads = [logits.float() for logits in self.net(images)]
+        outputs = logits_of_heads
         if self.probabilities:
-            outputs = [logits.softmax(1) for logits in every_logits]
-        return [*every_logits, *ensembles(outputs)]
+            outputs = [logits.softmax(1) for logits in logits_of_heads]
+        return [*logits_of_heads, *ensembles(outputs)]

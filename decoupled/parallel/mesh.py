@@ -143,9 +143,9 @@ class Mesh:
             )
         return loaded
 
-    def outline(self, arguments, example):
-        """The Outline for this process of mini-batches with these ``arguments`` (outline_arguments) and ``example``."""
-        return Outline(*arguments, self.replica, self.replicas, example)
+    def outline(self, outline, example):
+        """The Outline for this process of mini-batches with that ``outline`` and ``example``."""
+        return Outline(*outline, self.replica, self.replicas, example)
 
     def to_first(self, value):
         """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
