@@ -72,6 +72,14 @@ def is_edited(path):
     return EDITED.search(Path(path).name) is not None
 
 
+def logs_in(folder):
+    """The logs in ``folder`` by the start of their runs, edited ones left out. Raises InputError if there is none."""
+    found = [path for path in Path(folder).glob("*.log") if not is_edited(path)]
+    if not found:
+        raise InputError(f"there is no log in {folder}")
+    return sorted(found, key=lambda path: (started_at(path), path.stat().st_mtime_ns))
+
+
 # Lines
 
 

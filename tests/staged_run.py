@@ -9,9 +9,9 @@ processes   how many
 restarts    torchrun's --max-restarts (0)
 words       the script and its flags
 faults      {rank: [call, fault, attempt]}: what process ``rank`` does in that call of Stage.send, or of
-            ReplayStage.end_turn, which end each mini-batch, in that attempt of torchrun (0): "SIGKILL" or "SIGSTOP",
-            sent to itself; "SIGTERM" or "SIGINT", sent to torchrun; "error", an InputError; "slow", from there on each
-            call takes 50 ms longer
+            ReplayStage.end_turn, which end each mini-batch, or (0) before the run's first checkpoint, in that attempt
+            of torchrun (0): "SIGKILL" or "SIGSTOP", sent to itself; "SIGTERM" or "SIGINT", sent to torchrun; "error",
+            an InputError; "slow", from there on each call takes 50 ms longer
 held        a path: process ``rank`` writes to held.rank what it held in memory, see watch
 
 After each run a line "outcome: …" on stderr: "finished", the exit codes of the processes that failed, or, after a
@@ -42,6 +42,7 @@ from decoupled.parallel.balance import TensorFormat
 from decoupled.parallel.stages import Stage
 from decoupled.training import run as runs  # noqa: F401
 from decoupled.training.flags import start
+from decoupled.training.state import State
 
 STOPPED_SECONDS = 6  # until a stopped process is killed: torchrun would wait for it for 30
 
@@ -63,6 +64,8 @@ def fail(fault):
     torchrun = os.getppid()
     target = torchrun if fault in ("SIGTERM", "SIGINT") else os.getpid()
     os.kill(target, getattr(signal, fault))
+    if target == torchrun:
+        time.sleep(0.5)  # it passes the signal on to this process, perhaps under load
 
 
 def failing(send, fault_call, fault, attempt=0):
@@ -76,7 +79,7 @@ def failing(send, fault_call, fault, attempt=0):
             time.sleep(0.05)
         elif calls == fault_call and os.environ["TORCHELASTIC_RESTART_COUNT"] == str(attempt):
             fail(fault)
-        send(self, *mini_batch)
+        return send(self, *mini_batch)
 
     return send_or_fail
 
@@ -120,7 +123,10 @@ def worker(words, faults, held):
     script, *flags = words
     sys.argv = [str(ROOT / script), *flags]
     module = load_script(script)
-    if rank in faults and hasattr(module, "ReplayStage"):
+    if rank in faults and faults[rank][0] == 0:
+        _, *fault = faults[rank]
+        State.gather = failing(State.gather, 1, *fault)
+    elif rank in faults and hasattr(module, "ReplayStage"):
         module.ReplayStage.end_turn = failing(module.ReplayStage.end_turn, *faults[rank])
     elif rank in faults:
         Stage.send = failing(Stage.send, *faults[rank])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import PARALLEL, ROOT, SEQUENTIAL, load_script
+from running import PARALLEL, ROOT, SEQUENTIAL, Finished, load_script
 
 import decoupled
 from decoupled import InputError
@@ -22,6 +22,7 @@ from decoupled.logs import final, read_log
 from decoupled.networks.evaluation import evaluate
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training.flags import start
+from decoupled.training.run import Run
 
 DIGITS = "--dataset digits --train-samples 16 --batch-size 8 --epochs 1 --device cpu"
 IMAGES = "IMAGES --image-size 32 -b 6 -j 0 --nepochs 1 --device cpu"
@@ -345,6 +346,27 @@ def test_a_folder_of_ones_own_is_compared_with_what_the_run_saw(run_script, say,
         shutil.move(images / split / "b", images / split / "d")
     assert "'b'" in refused(left.checkpoint)
     assert "/test/d" in refused(left.checkpoint, images / "test")
+
+
+@pytest.mark.parametrize("script", [AUX, SEQUENTIAL])
+def test_an_unfinished_run_is_noted(run_script, say, stderr, monkeypatch, script):
+    left = run_script(script, *DIGITS.split(), "--channels", 2, "--name", "whole")
+    say(left.checkpoint)
+    assert stderr == []
+    real = Run.save
+
+    def save_and_stop(run):
+        real(run)
+        if run.epoch == 1:  # of the sequential run's first module
+            sys.exit(1)
+
+    monkeypatch.setattr(Run, "save", save_and_stop)
+    with pytest.raises(SystemExit):
+        run_script(script, *DIGITS.split(), "--channels", 2, *(["--epochs", 2] if script == AUX else []))
+    left = Finished(left.folder)
+    say(left.checkpoint)
+    (note,) = stderr
+    assert str(left.checkpoint) in note
 
 
 def test_flops_of_attention_are_counted():

@@ -212,10 +212,10 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     image = own / "train/class4/1.JPEG"
     data = image.read_bytes()
     image.write_bytes(data + b"\0")
-    with pytest.raises(InputError, match="other images"):
+    with pytest.raises(InputError):
         load(own)[0].load_state_dict(state)
     image.write_bytes(data)
     load(own)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError):
         load(own)[0].load_state_dict(state)

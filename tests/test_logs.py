@@ -174,6 +174,8 @@ def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, caps
     for log in two_logs:
         rows = table[table["log"] == log.name].drop(columns="log").dropna(axis=1).reset_index(drop=True)
         pd.testing.assert_frame_equal(rows, read_log(log), check_like=True, check_dtype=False)
+    export_logs(monkeypatch, tmp_path, "--csv", tmp_path / "folder.csv")
+    assert pd.read_csv(tmp_path / "folder.csv").equals(table)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.log").write_text(two_logs[0].read_text())
     (tmp_path / "a.txt").write_text(two_logs[0].read_text())
@@ -182,11 +184,13 @@ def test_csv_export_is_what_read_log_reads(two_logs, tmp_path, monkeypatch, caps
         ((two_logs[0], tmp_path / "a.txt", "--tensorboard", tmp_path / "board"), "a.txt"),
         ((two_logs[0], "--csv", tmp_path / "no" / "c.csv"), "no/c.csv"),
         ((two_logs[0],), "--csv"),
+        (("--csv", *two_logs), "a.log"),
     ):
         with pytest.raises(SystemExit) as stop:
             export_logs(monkeypatch, *words)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and named in error and error.count("\n") == 1
+    assert two_logs[0].read_text() == FORMATS["learning curves"][0]
 
 
 def test_export_names_the_lines_that_it_leaves_out(two_logs, tmp_path, monkeypatch, capsys):

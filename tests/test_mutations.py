@@ -198,8 +198,8 @@ def test_the_newest_log_is_that_of_the_run_that_began_last(tmp_path):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (age, age))
     for name in names:
-        assert plots.newest_log(tmp_path).name == name
+        assert [log.name for log in plots.choose_logs(tmp_path)] == [name]
         (tmp_path / name).unlink()
     with pytest.raises(InputError, match="there is no log in"):
-        plots.newest_log(tmp_path)
+        plots.choose_logs(tmp_path)
     shutil.rmtree(tmp_path)

@@ -94,6 +94,8 @@ def test_seeds_are_compared_where_all_have_results(tmp_path):
     (line,) = plots.curves(Figure().subplots(), frames, "test_top1")
     mean = sum(frame.loc[(frame.n == 1) & (frame.epoch == 1), "test_top1"].item() for frame in frames) / 2
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [mean])
+    (line,) = plots.curves(Figure().subplots(), frames, "test_top1", heads="last")
+    assert line.get_label() == "head 1"  # the last that all have
     (score,) = plots.final_scores(frames)
     assert score.startswith(f"head 1 {mean:.2f} % (epoch 1,")
     assert plots.final_scores(frames[:1]) == ["head 1 22.00 %", "head 2 32.00 %"]
@@ -130,6 +132,22 @@ def test_command_overlays_logs_in_the_format_of_the_suffix(tmp_path, plot, capsy
             plot(logs[0], *words)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words[1] in error and error.count("\n") == 1
+
+
+def test_a_table_of_all_logs_of_a_folder(tmp_path, plot, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for lr, seed, top1 in ((0.1, 1, 20), (0.1, 2, 30), (0.2, 1, 40)):
+        write(tmp_path / f"run-{lr}-2026010{seed}-000000.log", seed, top1, lr=lr)
+    (tmp_path / "run-0.1-20260101-000000.edited.log").write_text("changed")
+    assert plot(tmp_path, "--all", "--table").splitlines() == [
+        "| run | head 1 | head 2 | seeds |",
+        "| --- | --- | --- | --- |",
+        "| lr 0.1 | 27.00 (22.00–32.00) | 37.00 (32.00–42.00) | 2 |",
+        "| lr 0.2 | 42.00 | 52.00 | 1 |",
+    ]
+    assert not [*tmp_path.glob("*.png")]
+    printed = plot(tmp_path, "--table")
+    assert "run-0.1-20260102-000000.log" in printed.splitlines()[0] and "--all" in printed.splitlines()[0]
 
 
 def test_the_authors_curves_are_drawn_beneath(tmp_path):

@@ -249,22 +249,33 @@ class Numbers:
         self.place = state["place"]
 
 
-def test_batches_that_the_run_does_not_save_are_refused(monkeypatch, capsys, tmp_path):
-    """They would never begin an epoch, or begin it anew on resume."""
+@pytest.mark.parametrize(
+    ("mistake", "named"), [("images", "train="), ("optimizer", "optimizers="), ("evaluation", "train.")]
+)
+def test_what_would_not_resume_is_refused(monkeypatch, capsys, tmp_path, mistake, named):
+    """Images whose epochs never begin, optimizers that are not saved, and images that evaluation takes out of place."""
+    numbers = Numbers()
     seen = []
 
-    def main(**state):
+    def main():
         run = toy_run()
         net = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        other = torch.optim.SGD(net.parameters(), lr=0.1)
+        state = {} if mistake == "images" else {"train": numbers}
         for _ in run.epochs(net=net, optimizers=optimizer, **state):
-            seen.extend(run.progress(numbers))
+            for number in run.progress(numbers):
+                seen.append(number)
+                run.step(net(torch.ones(1, 2)).sum(), other if mistake == "optimizer" else optimizer)
+            for _ in run.evaluation(numbers if mistake == "evaluation" else [1, 2]):
+                pass
 
-    numbers = Numbers()
     with pytest.raises(SystemExit) as stop:
-        run_toy(monkeypatch, tmp_path, main)
-    assert stop.value.code == 2 and not seen and "train=" in capsys.readouterr().err
-    run_toy(monkeypatch, tmp_path, lambda: main(train=numbers))
+        run_toy(monkeypatch, tmp_path / "mistake", main)
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+    mistake = None
+    seen.clear()
+    run_toy(monkeypatch, tmp_path / "right", main)
     assert seen == [0, 1, 2]
 
 

@@ -113,8 +113,15 @@ def test_any_number_of_processes_gives_what_one_gives_to_the_bit(run_script, tmp
 def test_signals_deaths_and_errors(run_script, tmp_path):
     """Whatever happens to one process, the others end, and what continues ends as if nothing had happened."""
     kills = {"1": [1, "SIGKILL", 0], "0": [8, "SIGKILL", 1]}  # before the first epoch is saved; in the second epoch
+    whole = run_script(AUX, *SMALL.split(), folder=tmp_path / "whole")
     runs = {
-        "killed": {"processes": 2, "restarts": 2, "words": words(AUX, SMALL, tmp_path / "killed"), "faults": kills},
+        "unsaved": {
+            "processes": 3,
+            "restarts": 1,
+            "words": words(AUX, SMALL, whole.folder),  # beside a finished run of the same name
+            "faults": {"1": [0, "SIGKILL"]},
+        },
+        "killed": {"processes": 3, "restarts": 2, "words": words(AUX, SMALL, tmp_path / "killed"), "faults": kills},
         "SIGTERM": {
             "processes": 3,
             "words": words(AUX, f"{SMALL} --queue 1", tmp_path / "stopped"),
@@ -133,10 +140,17 @@ def test_signals_deaths_and_errors(run_script, tmp_path):
         "error": {"processes": 2, "words": words(AUX, SMALL, tmp_path / "error"), "faults": {"0": [2, "error"]}},
         "no checkpoint": {"processes": 2, "words": words(AUX, f"{SMALL} --resume", tmp_path / "nothing")},
     }
+    before = whole.checkpoint.read_bytes()
     ended = dict(zip(runs, launch(*runs.values()), strict=True))
     outcomes = {name: outcome for name, (outcome, _) in ended.items()}
     said = {name: errors(stderr) for name, (_, stderr) in ended.items()}
-    whole = run_script(AUX, *SMALL.split(), folder=tmp_path / "whole")
+
+    # Killed before its first checkpoint: torchrun starts a run anew, and the older one stays
+    assert outcomes["unsaved"] == "finished", ended["unsaved"]
+    assert whole.checkpoint.read_bytes() == before
+    left = Finished(whole.folder)
+    assert left.log != whole.log and "# resumed after " not in left.log.read_text()
+    assert_same(left, whole)
 
     # Killed: torchrun starts all again, and they continue from the checkpoint
     assert outcomes["killed"] == "finished", ended["killed"]
@@ -222,13 +236,13 @@ def test_replicas_have_the_same_images():
         return Batches(images, torch.arange(8), 4, mean=(0,) * 3, std=(1,) * 3)
 
     first = batches(1)
-    sent = (first.outline_arguments, first.outline_arguments, 8, fingerprints(first, first))
+    sent = ([], 8, fingerprints(first, first))  # outlines are for the stages above
     processes = SimpleNamespace(rank=1, size=2, control=None, from_first=lambda make: sent)
     mesh = Mesh(processes, stages=1)
     same = batches(1)
-    assert mesh.images(lambda: (same, same, 8)) == (same, same, 8)
+    assert mesh.load_data(lambda: (same, same, 8)) == (same, same, 8)
     with pytest.raises(InputError, match="process 1"):
-        mesh.images(lambda: (same, batches(2), 8))
+        mesh.load_data(lambda: (same, batches(2), 8))
 
 
 def test_a_mesh_numbers_the_replicas_of_a_stage_one_after_the_other():

@@ -94,7 +94,8 @@ def complaint(folder, whole):
     names = [path.name for path in folder.iterdir()]
     if sorted(Path(name).suffix for name in names) != ["", ".log", ".pt"]:  # the first one is "output"
         return f"files left behind: {sorted(names)}"
-    if "Traceback" in (folder / "output").read_text(errors="replace"):
+    output = (folder / "output").read_text(errors="replace").splitlines()
+    if output.count("Traceback (most recent call last):") > output.count("KeyboardInterrupt"):  # SIGINT while importing
         return "a traceback"
     found = left(folder)
     if found.lines != whole.lines:

@@ -2,15 +2,18 @@
 
 python -m decoupled export LOG… --csv FILE            one row per head and epoch
 python -m decoupled export LOG… --tensorboard DIR     one TensorBoard run per log
+
+A LOG may be a folder: then all its logs.
 """
 
+import argparse
 from pathlib import Path
 
 import pandas as pd
 
 from decoupled.analysis.plots import print_damaged
 from decoupled.errors import InputError, writing
-from decoupled.logs import read_log
+from decoupled.logs import logs_in, read_log
 from decoupled.training import flags
 
 
@@ -47,13 +50,20 @@ def to_tensorboard(frames, folder):
                     writer.add_scalar(f"{column}/head {n}", value, epoch)
 
 
+def table_path(text):
+    """An argparse type: the path of a table. It is no log, which would be overwritten, as by --csv *.log."""
+    if Path(text).suffix in (".log", ".pt"):
+        raise argparse.ArgumentTypeError(f"{text} is a run's file: name the table first, such as all.csv")
+    return flags.path(text)
+
+
 def parse_args():
     parser = flags.Parser(__doc__)
     parser.prog = "python -m decoupled export"
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log")
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: all its logs")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
-        "--csv", metavar="FILE", type=flags.path, help="write a table with the columns log, n, epoch and the results"
+        "--csv", metavar="FILE", type=table_path, help="write a table with the columns log, n, epoch and the results"
     )
     group.add_argument(
         "--tensorboard",
@@ -64,11 +74,22 @@ def parse_args():
     return parser.parse_args()
 
 
+def list_logs(paths):
+    """The logs at ``paths``: of a folder all. Raises InputError if a folder has none."""
+    found = []
+    for path in paths:
+        if Path(path).is_dir():
+            found += logs_in(path)
+        else:
+            found.append(path)
+    return found
+
+
 def main():
     args = parse_args()
     frames = {}
     names = set()
-    for log in args.logs:
+    for log in list_logs(args.logs):
         name = Path(log).stem
         if name in names:
             raise InputError(f"{log} has the name of another of the logs: export them one by one, or rename one")

@@ -1,10 +1,11 @@
 """Figures from logs, in one style for the notebooks and the command line:
 
 python -m decoupled plot LOG… [--heads all|last|1,4] [--output curves.png]
+python -m decoupled plot DIR --all --table
 
 Logs that differ only in the seed are drawn as one curve: their mean, and a band
 from the lowest to the highest. The suffix of --output gives the format: .png,
-.pdf, .svg.
+.pdf, .svg. --table prints a table of the results instead.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from decoupled.errors import InputError, writing
-from decoupled.logs import is_edited, newest, parse_run_name, read_log
+from decoupled.logs import final, logs_in, parse_run_name, read_log
 from decoupled.training import flags
 from decoupled.training.run import FREE_ON_RESUME
 
@@ -77,7 +78,7 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     rows = pd.concat([frame[["n", "epoch", column]] for frame in frames], ignore_index=True)
     if heads == "last":
-        heads = [rows["n"].max()]
+        heads = [min(frame["n"].max() for frame in frames)]
     lines = []
     for n, rows_of_head in rows.groupby("n"):
         if heads is not None and n not in heads:
@@ -281,17 +282,41 @@ def label_by_name(group):
 # The command
 
 
-def newest_log(path):
-    """``path`` itself or, if it is a folder, the log of the run that started last: see decoupled.logs.newest. Raises
-    InputError if there is none.
+def choose_logs(path, take_all=False):
+    """``path`` itself or, in a folder, the log of the run that started last, or with ``take_all`` all logs: a list. If
+    a folder has more logs than are taken, says which one that is. Raises InputError if it has none.
     """
     path = Path(path)
     if not path.is_dir():
-        return path
-    log = newest(log for log in path.glob("*.log") if not is_edited(log))
-    if log is None:
-        raise InputError(f"there is no log in {path}")
-    return log
+        return [path]
+    found = logs_in(path)
+    if take_all or len(found) == 1:
+        return found
+    print(f"{path} has {len(found)} logs, this is the newest: {found[-1].name} (--all takes all)")
+    return found[-1:]
+
+
+def results_table(runs):
+    """A Markdown table of ``runs``, {label: frames of its seeds}: test top-1 (%) of each head at the last epoch, the
+    mean over the seeds and, of several, the range.
+    """
+    heads = sorted({n for seeds in runs.values() for frame in seeds for n in frame["n"]})
+    lines = [["run", *(f"head {n}" for n in heads), "seeds"], ["---"] * (len(heads) + 2)]
+    for label, seeds in runs.items():
+        scores = pd.concat([final(frame)["test_top1"] for frame in seeds]).groupby("n").agg(["mean", "min", "max"])
+        name = label.removesuffix(f" ({len(seeds)} seeds)").replace("|", r"\|")
+        lines.append([name, *(score_cell(scores, n, len(seeds)) for n in heads), str(len(seeds))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def score_cell(scores, n, seeds):
+    """The cell of head ``n`` in results_table; empty if the run has no such head."""
+    if n not in scores.index:
+        return ""
+    mean, lowest, highest = scores.loc[n]
+    if seeds == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ({lowest:.2f}–{highest:.2f})"
 
 
 def results_folder():
@@ -332,6 +357,12 @@ def parse_args():
     parser.add_argument(
         "logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: the newest log in it"
     )
+    parser.add_argument("--all", action="store_true", help="take all logs of a folder")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="print a Markdown table instead: test top-1 of each head at the last epoch, mean and range over the seeds",
+    )
     parser.add_argument(
         "--heads",
         metavar="HEADS",
@@ -354,14 +385,17 @@ def main():
     parser, args = parse_args()
     frames = {}
     for path in args.logs:
-        log = newest_log(path)
-        frames[log] = read_log(log)
+        for log in choose_logs(path, args.all):
+            frames[log] = read_log(log)
     if isinstance(args.heads, list):
         known = known_heads(frames.values())
         for n in args.heads:
             if n not in known:
                 parser.error(f"--heads: no log has head {n}")
     runs = group_seeds(frames)
+    if args.table:
+        print(results_table(runs))
+        return
     figure = learning_curves(runs, args.heads, figure_title(runs, frames), authors_curves(args.authors or ()))
     with matplotlib.rc_context(STYLE), writing(args.output, "name another --output, or make room or access there"):
         figure.savefig(args.output)

@@ -402,6 +402,8 @@ def main():
     saved = loading.read(path)
     form = loading.input_form(saved, path)
     net = loading.rebuild(saved, path, script=args.script, device=args.device)
+    if not saved["finished"]:  # heads may not have learned yet
+        print(f"note: the run of {path} is not finished: it is in epoch {saved['epoch']}", file=sys.stderr)
     if args.early_exit is not None and count_heads(net) == 1:
         raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
     if args.labeled:

@@ -151,7 +151,7 @@ class Loader:
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was trained on other data than these {self}: resume it with its own")
+            raise InputError(f"the checkpoint is of a run on other data than these {self}: use that run's data")
         if not 0 <= state["place"] <= len(self):
             raise InputError(
                 f"the checkpoint is {state['place']} mini-batches into an epoch, which has only {len(self)} here: use "

@@ -27,6 +27,7 @@ FIELDS = {  # of a checkpoint: name → type
     "within_epoch": bool,
     "batch": int,
     "seconds": float,
+    "finished": bool,  # whether this was the run's last epoch
     "data": dict,  # the InputForm of the test images, or empty
     "log": str,  # the log's text
     "state": dict,  # see decoupled.training.state.State

@@ -180,8 +180,13 @@ class Run:
         """zero_grad, backward and step of one module; with its own loss scale in fp16.
 
         With ``clip``, a gradient with a greater norm is scaled down to it. Does nothing if all parameters of the module
-        are frozen.
+        are frozen. Raises InputError for an optimizer that was not given to ``epochs``: a resumed run would silently
+        continue without its state.
         """
+        if not self.state.has(optimizer):
+            raise InputError(
+                "run.step takes an optimizer that run.epochs does not know: give it to run.epochs, too (optimizers=…)"
+            )
         self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
     def scaler(self, optimizer):
@@ -307,7 +312,7 @@ class Run:
         """Raises InputError where ``batches`` are not part of the run's state: no epoch of theirs would begin, and a
         resumed run would not find their place.
         """
-        images = getattr(batches, "batches", batches)  # of a stage's inputs
+        images = images_of(batches)
         if not self.state.has(images):
             raise InputError(
                 f"run.progress({type(images).__name__}) iterates over what run.epochs does not know: give it to "
@@ -321,7 +326,11 @@ class Run:
         return mix_seed(self.args.seed, *position)
 
     def evaluation(self, batches):
-        """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes."""
+        """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes. Raises
+        InputError for the images that the run trains on, whose position in training would be lost.
+        """
+        if any(images_of(batches) is images for images in self.state.get("train")):
+            raise InputError("run.evaluation cannot take the images in training: use train.without_augmentation()")
         for number, batch in enumerate(self.console.evaluation(batches)):
             yield batch
             # Replicas stop together, so only after one of the first mini-batches, those that all replicas have.
@@ -375,6 +384,7 @@ class Run:
         if self.processes.rank == 0 and self.saves_checkpoints:
             snapshot = {"script": self.script, "script_sha256": self.script_sha256, "arguments": vars(self.args)}
             snapshot |= {"data": self.input_form(), **asdict(self.position), "state": state}
+            snapshot["finished"] = self.finished()
             self.files.write_checkpoint(snapshot)
         self.saved_at = time.perf_counter()
 
@@ -508,6 +518,11 @@ def file_sha256(path):
     if not Path(path).is_file():
         return ""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def images_of(batches):
+    """The images that ``batches``, perhaps a stage's inputs, come from."""
+    return getattr(batches, "batches", batches)
 
 
 def require_one_process(script):

@@ -151,6 +151,6 @@ def check_same_lambdas(schedule, path):
 
 def other_schedule(path, difference):
     return InputError(
-        f"{path} has a learning rate schedule with {difference}: resume with the same --epochs as before, or start a "
-        "new run"
+        f"{path} has a learning rate schedule with {difference}: resume with the same --epochs and script as "
+        "before, or start a new run"
     )
