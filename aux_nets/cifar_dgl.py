@@ -42,7 +42,7 @@ def parse_args():
     group.add_argument("--depth", type=flags.integer(1, 1000), default=6, help="number of layers")
     group = parser.add_argument_group("schedule")
     group.add_argument(
-        "--lr-step", type=flags.integer(1), default=15, help="epochs after which the learning rate drops 5×, each time"
+        "--lr-step", type=flags.integer(1), default=15, help="the learning rate drops 5× every this many epochs"
     )
     return parser.parse_args()
 

@@ -126,7 +126,7 @@ def sequential_module_step(net, module_index, optimizer, images, labels, autocas
     optimizer.update(loss)
 
 
-class PassedBatch(NamedTuple):
+class MiniBatch(NamedTuple):
     """A mini-batch whose forward pass through a module of DDG is done."""
 
     inputs: torch.Tensor
@@ -135,59 +135,75 @@ class PassedBatch(NamedTuple):
 
 
 class InFlight:
-    """The mini-batches in one module of DDG that wait for their gradient, one for each module above it.
+    """The mini-batches in flight in one module of DDG, one for each module above it between iterations.
 
-    batches   PassedBatch, oldest first
-    gradient  of the loss by the oldest output, sent by the module above; None before the first one arrives
+    batches   MiniBatch, oldest first
+    gradient  of the loss with respect to the oldest one's output, from the module above; None before the first arrives
     """
 
-    def __init__(self, num_modules, module_index):
+    def __init__(self, module, num_modules, module_index):
+        self.module = module
         self.delay = num_modules - 1 - module_index
-        self.is_first = module_index == 0
-        self.is_last = self.delay == 0
+        self.is_lowest = module_index == 0
         self.batches = deque()
         self.gradient = None
 
 
-def ddg_step(net, optimizers, in_flight, images, labels, autocast):
-    """Delayed gradients (DDG): one iteration of all modules. ``in_flight`` is a list with an InFlight for each."""
+def ddg_step(queues, optimizers, images, labels, autocast):
+    """Delayed gradients (DDG): one iteration of all modules. ``queues``: an InFlight for each."""
     representation = images
-    for module_index, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
-        representation, gradient = ddg_module_step(
-            module, optimizer, in_flight[module_index], representation, labels, autocast
-        )
-        if gradient is not None:
-            in_flight[module_index - 1].gradient = gradient  # used in its next iteration
+    for k, optimizer in enumerate(optimizers):
+        representation = forward(queues[k], representation, labels, autocast)
+        if len(queues[k].batches) > queues[k].delay:
+            gradient_below = delayed_step(queues[k], optimizer)
+            if k > 0:
+                queues[k - 1].gradient = gradient_below  # for the next iteration of the module below
 
 
-def ddg_module_step(module, optimizer, in_flight, inputs, labels, autocast):
-    """One module's part of an iteration of DDG: the forward pass of this mini-batch, then backward pass and step of the
-    oldest one in flight. Returns the output, detached, and the gradient by the inputs of the oldest one. The gradient
-    is None in the first module and as long as the oldest one has none.
+def ddg_module_step(in_flight, optimizer, inputs, labels, autocast):
+    """One module's part of an iteration of DDG: the forward pass of this mini-batch, then the step by the gradient of
+    the oldest one in flight, if as many are. Returns the output, detached.
     """
-    inputs = inputs.detach().requires_grad_(not in_flight.is_first)
+    output = forward(in_flight, inputs, labels, autocast)
+    if len(in_flight.batches) > in_flight.delay:
+        delayed_step(in_flight, optimizer)
+    return output
+
+
+def forward(in_flight, inputs, labels, autocast):
+    """Passes a mini-batch forward through one module and adds it to its mini-batches in flight. Returns the output,
+    detached.
+    """
+    inputs = inputs.detach().requires_grad_(not in_flight.is_lowest)
     weights = {}
-    if not in_flight.is_last:  # copies, which later steps do not change; their gradient goes to the module's weights
-        weights = {name: weight.clone() for name, weight in module.named_parameters()}
+    if in_flight.delay > 0:  # copies, which later steps do not change; their gradient goes to the module's weights
+        weights = {name: weight.clone() for name, weight in in_flight.module.named_parameters()}
     with autocast():
-        output = functional_call(module, weights, inputs)
+        output = functional_call(in_flight.module, weights, inputs)
     representation = output.detach()
-    if in_flight.is_last:
+    if in_flight.delay == 0:
         output = F.cross_entropy(output.float(), labels)
         in_flight.gradient = torch.ones_like(output)
-    in_flight.batches.append(PassedBatch(inputs, weights, output))
-    if len(in_flight.batches) <= in_flight.delay:
-        return representation, None
+    in_flight.batches.append(MiniBatch(inputs, weights, output))
+    return representation
+
+
+def delayed_step(in_flight, optimizer):
+    """One module's step by the gradient of the oldest of its mini-batches in flight. Returns the gradient with respect
+    to the module's inputs, for the module below; None in the lowest.
+    """
     oldest = in_flight.batches.popleft()
-    # Each module has its own loss scale; gradients are passed from one to the next unscaled
-    scale = optimizer.scaler.scale(torch.ones(1, device=labels.device))
+    # Each module has its own loss scale; the gradients passed down are unscaled
+    scale = optimizer.scaler.scale(torch.ones(1, device=oldest.output.device))
     optimizer.zero_grad()
     scaled_gradient = (in_flight.gradient * scale).view_as(oldest.output).to(oldest.output.dtype)
     oldest.output.backward(scaled_gradient)
     del scaled_gradient  # its memory must not count in the step
-    gradient = None if in_flight.is_first else oldest.inputs.grad / scale
+    gradient_below = None
+    if not in_flight.is_lowest:
+        gradient_below = oldest.inputs.grad / scale
     optimizer.step()
-    return representation, gradient
+    return gradient_below
 
 
 def dni_step(net, optimizer, images, labels, autocast, context=None):

@@ -116,19 +116,19 @@ def sequential(args, net, images, labels):
 
 def ddg(args, net, images, labels):
     optimizers = [scaled_sgd(args, module) for module in net]
-    in_flight = [InFlight(len(net), k) for k in range(len(net))]
+    queues = [InFlight(module, len(net), k) for k, module in enumerate(net)]
     autocast = autocast_of(args)
-    return lambda: method_steps.ddg_step(net, optimizers, in_flight, images, labels, autocast)
+    return lambda: method_steps.ddg_step(queues, optimizers, images, labels, autocast)
 
 
 def ddg_device(args, net, k, inputs, labels):
     optimizer = scaled_sgd(args, net[k])
-    in_flight = InFlight(len(net), k)
+    in_flight = InFlight(net[k], len(net), k)
     autocast = autocast_of(args)
 
     def step():
-        output, _ = method_steps.ddg_module_step(net[k], optimizer, in_flight, inputs, labels, autocast)
-        if not in_flight.is_last:
+        output = method_steps.ddg_module_step(in_flight, optimizer, inputs, labels, autocast)
+        if in_flight.delay > 0:
             in_flight.gradient = torch.empty_like(output)  # stands in for what arrives from above
 
     return step

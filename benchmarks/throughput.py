@@ -60,13 +60,12 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from decoupled.analysis.costs import costs, peak_memory, step_seconds
 from decoupled.data.batches import Batches
 from decoupled.data.datasets import CIFAR10_MEAN, CIFAR10_STD
 from decoupled.networks.evaluation import Meter, evaluate
-from decoupled.networks.flops import count_flops
+from decoupled.networks.flops import count_flops, operator_flops
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.training import flags
 from decoupled.training.device import pick_device
@@ -370,8 +369,7 @@ class Traffic(TorchDispatchMode):
         written = distinct_tensors(result)
         if func._schema.is_mutable and not written:  # it returns nothing, as fused optimizers do
             written = read
-        count = flop_registry.get(func.overloadpacket)
-        flops = count(*args, **kwargs, out_val=result) if count else 0
+        flops = operator_flops(func, args, kwargs, result)
         self.operations.append(Operation(flops, num_bytes(read) + num_bytes(written)))
         return result
 

@@ -52,7 +52,7 @@ def parse_args():
     if args.splits is None:
         args.splits = 2 if args.checkpointing else 1
     if args.splits > 1 and not args.checkpointing:
-        parser.error(f"--splits {args.splits} has no effect on back-propagation: add --checkpointing or leave it out")
+        parser.error(f"--splits {args.splits} has no effect on back-propagation: add --checkpointing or omit --splits")
     if args.splits == 1 and args.checkpointing:
         parser.error("--checkpointing keeps the representations between parts: choose at least 2 --splits")
     if args.compile and args.checkpointing:

@@ -104,6 +104,7 @@ class InFlight:
         for batch in self.batches:
             weights = {name: weight.detach() for name, weight in batch.weights.items()}
             batches.append((batch.inputs.detach(), weights))
+        # The last module, which has no batches between iterations, makes its own gradient
         return {"batches": batches, "gradient": self.gradient if batches else None}
 
     def load_state_dict(self, state):
@@ -124,16 +125,16 @@ class InFlight:
             self.batches.append(MiniBatch(inputs, weights, output))
 
 
-def forward(run, module, in_flight, inputs, labels):
-    """Passes x_t forward through one module, with its weights w_k^t, and adds it to the mini-batches in flight.
+def forward(in_flight, inputs, labels):
+    """Passes x_t forward through one module, with its weights w_k^t, and adds it to its mini-batches in flight.
 
     inputs (B, C, h, w) from the module below and labels (B,) → output (B, C', h', w') or, in the last module, logits
     (B, classes), detached.
     """
     inputs = inputs.detach().requires_grad_(not in_flight.is_lowest)
     weights = in_flight.copy_weights()
-    with run.autocast():
-        output = functional_call(module, weights, inputs)
+    with in_flight.run.autocast():
+        output = functional_call(in_flight.module, weights, inputs)
     if in_flight.delay > 0:
         in_flight.batches.append(MiniBatch(inputs, weights, output))
     else:
@@ -144,14 +145,15 @@ def forward(run, module, in_flight, inputs, labels):
     return output.detach()
 
 
-def delayed_step(run, optimizer, in_flight):
-    """One module's step by the gradient of x_s, the oldest mini-batch ``in_flight``, through its graph of iteration s.
+def delayed_step(in_flight, optimizer):
+    """One module's step by the gradient of x_s, the oldest of its mini-batches in flight, through its graph of
+    iteration s.
 
     Returns the gradient with respect to the module's inputs, (B, C, h, w), for the module below; None in the lowest.
     """
     delayed = in_flight.batches.popleft()
     # In fp16 each module has its own loss scale; the gradients passed down are unscaled
-    scaler = run.scaler(optimizer)
+    scaler = in_flight.run.scaler(optimizer)
     # Of shape (1,): an fp16 gradient divided by a scalar would stay fp16
     scale = scaler.scale(torch.ones(1, device=delayed.output.device))
     optimizer.zero_grad()
@@ -184,7 +186,7 @@ def main():
     ]
     milestones = [epoch - 1 for epoch in args.milestones]  # schedules count finished epochs
     schedules = [MultiStepLR(optimizer, milestones, gamma=0.1) for optimizer in optimizers]
-    in_flight = [InFlight(run, net, k) for k in range(len(net))]
+    queues = [InFlight(run, net, k) for k in range(len(net))]
     meter = Meter()
 
     for epoch in run.epochs(
@@ -194,20 +196,20 @@ def main():
         train=train,
         test=test,
         meters=meter,
-        in_flight=in_flight,
+        in_flight=queues,
     ):
         net.train()
         for images, labels in run.progress(train):
             representation = images
             # The modules run one after the other here. On K devices their backward passes would run at the same time:
             # all that a module needs from another one in the same iteration is the representation from below.
-            for k, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
-                representation = forward(run, module, in_flight[k], representation, labels)  # x_t, with w_k^t
-                if len(in_flight[k].batches) > in_flight[k].delay:  # s = t − (K−1−k) ≥ 0
-                    gradient_below = delayed_step(run, optimizer, in_flight[k])  # by the gradient of x_s
+            for k, (in_flight, optimizer) in enumerate(zip(queues, optimizers, strict=True)):
+                representation = forward(in_flight, representation, labels)  # x_t, with w_k^t
+                if len(in_flight.batches) > in_flight.delay:  # s = t − (K−1−k) ≥ 0
+                    gradient_below = delayed_step(in_flight, optimizer)  # by the gradient of x_s
                     if k > 0:
-                        in_flight[k - 1].gradient = gradient_below  # for the next iteration of the module below
-            loss = in_flight[-1].loss
+                        queues[k - 1].gradient = gradient_below  # for the next iteration of the module below
+            loss = queues[-1].loss
             logits = representation
             run.watch(loss, len(net))
             meter.update(loss, logits, labels)

@@ -69,7 +69,7 @@ def pieces(depth, width=16):
 
 
 def bodies_and_classifier(depth, splits, classes, width=16):
-    """(list of ``splits`` nn.Sequential of ⌈pieces/splits⌉ pieces each, classifier).
+    """(list of ``splits`` nn.Sequential of pieces grouped as by split_evenly, classifier).
 
     Initialized as published: convolutions N(0, √(2/(9·out))), everything else as PyTorch does. Raises InputError for a
     depth that is not 6n+2 and for more splits than pieces.

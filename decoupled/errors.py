@@ -16,6 +16,14 @@ def one_line(text):
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def first_line(error, most=150):
+    """The first line of an exception's message, ``most`` characters of it; the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:most]
+
+
 def last_line(error):
     """The last line of an exception's message."""
     return str(error).strip().split("\n")[-1].strip()

@@ -56,8 +56,8 @@ def initialize(net):
 
 
 def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
-    """resnet50, resnet101 or resnet152 in ``splits`` modules of ⌈pieces/splits⌉ pieces, the last one shorter, for
-    images (B, 3, image_size, image_size).
+    """resnet50, resnet101 or resnet152 in ``splits`` modules of pieces grouped as by split_evenly, for images
+    (B, 3, image_size, image_size).
 
     The first of ResNet-152's two published modules has 26 of the 51 pieces: the stem, stages 1 and 2 and 14 blocks of
     stage 3. Its auxiliary reads 1,024 channels at 14×14 (the released code takes them for 7×7, and so pools to 2×2

@@ -75,7 +75,10 @@ def parser(doc, archs, default, distributed=False):
     )
     group.add_argument("--image-size", type=integer(1, 4096), metavar="S", help="side of the crops (default: 224)")
     group.add_argument(
-        "--large_size_images", type=int, choices=(0, 1), help="0: crops of 112 pixels, as in the released scripts"
+        "--large_size_images",
+        type=int,
+        choices=(0, 1),
+        help="0: crops of 112 pixels, as in the released scripts; 1: of 224",
     )
     group.add_argument(
         "--train-samples", type=integer(1), metavar="N", help="only N training images, evenly spaced, for quick looks"

@@ -177,11 +177,11 @@ def test_ddg_holds_the_mini_batches_it_needs_and_no_more(monkeypatch, tmp_path):
         for k, (module, optimizer) in enumerate(zip(net, optimizers, strict=True)):
             delay = 3 - k
             before = [weight.detach().clone() for weight in module.parameters()]
-            representation = script.forward(run, module, in_flight[k], representation, labels)
+            representation = script.forward(in_flight[k], representation, labels)
             batches = in_flight[k].batches
             assert (len(batches) > delay) == (t > delay)
             if t > delay:
-                gradient = script.delayed_step(run, optimizer, in_flight[k])
+                gradient = script.delayed_step(in_flight[k], optimizer)
                 assert (gradient is not None) == (k > 0)
                 if k > 0:
                     in_flight[k - 1].gradient = gradient

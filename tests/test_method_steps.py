@@ -46,9 +46,9 @@ def learn_by_dgl(args, net, train, autocast):
 
 def learn_by_ddg(args, net, train, autocast):
     optimizers = [scaled_sgd(args, module) for module in net]
-    in_flight = [InFlight(len(net), k) for k in range(len(net))]
+    queues = [InFlight(module, len(net), k) for k, module in enumerate(net)]
     for images, labels in train:
-        ddg_step(net, optimizers, in_flight, images, labels, autocast)
+        ddg_step(queues, optimizers, images, labels, autocast)
 
 
 def learn_sequentially(args, net, train, autocast):

@@ -7,15 +7,15 @@ __iter__()                  begins an epoch and iterates over it
 begin()                     begins an epoch: a new order, the first mini-batch
 rest()                      iterates over what is left of the epoch that has begun
 __len__()                   number of mini-batches in an epoch
-state_dict()                its place in the epoch, and what else a new process needs to continue there
+state_dict()                how far the epoch is, and what else a new process needs to continue there
 load_state_dict(state)      continues with the mini-batch after those. Raises InputError for the state of other data
 __str__()                   a line for the log
 close()                     optional: called when the run ends
 
 Where several stages share the modules, also:
 
-outline                     (number of samples, batch size, number of mini-batches), for the Outline of the stages above
-place                       number of mini-batches of the epoch that are done
+outline_arguments           (number of samples, batch size, number of mini-batches), for the Outline of the stages above
+done                        number of mini-batches of the epoch that are done
 example                     a mini-batch of two samples: its shapes and types are those of what stages send
 
 and where replicas share each mini-batch:
@@ -104,7 +104,7 @@ class Batches:
         self.scale = 1 / (255 * torch.tensor(std, device=self.images.device))
         self.shift = torch.tensor(mean, device=self.images.device) * 255
         self.generator = torch.Generator().manual_seed(seed)
-        self.place = len(self)  # mini-batches of the epoch that are done: all of them before the first epoch begins
+        self.done = len(self)  # mini-batches of this epoch that are done; all of them before the first epoch
         self.generator_state = None  # at the beginning of the epoch; None before the first
 
     def __len__(self):
@@ -120,15 +120,15 @@ class Batches:
     def begin(self):
         """Begins a new epoch."""
         self.generator_state = self.generator.get_state()
-        self.place = 0
+        self.done = 0
         if self.augment:
             self.augmentation = self.draw()
 
     def rest(self):
         """Iterates over the rest of the epoch that has begun."""
-        while self.place < len(self):
-            rows = slice(self.place * self.batch_size, (self.place + 1) * self.batch_size)
-            self.place += 1
+        while self.done < len(self):
+            rows = slice(self.done * self.batch_size, (self.done + 1) * self.batch_size)
+            self.done += 1
             if self.augment:
                 drawn = Augmentation(*(values[rows] for values in self.augmentation))
                 yield self.normalize(self.crop(drawn)), self.labels[drawn.order]
@@ -165,12 +165,12 @@ class Batches:
             plain.images = self.images[:, PADDING:-PADDING, PADDING:-PADDING]
         plain.augment = False
         plain.drop_last = False
-        plain.place = len(plain)
+        plain.done = len(plain)
         return plain
 
     @property
-    def outline(self):
-        """What another process needs for an Outline of these mini-batches: its first three arguments."""
+    def outline_arguments(self):
+        """The first three arguments of an Outline of these mini-batches, for processes without images."""
         return len(self.labels), self.batch_size, len(self)
 
     @property
@@ -185,17 +185,22 @@ class Batches:
     def state_dict(self):
         begun = self.generator_state is not None
         start = self.generator_state if begun else self.generator.get_state()
-        return {"start": start, "begun": begun, "place": self.place, "fingerprint": self.fingerprint}
+        return {"start": start, "begun": begun, "place": self.done, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was not trained on these {self}: point --data-dir to its data set")
+            raise InputError(
+                f"the checkpoint is of a run on other images than these {self}: use that run's data set (--data-dir)"
+            )
         if not 0 <= state["place"] <= len(self):
-            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
+            raise InputError(
+                f"the checkpoint is {state['place']} mini-batches into an epoch, which has only {len(self)} here: use "
+                "its batch size"
+            )
         self.generator.set_state(state["start"])
         if state["begun"]:
             self.begin()
-        self.place = state["place"]
+        self.done = state["place"]
 
 
 def check_images(images, labels):
@@ -216,7 +221,7 @@ def check_statistics(*statistics):
 
 
 class Outline:
-    """What a process without data knows of the mini-batches: how large each one is, and its place among them.
+    """What a process without data knows of the mini-batches: how large each one is, and how many are done.
 
     ``count`` samples come in ``length`` mini-batches of ``batch_size``. Each is divided into ``replicas`` shares, and
     this process learns from share ``replica``. ``example`` is a mini-batch of two samples. ``weight`` is the weight of
@@ -232,7 +237,7 @@ class Outline:
             share, remainder = divmod(size, replicas)
             self.shares.append(share + 1 if replica < remainder else share)
         self.common = sum(size >= replicas for size in self.whole)  # mini-batches that every replica has a share of
-        self.place = length
+        self.done = length
         self.weight = 1.0
 
     def __len__(self):
@@ -240,7 +245,7 @@ class Outline:
 
     def begin(self):
         """Begins a new epoch."""
-        self.place = 0
+        self.done = 0
 
     def without_augmentation(self):
         """Returns a copy, as Batches does."""
@@ -249,18 +254,18 @@ class Outline:
     @property
     def left(self):
         """The sizes of this process's remaining shares in the epoch, without empty ones."""
-        return [size for size in self.shares[self.place :] if size]
+        return [size for size in self.shares[self.done :] if size]
 
     def advance(self):
         """Counts a mini-batch."""
-        self.weight = self.shares[self.place] * self.replicas / self.whole[self.place]
-        self.place += 1
+        self.weight = self.shares[self.done] * self.replicas / self.whole[self.done]
+        self.done += 1
 
     def state_dict(self):
-        return {"place": self.place}
+        return {"place": self.done}
 
     def load_state_dict(self, state):
-        self.place = state["place"]
+        self.done = state["place"]
 
 
 def mix_seed(*numbers):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from decoupled.data.batches import Batches
 from decoupled.data.folders import DataSet, Split, read_folders
-from decoupled.data.images import SIDE, InputForm, first_line
-from decoupled.errors import InputError, one_line
+from decoupled.data.images import SIDE, InputForm
+from decoupled.errors import InputError, first_line, one_line
 
 DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
 
@@ -29,6 +29,7 @@ CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 FORMS = {"fashion-mnist": {"resize": 28, "crop": 28, "grey": True}, "digits": {"grey": True}}
 
 IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
+FETCH_AGAIN = "remove it and fetch it again"
 
 # The published files, unpacked, and their MD5 (torchvision has those of the .gz files, which depend on who packed them)
 FASHION_MNIST_FILES = {
@@ -233,21 +234,25 @@ def read_fashion_mnist(data_dir):
     """Fashion-MNIST from its idx files, plain or .gz, in ``data_dir`` or its folder fashion-mnist, else by download."""
     from torchvision.datasets import FashionMNIST
 
-    source = "idx files"
     for folder in (data_dir, data_dir / "fashion-mnist"):
         if any(folder.glob("*-idx?-ubyte*")):
-            break
-    else:
-        source = "original"
-        folder = data_dir / "FashionMNIST" / "raw"
-        download_missing(
-            "fashion-mnist",
-            data_dir,
-            fetch=lambda: FashionMNIST(data_dir, download=True),
-            files={folder / name: md5 for name, md5 in FASHION_MNIST_FILES.items()},
-            archives={folder / name: md5 for name, md5 in FashionMNIST.resources},
-            otherwise="its four idx files (Debian's package dataset-fashion-mnist has them)",
-        )
+            return read_idx_files(folder, source="idx files")
+    folder = data_dir / "FashionMNIST" / "raw"
+    download_missing(
+        "fashion-mnist",
+        data_dir,
+        fetch=lambda: FashionMNIST(data_dir, download=True),
+        files={folder / name: md5 for name, md5 in FASHION_MNIST_FILES.items()},
+        archives={folder / name: md5 for name, md5 in FashionMNIST.resources},
+        otherwise="its four idx files (Debian's package dataset-fashion-mnist has them)",
+    )
+    return read_idx_files(folder, source="original")
+
+
+def read_idx_files(folder, source):
+    """Fashion-MNIST from the four idx files in ``folder``."""
+    from torchvision.datasets import FashionMNIST
+
     return DataSet(
         train=read_idx_pair(folder, "train"),
         test=read_idx_pair(folder, "t10k"),
@@ -301,7 +306,7 @@ def read_digits():
 
 
 def grey_to_rgb(images):
-    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the grey channel three times."""
+    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the gray channel three times."""
     height, width = images.shape[1:]
     top = (SIDE - height) // 2
     left = (SIDE - width) // 2
@@ -310,9 +315,6 @@ def grey_to_rgb(images):
 
 
 # Published files
-
-
-FETCH_AGAIN = "remove it and fetch it again"
 
 
 def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
@@ -341,16 +343,21 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
         for path, md5 in (files | archives).items():
             if path.is_file():
                 check_md5(path, read_bytes(path), md5)
-        reason = first_line(getattr(error, "reason", error)).rstrip(":")  # urllib's errors say more in ``reason``
-        raise InputError(
-            f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put {otherwise} there; "
-            "--dataset digits needs no download"
-        ) from error
+        raise failed_download(dataset, data_dir, otherwise, error) from error
     finally:
         with contextlib.suppress(OSError):
             lock.unlink()
         if created:
             remove_empty(data_dir)
+
+
+def failed_download(dataset, data_dir, otherwise, error):
+    """The InputError for a download that failed with ``error``."""
+    reason = first_line(getattr(error, "reason", error)).rstrip(":")  # urllib's errors say more in ``reason``
+    return InputError(
+        f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put {otherwise} there; "
+        "--dataset digits needs no download"
+    )
 
 
 def remove_empty(folder):

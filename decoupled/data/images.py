@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
-from decoupled.errors import InputError
+from decoupled.errors import InputError, first_line
 
 SIDE = 32  # every data set here is brought to 32×32
 
@@ -106,14 +106,6 @@ def read_image(path):
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{path} cannot be read ({error.strerror}): name a readable image file") from error
         raise InputError(f"{path} is damaged ({first_line(error)}): replace it") from error
-
-
-def first_line(error):
-    """The first line of an error's message, or the name of its type if it has none."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0]
 
 
 @functools.cache

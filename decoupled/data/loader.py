@@ -73,23 +73,23 @@ class Loader:
             full = count // batch_size
             limit = full if limit is None else min(full, limit)
         self.samples = Samples(dataset, seed, collate)
-        self.share = Share(count, batch_size, shuffle, seed, replica, replicas, limit)
+        self.sampler = ShareSampler(count, batch_size, shuffle, seed, replica, replicas, limit)
         self.device = torch.device(device)
         self.form = form
         self.description = description or f"{count} samples of {type(dataset).__name__}"
         self.fingerprint = self.samples.fingerprint() if fingerprint is None else fingerprint
-        self.place = len(self.share)  # mini-batches of the epoch that are done: all, before the first begins
+        self.done = len(self.sampler)  # mini-batches of this epoch that are done; all of them before the first epoch
         self.weight = 1.0
         self.loader = DataLoader(
             self.samples,
-            batch_sampler=self.share,
+            batch_sampler=self.sampler,
             collate_fn=do_nothing,  # the samples are collated already
             pin_memory=self.device.type == "cuda",
             **worker_options(workers),
         )
 
     def __len__(self):
-        return len(self.share)
+        return len(self.sampler)
 
     def __iter__(self):
         self.begin()
@@ -97,20 +97,20 @@ class Loader:
 
     def begin(self):
         """Begins a new epoch."""
-        self.share.epoch += 1
-        self.place = 0
+        self.sampler.epoch += 1
+        self.done = 0
 
     def rest(self):
         """Iterates over what is left of the epoch that has begun."""
-        if self.place == len(self):
+        if self.done == len(self):
             return
-        self.share.start = self.place
+        self.sampler.start = self.done
         for batch in self.loader:
             if isinstance(batch, InputError):
                 raise batch
             inputs, labels = batch
-            self.weight = count_samples(inputs) * self.share.replicas / self.share.size(self.place)
-            self.place += 1
+            self.weight = count_samples(inputs) * self.sampler.replicas / self.sampler.size(self.done)
+            self.done += 1
             yield self.prepare(inputs), tree_map(self.to_device, labels)
 
     def prepare(self, inputs):
@@ -129,15 +129,15 @@ class Loader:
         return self.prepare(inputs), tree_map(self.to_device, labels)
 
     @property
-    def outline(self):
-        """The first arguments of the decoupled.data.batches.Outline of these mini-batches."""
-        return self.share.count, self.share.batch_size, len(self)
+    def outline_arguments(self):
+        """The first three arguments of the decoupled.data.batches.Outline of these mini-batches."""
+        return self.sampler.count, self.sampler.batch_size, len(self)
 
     @property
     def common(self):
         """The number of mini-batches of which every replica has a share."""
-        full, rest = divmod(self.share.count, self.share.batch_size)
-        return full + (rest >= self.share.replicas)
+        full, rest = divmod(self.sampler.count, self.sampler.batch_size)
+        return full + (rest >= self.sampler.replicas)
 
     def close(self):
         """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
@@ -147,15 +147,18 @@ class Loader:
         return self.description
 
     def state_dict(self):
-        return {"fingerprint": self.fingerprint, "epoch": self.share.epoch, "place": self.place}
+        return {"fingerprint": self.fingerprint, "epoch": self.sampler.epoch, "place": self.done}
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the run was trained on other data than these {self}: resume it with its own")
+            raise InputError(f"the checkpoint is of a run on other data than these {self}: use that run's data")
         if not 0 <= state["place"] <= len(self):
-            raise ValueError(f"{state['place']} mini-batches of {len(self)}")
-        self.share.epoch = state["epoch"]
-        self.place = state["place"]
+            raise InputError(
+                f"the checkpoint is {state['place']} mini-batches into an epoch, which has only {len(self)} here: use "
+                "its batch size"
+            )
+        self.sampler.epoch = state["epoch"]
+        self.done = state["place"]
 
 
 def count_samples(inputs):
@@ -232,7 +235,7 @@ def random_numbers(seed):
         torch.set_rng_state(torch_state)
 
 
-class Share:
+class ShareSampler:
     """A batch sampler: the keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on.
 
     Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are
@@ -256,9 +259,9 @@ class Share:
             return count
         return min(count, self.limit)
 
-    def size(self, place):
-        """The number of samples in mini-batch ``place`` of all replicas."""
-        return min(self.batch_size, self.count - place * self.batch_size)
+    def size(self, index):
+        """The number of samples in mini-batch ``index`` of all replicas."""
+        return min(self.batch_size, self.count - index * self.batch_size)
 
     def __iter__(self):
         epoch = self.epoch if self.shuffle else 0

@@ -123,19 +123,30 @@ def check_name(name):
         raise InputError(f"unknown auxiliary network {name!r}: choose from {', '.join(AUXILIARIES)}")
 
 
-def token_auxiliary(name, channels, tokens, classes, convs=3, hidden_layers=3):
-    """MLP-aux ("mlp") or MLP-SR-aux ("mlp-sr") for tokens (B, C, N), N = ``tokens``. As for maps, but the last pooling
-    averages all tokens, so the MLP has width C. With N = 1 the auxiliary reads a single vector.
+def pooled_mlp_auxiliary(shape, classes, hidden_layers=3):
+    """MLP-aux for tokens (B, C, N), ``shape`` (C, N): the average over all tokens, then an MLP of width C."""
+    channels = shape[0]
+    return nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), mlp(channels, classes, hidden_layers))
+
+
+def pooled_mlp_sr_auxiliary(shape, classes, convs=3, hidden_layers=3):
+    """MLP-SR-aux for tokens (B, C, N), ``shape`` (C, N): average pool to a quarter of the tokens, 1×1 convolutions,
+    the average over all tokens, then an MLP of width C.
     """
+    channels, tokens = shape
     layers = []
-    if name == "mlp":
-        layers.append(nn.AdaptiveAvgPool1d(1))
-    else:
-        layers.append(nn.AdaptiveAvgPool1d(math.ceil(tokens / 4)))
-        for _ in range(convs):
-            layers += [nn.Conv1d(channels, channels, 1, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)]
-    layers.append(nn.AdaptiveAvgPool1d(1))
-    return nn.Sequential(*layers, nn.Flatten(), mlp(channels, classes, hidden_layers))
+    for _ in range(convs):
+        layers += [nn.Conv1d(channels, channels, 1, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(
+        nn.AdaptiveAvgPool1d(math.ceil(tokens / 4)),
+        *layers,
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        mlp(channels, classes, hidden_layers),
+    )
+
+
+POOLED_TOKEN_AUXILIARIES = {"mlp": pooled_mlp_auxiliary, "mlp-sr": pooled_mlp_sr_auxiliary}
 
 
 class ToChannelsFirst(nn.Module):
@@ -165,10 +176,10 @@ def auxiliary_for(name, shape, layout, classes, **options):
             "callable (shape, classes) → module"
         )
     elif len(shape) == 2:
-        net = token_auxiliary(name, channels, size[0], classes, **options)
+        net = POOLED_TOKEN_AUXILIARIES[name]((channels, *size), classes, **options)
     else:
         to_tokens = nn.Unflatten(1, (channels, 1))  # (B, C) → (B, C, 1)
-        net = nn.Sequential(to_tokens, token_auxiliary(name, channels, 1, classes, **options))
+        net = nn.Sequential(to_tokens, POOLED_TOKEN_AUXILIARIES[name]((channels, 1), classes, **options))
     if channels_last:
         net = nn.Sequential(ToChannelsFirst(), net)
     return net

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from decoupled.networks.tracing import CONSTANT, names_of_tensors
+from decoupled.networks.tracing import CONSTANT_PREFIX, names_of_tensors
 
 NUMBERS = count(1)
 
@@ -71,20 +71,20 @@ class Body(nn.Module):
 
 def make_bodies(graphs, model, constants):
     """A Body for each of ``graphs``, [{training: graph}, …], of the modules and tensors of ``model``. Those whose names
-    begin with CONSTANT are attributes of ``constants``, a copy of ``model``.
+    begin with CONSTANT_PREFIX are attributes of ``constants``, a copy of ``model``.
     """
-    every_names = [called_names(pair) for pair in graphs]
+    names_of_bodies = [called_names(pair) for pair in graphs]
     times_used = Counter()
-    for names in every_names:
+    for names in names_of_bodies:
         times_used.update(names)
     remembered = set(model.state_dict())
     bodies = []
-    for pair, names in zip(graphs, every_names, strict=True):
+    for pair, names in zip(graphs, names_of_bodies, strict=True):
         own_names = {name for name in names if times_used[name] == 1}
         body = Body(pair)
         parts = {}
         for name in names:
-            value = attribute(constants if name.startswith(CONSTANT) else model, name)
+            value = attribute(constants if name.startswith(CONSTANT_PREFIX) else model, name)
             path = highest_module(model, name, own_names)
             if path and isinstance(value, torch.Tensor):
                 parts[path] = model.get_submodule(path)
@@ -110,16 +110,20 @@ def called_names(graphs):
     return list(names)
 
 
+def ancestors(path):
+    """The paths around ``path``, outermost first: a.b.c → a, a.b."""
+    names = path.split(".")[:-1]
+    return [".".join(names[:length]) for length in range(1, len(names) + 1)]
+
+
 def is_inside(path, modules):
-    parents = path.split(".")[:-1]
-    return any(".".join(parents[:length]) in modules for length in range(1, len(parents) + 1))
+    """Whether one of the paths in ``modules`` is around ``path``."""
+    return any(parent in modules for parent in ancestors(path))
 
 
 def highest_module(model, name, own):
     """The path of the outermost module around the tensor ``name`` that has no tensors but those in ``own``, or ""."""
-    parents = name.split(".")[:-1]  # none of a constant
-    for length in range(1, len(parents) + 1):
-        path = ".".join(parents[:length])
+    for path in ancestors(name):  # none of a constant
         module = model.get_submodule(path)
         if all(f"{path}.{key}" in own for key in names_of_tensors(module)):
             return path

@@ -1,4 +1,4 @@
-"""Which of the places are cut, and, where a model cannot be cut as wished, why not. ``kind`` is the model's class."""
+"""Which of the places are cut, and, where a model cannot be cut as wished, why not. ``class_name`` is the model's."""
 
 import difflib
 from typing import NamedTuple
@@ -9,21 +9,22 @@ from decoupled.networks.graph import listing
 TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
 GUIDE = "docs/own_networks.md says how to help"
 READS_INPUT_AGAIN = (
-    "wrap it in a module whose forward does without, for instance, for tokens without padding on the right, "
-    "return model.score(model.transformer(tokens).last_hidden_state)[:, -1]"
+    "wrap the model in a module that reads its input once. For sequences without padding on the right: "
+    "return model.score(model.base_model(tokens).last_hidden_state)[:, -1]"
 )
 
 
-def choose_balanced(kind, traced, splits):
+def choose_balanced(class_name, traced, splits):
     """The splits − 1 Places after which decouple cuts. Raises InputError when there are too few."""
     places = list(traced.places.values())
     if splits > 1 and not places:
-        raise InputError(f"{kind} cannot be cut: {explain_no_places(traced)}. {GUIDE}")
-    most = 1 + len({place.parameters for place in places})
+        raise InputError(f"{class_name} cannot be cut: {explain_no_places(traced)}. {GUIDE}")
+    # Between two places with equally many parameters below there is nothing to learn: only one of them can be a cut
+    distinct = {place.parameters: place.name for place in places}
+    most = 1 + len(distinct)
     if splits > most:
-        one_of_each = {place.parameters: place.name for place in places}  # with nothing to learn between the others
-        where = listing(one_of_each.values())
-        known = f"{kind} splits into {most} modules at most, cut after {where}"
+        where = listing(distinct.values())
+        known = f"{class_name} splits into {most} modules at most, cut after {where}"
         raise InputError(f"{known}{explain_whole(traced)}. {GUIDE}")
     best = partition(traced, places, splits)
     for depth in sorted({place.name.count(".") for place in places}):
@@ -46,8 +47,11 @@ class Partition(NamedTuple):
 
 
 def is_nearly_as_good(coarse, best):
-    idle = coarse.flops[-1] == 0 and best.flops[-1] > 0
-    return coarse.flops[0] <= TOLERANCE * best.flops[0] and not idle
+    """Whether the largest module is at most TOLERANCE × that of ``best``, and no module is without FLOPs unless one of
+    ``best`` is.
+    """
+    has_empty = coarse.flops[-1] == 0 and best.flops[-1] > 0
+    return coarse.flops[0] <= TOLERANCE * best.flops[0] and not has_empty
 
 
 def partition(traced, places, splits):
@@ -59,8 +63,8 @@ def partition(traced, places, splits):
     def rank(option):
         return option.flops, [-order.get(place, len(places)) for place in option.places]
 
-    # best[end]: the best Partition of what is below that Place. Adding a module to two Partitions keeps their order, so
-    # that the best of the whole is made of bests.
+    # best[end]: the best Partition of what is below that Place. Which of two Partitions is better does not change when
+    # the same module is added to both, so dynamic programming finds the best.
     best = {traced.start: Partition((), ())}
     for part in range(1, splits + 1):
         ends = [traced.end] if part == splits else places
@@ -79,14 +83,14 @@ def partition(traced, places, splits):
     return Partition(found.flops, found.places[:-1])
 
 
-def find_named(kind, traced, names):
+def find_named(class_name, traced, names):
     """The Places called ``names``, in order. Raises InputError for a name that is none."""
     chosen = set()
     for name in names:
         node = traced.eval.named.get(name)
         place = traced.places.get(traced.eval.names[node][0]) if node else None
         if place is None:
-            raise InputError(explain_no_cut(kind, traced, name))
+            raise InputError(explain_no_cut(class_name, traced, name))
         chosen.add(place)
     places = [place for place in traced.places.values() if place in chosen]
     low = traced.start
@@ -108,14 +112,16 @@ def explain_no_places(traced, most=3):
         if node in forward.dependent and node is not forward.input and not name.endswith("()"):
             named.append((name.count("."), name))
     outermost = min((depth for depth, _ in named), default=0)
+    obstacles = []
     reasons = []
     for depth, name in named:
-        reason = traced.obstacle(name)
-        if depth == outermost and reason:
-            reasons.append(f"after {name}, {reason}")
-    if not reasons:
+        obstacle = traced.obstacle(name)
+        if depth == outermost and obstacle:
+            obstacles.append(obstacle)
+            reasons.append(f"after {name}, {obstacle.text}")
+    if not obstacles:
         return "it is a single layer" + explain_whole(traced)
-    if "the input, which" in reasons[0] and not traced.example.is_floating_point():
+    if obstacles[0].reads_input and not traced.example.is_floating_point():
         return f"{reasons[0]}; {READS_INPUT_AGAIN}"
     return "; ".join(reasons[:most]) + explain_whole(traced)
 
@@ -127,20 +133,22 @@ def explain_shared(traced, low, high):
     end = forward.position[forward.named[high.name]]
     for node in forward.nodes[start + 1 : end]:
         name = forward.names[node][0]
-        reason = traced.obstacle(name) if node in forward.crossing else None
-        if reason and "both sides" in reason:
-            return f": after {name}, {reason}"
+        obstacle = traced.obstacle(name) if node in forward.crossing else None
+        if obstacle and obstacle.shared:
+            return f": after {name}, {obstacle.text}"
     return ""
 
 
 def explain_whole(traced):
-    """Which modules are not looked into, if any."""
-    for path, error in traced.eval.trace.whole.items():
-        return f"; {path} stays whole: it {traced.stopped or error}"
-    return ""
+    """The first module that tracing could not look into, and why; "" if there is none."""
+    whole = traced.eval.trace.whole
+    if not whole:
+        return ""
+    path, error = next(iter(whole.items()))
+    return f"; {path} stays whole: it {traced.export_error or error}"
 
 
-def explain_no_cut(kind, traced, name):
+def explain_no_cut(class_name, traced, name):
     """What is wrong with the cut called ``name``, and which are nearest."""
     every = list(traced.places)
     forward = traced.eval
@@ -148,11 +156,16 @@ def explain_no_cut(kind, traced, name):
     if node is None:
         inside = [path for path in forward.trace.whole if name.startswith(path + ".")]
         if inside:
-            return f"{name} is no place to cut: {inside[0]} {forward.trace.whole[inside[0]]}"
+            return f"{class_name} cannot be cut after {name}: {inside[0]} {forward.trace.whole[inside[0]]}"
         near = difflib.get_close_matches(name, every, n=4) or every
-        return f"{kind} calls no part named {name}: it can be cut after {listing(near)}"
+        return f"{class_name} calls no part named {name}: it can be cut after {listing(near)}"
     position = forward.position[node]
     below = [other for other in every if forward.position[forward.named[other]] < position]
     above = [other for other in every if forward.position[forward.named[other]] > position]
-    reason = traced.obstacle(forward.names[node][0]) or "it is what comes before it in another shape"
-    return f"{name} is no place to cut ({reason}): the nearest are {listing(below[-1:] + above[:2])}"
+    nearest = below[-1:] + above[:2]
+    obstacle = traced.obstacle(forward.names[node][0])
+    reason = obstacle.text if obstacle else "it is only a view of the place before it"
+    explanation = f"{class_name} cannot be cut after {name} ({reason})"
+    if not nearest:
+        return f"{explanation}. {GUIDE}"
+    return f"{explanation}: the nearest places are {listing(nearest)}"

@@ -12,18 +12,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from decoupled.errors import InputError
+from decoupled.errors import InputError, first_line
 from decoupled.networks.auxiliary import auxiliary_for
 from decoupled.networks.body import make_bodies
 from decoupled.networks.choose_cuts import GUIDE, choose_balanced, explain_shared, find_named
 from decoupled.networks.graph import listing
 from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, eval_mode
+from decoupled.networks.per_token_auxiliary import per_token_auxiliary
 from decoupled.networks.places import trace_model
-from decoupled.networks.token_auxiliary import auxiliary_for_each_token
-from decoupled.networks.tracing import Untraceable, first_line, logits_of
+from decoupled.networks.tracing import Untraceable, logits_of
 
 LAYOUTS = ("channels_first", "channels_last")
-UNBALANCED = 1.5  # how many times its share of the FLOPs the largest module may have without a warning
+UNBALANCED = 1.5  # warn if the largest module has more than this many times an equal share of the FLOPs
 
 
 def cuts(model, example_input):
@@ -33,7 +33,7 @@ def cuts(model, example_input):
     the representation of one input there; flops, the share of the model's FLOPs below it. Arguments and errors as in
     decouple; ``model`` stays as it is.
     """
-    traced = trace(examine(model, example_input))
+    traced = trace_examined(examine(model, example_input))
     total = max(1, traced.end.flops)
     rows = [(place.name, place.shape, place.flops / total) for place in traced.places.values()]
     return pd.DataFrame(rows, columns=["cut", "shape", "flops"]).set_index("cut")
@@ -42,8 +42,8 @@ def cuts(model, example_input):
 def decouple(
     model, example_input, *, splits=None, at=None, classes=None, auxiliary=None, layout=None, **auxiliary_options
 ):
-    """``model`` as a DecoupledNetwork: of ``splits`` modules of about equal FLOPs, or cut after those named ``at`` (see
-    cuts).
+    """Cuts ``model`` into a DecoupledNetwork: into ``splits`` modules of about equal FLOPs, or after the places named
+    ``at`` (see cuts).
 
     The modules are made of the model's own parts: training them trains the model in place, whose forward, state_dict
     and pretrained weights stay as they were. The last module's body has the model's own head; its auxiliary is an
@@ -54,17 +54,19 @@ def decouple(
                      only shapes are checked
       classes        number of classes of the model's head, checked; by default read from it
       auxiliary      mlp, mlp-sr (the default) or cnn, with ``auxiliary_options`` (decoupled.networks.auxiliary); for
-                     sequences linear or mlp (the default), which classify each token (token_auxiliary); or a callable:
-                     (shape of the representation without B, classes, **auxiliary_options) → module that returns logits
-                     of the model's shape
+                     sequences linear or mlp (the default), which classify each token (per_token_auxiliary); or a
+                     callable: (shape of the representation without B, classes, **auxiliary_options) → module that
+                     returns logits of the model's shape
       layout         of the representations: channels_first, (B, C, h, w), or channels_last, (B, h, w, C) and (B, N, C);
                      needed only where shapes do not tell: maps of square inputs are square, rank 3 is tokens (B, N, C)
-    The largest module is the smallest possible by forward FLOPs, auxiliaries not included, or up to 10 % larger where
-    that lets the cut be between larger parts of the model. Checked at each call: the modules together compute what the
-    model does, bit for bit, in train and in eval mode, batch norm's buffers included, and no two share a parameter.
+    With ``splits``, the largest module has as few forward FLOPs as possible (auxiliaries not counted), or up to 10 %
+    more where cuts between larger parts of the model then suffice. Checked at each call: the modules together compute
+    what the model does, bit for bit, in train and in eval mode, batch norm's buffers included, and no two share a
+    parameter.
 
-    A head that shares its matrix with the embedding gets one of its own, in ``model`` too, with a warning; so do
-    unbalanced modules and forward hooks that will not fire. Raises InputError where the model cannot be traced or cut.
+    An output layer tied to the embedding gets a copy of the shared matrix, in ``model`` too. Warns about this, about
+    unbalanced modules, and about forward hooks that will not fire. Raises InputError where the model cannot be traced
+    or cut.
 
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
     """
@@ -75,41 +77,41 @@ def decouple(
     if layout not in (None, *LAYOUTS):
         raise InputError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
     model = original_of_compiled(model)
-    subject = examine(model, example_input)
-    if classes not in (None, subject.classes):
+    examined = examine(model, example_input)
+    if classes not in (None, examined.classes):
         build = f"build the model with {classes}"
-        raise InputError(f"the head of {subject.kind} has {subject.classes} classes, not {classes}: {build}")
-    traced = trace(subject)
+        raise InputError(f"the head of {examined.class_name} has {examined.classes} classes, not {classes}: {build}")
+    traced = trace_examined(examined)
     if at is None:
-        places = choose_balanced(subject.kind, traced, splits)
+        places = choose_balanced(examined.class_name, traced, splits)
     else:
-        places = find_named(subject.kind, traced, [at] if isinstance(at, str) else at)
+        places = find_named(examined.class_name, traced, [at] if isinstance(at, str) else at)
     cut = traced.cut(places)
-    check(subject, traced, cut)
-    learners = [make_auxiliary(subject, traced, place, auxiliary, layout, auxiliary_options) for place in places]
+    check(examined, traced, cut)
+    auxiliaries = [auxiliary_after(place, examined, traced, auxiliary, layout, auxiliary_options) for place in places]
     if at is None:
-        warn_if_unbalanced(subject, traced, places)
-    warn_of_silent_hooks(model, subject.kind, cut)
+        warn_if_unbalanced(examined.class_name, traced, places)
+    warn_of_silent_hooks(model, examined.class_name, cut)
     if places:
-        untie(model, subject.tied)
-        warn_of_untied(subject)
+        untie(model, examined.tied)
+        warn_of_untied(examined.tied)
     bodies = make_bodies(cut.graphs, model, constants=traced.model)
-    heads = [*learners, nn.Identity()]
+    heads = [*auxiliaries, nn.Identity()]
     return DecoupledNetwork(DecoupledModule(body, head) for body, head in zip(bodies, heads, strict=True))
 
 
 # The model and its input
 
 
-class Subject(NamedTuple):
-    """A model to be cut, and what it does with an example."""
+class Examined(NamedTuple):
+    """A model to be cut, and what it returns for an example."""
 
-    kind: str  # its class
-    model: nn.Module  # a copy, to trace and to run
+    class_name: str
+    twin: nn.Module  # a copy of the model, to trace and to run
     inputs: torch.Tensor  # two
-    output: object  # what it returns in eval mode
-    logits: torch.Tensor  # that, or its logits
-    tied: dict  # {name of a parameter of a head: name of the embedding that shared it}
+    logits: torch.Tensor  # of the inputs, in eval mode
+    returns_object: bool  # whether logits are an entry or attribute of what the model returns
+    tied: dict  # {name of a parameter of a head: name of the embedding's that it shared}
 
     @property
     def classes(self):
@@ -123,17 +125,19 @@ def original_of_compiled(model):
 
 
 def examine(model, example_input):
-    """A copy of ``model``, run on two inputs in eval mode. Raises InputError."""
+    """Copies ``model`` and runs the copy on two inputs in eval mode. Raises InputError."""
     if not isinstance(example_input, torch.Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         raise InputError("example_input must be a batch of inputs: a tensor (B, …)")
     model = original_of_compiled(model)
-    kind = type(model).__name__
+    class_name = type(model).__name__
     pair = example_input if len(example_input) > 1 else torch.cat([example_input] * 2)
     inputs = pair[:2].clone()
     try:
         twin = copy.deepcopy(model)
     except RuntimeError as error:
-        raise InputError(f"{kind} holds tensors that autograd made: cut it before it runs, or build it anew") from error
+        raise InputError(
+            f"{class_name} holds tensors that autograd made: cut it before it runs, or build it anew"
+        ) from error
     for module in twin.modules():
         module._compiled_call_impl = None  # of model.compile(): each mode would be compiled to be run once
     tied = find_tied(twin)
@@ -142,23 +146,26 @@ def examine(model, example_input):
         try:
             output = twin(inputs.clone())
         except Exception as error:  # whatever a model raises
-            raise InputError(f"{kind} fails on inputs {tuple(inputs.shape)}: {first_line(error)}") from error
+            raise InputError(f"{class_name} fails on inputs {tuple(inputs.shape)}: {first_line(error)}") from error
     logits = logits_of(output)
     if not isinstance(logits, torch.Tensor):
         returned = f"a {type(output).__name__} without logits"
-        raise InputError(f"{kind} returns {returned}: it must return logits (B, classes), or an object that has them")
+        raise InputError(
+            f"{class_name} returns {returned}: it must return logits (B, classes), or an object that has them"
+        )
     if logits.dim() < 2 or len(logits) != len(inputs):
-        raise InputError(f"{kind} returns {tuple(logits.shape)}, not logits (B, classes) of {len(inputs)} inputs")
-    return Subject(kind, twin, inputs, output, logits, tied)
+        raise InputError(f"{class_name} returns {tuple(logits.shape)}, not logits (B, classes) of {len(inputs)} inputs")
+    returns_object = not isinstance(output, torch.Tensor)
+    return Examined(class_name, twin, inputs, logits, returns_object, tied)
 
 
-def trace(subject):
-    returns_object = not isinstance(subject.output, torch.Tensor)
+def trace_examined(examined):
+    """The TracedModel of an Examined model. Raises InputError."""
     try:
-        with seeded(subject.inputs):
-            return trace_model(subject.model, subject.inputs, returns_object)
+        with seeded(examined.inputs):
+            return trace_model(examined.twin, examined.inputs, examined.returns_object)
     except Untraceable as error:
-        raise InputError(f"the forward of {subject.kind} {error}. {GUIDE}") from error
+        raise InputError(f"the forward of {examined.class_name} {error}. {GUIDE}") from error
 
 
 @contextmanager
@@ -192,7 +199,7 @@ def untie(model, names):
         setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
-def warn_if_unbalanced(subject, traced, places):
+def warn_if_unbalanced(class_name, traced, places):
     """Warns where one module has far more than its share of the FLOPs: none of the others can be large then."""
     ends = [traced.start, *places, traced.end]
     flops = [high.flops - low.flops for low, high in itertools.pairwise(ends)]
@@ -201,24 +208,24 @@ def warn_if_unbalanced(subject, traced, places):
     if share > UNBALANCED / len(flops):
         between = f"between {ends[largest].name} and {ends[largest + 1].name}"
         module = (
-            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {subject.kind}"
+            f"module {largest + 1} of {len(flops)}, {between}, has {100 * share:.0f} % of the FLOPs of {class_name}"
         )
         warnings.warn(module + explain_shared(traced, ends[largest], ends[largest + 1]), stacklevel=3)
 
 
-def warn_of_untied(subject):
-    for name, embedding in subject.tied.items():
+def warn_of_untied(tied):
+    for name, embedding in tied.items():
         warnings.warn(
             f"{name} was {embedding}, which is in another module now: it is a copy of its own, in the model too",
             stacklevel=3,
         )
 
 
-def warn_of_silent_hooks(model, kind, cut):
+def warn_of_silent_hooks(model, class_name, cut):
     silent = []
     for path, module in model.named_modules():
         if path in cut.opened and (module._forward_hooks or module._forward_pre_hooks):
-            silent.append(path or kind)
+            silent.append(path or class_name)
     if silent:
         warnings.warn(
             f"forward hooks on {listing(silent)} will not fire: decouple calls the parts of these modules", stacklevel=3
@@ -228,35 +235,45 @@ def warn_of_silent_hooks(model, kind, cut):
 # What comes out
 
 
-def run(network, inputs, training):
-    """The output of a list of modules in turn, in that mode, with random numbers that are the same each time."""
+def run_modules(modules, inputs, training):
+    """The logits of a list of modules called in turn, in that mode, with random numbers that are the same each time."""
     with seeded(inputs):
         value = inputs.clone()
-        for module in network:
+        for module in modules:
             value = module.train(training)(value)
         return logits_of(value).detach()
 
 
-def check(subject, traced, cut):
-    """Raises InputError unless the modules of ``cut`` compute what the model does, buffers included, and share no
-    parameter.
-    """
-    twin = subject.model
-    bodies = make_bodies(cut.graphs, twin, constants=traced.model)
-    start = [buffer.clone() for buffer in twin.buffers()]
+def check(examined, traced, cut):
+    """Raises InputError unless the modules of ``cut`` compute what the model does and share no parameter."""
+    bodies = make_bodies(cut.graphs, examined.twin, constants=traced.model)
+    check_outputs(bodies, examined, traced)
+    check_parameters(bodies)
+
+
+def check_outputs(bodies, examined, traced):
+    """Raises InputError unless ``bodies`` together compute the model's logits and buffers, in both modes."""
+    twin = examined.twin
+    initial_buffers = [buffer.clone() for buffer in twin.buffers()]
     for training in (True, False):
         outcomes = []
-        for network in ([twin], bodies):
-            restore(twin.buffers(), start)
+        for modules in ([twin], bodies):
+            restore(twin.buffers(), initial_buffers)
+            # torch.export records with gradients on; without them some layers of the model call fused kernels that
+            # round differently
             with torch.set_grad_enabled(training or not traced.calls_modules):
-                logits = run(network, subject.inputs, training)
+                logits = run_modules(modules, examined.inputs, training)
             outcomes.append([logits, *(buffer.clone() for buffer in twin.buffers())])
         if not all(map(is_same, *outcomes)):
             mode = "train" if training else "eval"
             raise InputError(
-                f"cut, {subject.kind} computes something else in {mode} mode: its forward depends on values that were "
-                f"fixed while it was traced. {GUIDE}"
+                f"cut, {examined.class_name} computes something else in {mode} mode: its forward depends on values "
+                f"that were fixed while it was traced. {GUIDE}"
             )
+
+
+def check_parameters(bodies):
+    """Raises InputError if two of ``bodies`` share a parameter."""
     owners = {}
     for index, body in enumerate(bodies):
         for name, parameter in body.named_parameters():
@@ -271,7 +288,7 @@ def restore(buffers, values):
 
 
 def is_same(one, other):
-    """Whether two tensors are equal bit for bit; on the meta device, where there are no bits, in shape and dtype."""
+    """Whether two tensors are equal, NaNs included; on the meta device, whether their shape and dtype are."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if one.is_meta:
@@ -279,34 +296,37 @@ def is_same(one, other):
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def make_auxiliary(subject, traced, place, auxiliary, layout, options):
+def auxiliary_after(place, examined, traced, auxiliary, layout, options):
     """The auxiliary network for the representation at ``place``. Raises InputError."""
     value = traced.eval.values[traced.eval.named[place.name]]
     if callable(auxiliary):
-        net = auxiliary(place.shape, subject.classes, **options)
-    elif subject.logits.dim() == 2:
+        net = auxiliary(place.shape, examined.classes, **options)
+    elif examined.logits.dim() == 2:
         layout = layout or guess_layout(traced, place)
-        net = auxiliary_for(auxiliary or "mlp-sr", place.shape, layout, subject.classes, **options)
-    elif subject.logits.dim() == 3:
-        net = auxiliary_for_each_token(auxiliary or "mlp", place.shape, subject.classes, **options)
+        net = auxiliary_for(auxiliary or "mlp-sr", place.shape, layout, examined.classes, **options)
+    elif examined.logits.dim() == 3:
+        net = per_token_auxiliary(auxiliary or "mlp", place.shape, examined.classes, **options)
     else:
-        shape = tuple(subject.logits.shape[1:])
+        shape = tuple(examined.logits.shape[1:])
         raise InputError(f"no auxiliary has logits (B, *{shape}): pass a callable (shape, classes) → module")
     net = net.to(value.device, value.dtype)
     with torch.no_grad(), eval_mode(net), seeded(value):
         logits = net(value.clone())
-    if logits.shape != subject.logits.shape:
-        expected = tuple(subject.logits.shape)
+    if logits.shape != examined.logits.shape:
+        expected = tuple(examined.logits.shape)
         raise InputError(f"the auxiliary after {place.name} returns {tuple(logits.shape)}, not {expected}")
     return net
 
 
 def guess_layout(traced, place):
-    """The layout that the shape of the representation at ``place`` tells, or those of the others. Raises InputError."""
+    """The layout that the shape at ``place`` implies or, if that is ambiguous, the one that the other places imply.
+    Raises InputError if neither tells.
+    """
     images = traced.example
     square = images.dim() != 4 or images.shape[2] == images.shape[3]
-    others = {told_layout(other.shape, square) for other in traced.places.values() if len(other.shape) == 3} - {None}
-    layout = told_layout(place.shape, square)
+    maps = [other for other in traced.places.values() if len(other.shape) == 3]
+    others = {implied_layout(other.shape, square) for other in maps} - {None}
+    layout = implied_layout(place.shape, square)
     if layout is None and len(others) == 1:
         layout = others.pop()
     if layout is None:
@@ -315,11 +335,11 @@ def guess_layout(traced, place):
     return layout
 
 
-def told_layout(shape, square):
-    """The layout of representations (B, *shape), or None; ``square``: maps are."""
+def implied_layout(shape, square):
+    """The layout of representations (B, *shape), or None if ambiguous. ``square``: whether maps are square."""
     if len(shape) != 3:
         return "channels_last"
     first, middle, last = shape
-    if not square or (first == middle) == (middle == last):
+    if not square or (first == middle) == (middle == last):  # ambiguous: all sides equal, or no two neighbors
         return None
     return "channels_last" if first == middle else "channels_first"

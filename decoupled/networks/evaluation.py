@@ -127,12 +127,12 @@ def evaluate(net, batches, heads=None, topk=(1,)):
     meters = []
     with eval_mode(net):
         for images, labels in batches:
-            every_logits = net(images) if heads is None else net(images, heads)
-            if isinstance(every_logits, torch.Tensor):
-                every_logits = [every_logits]
+            logits_of_heads = net(images) if heads is None else net(images, heads)
+            if isinstance(logits_of_heads, torch.Tensor):
+                logits_of_heads = [logits_of_heads]
             if not meters:
-                meters = [Meter(topk) for _ in every_logits]
-            for meter, logits in zip(meters, every_logits, strict=True):
+                meters = [Meter(topk) for _ in logits_of_heads]
+            for meter, logits in zip(meters, logits_of_heads, strict=True):
                 logits = logits.float()
                 meter.update(cross_entropy(logits, labels), logits, labels)
     return meters
@@ -185,8 +185,8 @@ class WithEnsembles(nn.Module):
         self.probabilities = probabilities
 
     def forward(self, images):
-        every_logits = [logits.float() for logits in self.net(images)]
-        outputs = every_logits
+        logits_of_heads = [logits.float() for logits in self.net(images)]
+        outputs = logits_of_heads
         if self.probabilities:
-            outputs = [logits.softmax(1) for logits in every_logits]
-        return [*every_logits, *ensembles(outputs)]
+            outputs = [logits.softmax(1) for logits in logits_of_heads]
+        return [*logits_of_heads, *ensembles(outputs)]

@@ -1,5 +1,5 @@
-"""FLOPs of a step, for everyone who counts them. One multiply-add is 2 FLOPs; matrix products, convolutions, attention
-and recurrent layers count, nothing else does.
+"""FLOPs of a step, counted in one way everywhere in this repository. One multiply-add is 2 FLOPs; matrix products,
+convolutions, attention and recurrent layers count, nothing else does.
 
 torch.utils.flop_counter has the formulas of most operators. Here are those it lacks: attention on the CPU, the fused
 operators that nn.MultiheadAttention and nn.TransformerEncoderLayer call in eval mode, and fused LSTMs and GRUs.
@@ -23,6 +23,14 @@ def count_flops(step):
 def flop_counter():
     """A context manager whose ``get_total_flops()`` says how many FLOPs have run inside it so far."""
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+def operator_flops(operator, args, kwargs, result):
+    """FLOPs of one call of an operator of PyTorch, for example torch.ops.aten.mm.default, that returned ``result``."""
+    formula = ALL_FORMULAS.get(operator.overloadpacket)
+    if formula is None:
+        return 0
+    return formula(*args, **kwargs, out_val=result)
 
 
 def attention_flops(query, key, value, *args, **kwargs):
@@ -49,7 +57,7 @@ def multihead_flops(query, key, value, width, *args, **kwargs):
 
 def encoder_layer_flops(inputs, width, *args, **kwargs):
     """nn.TransformerEncoderLayer: attention and an MLP of one hidden layer. Shape: (B, N, width)."""
-    first_matrix = args[12]
+    first_matrix = args[12]  # ffn_weight_1: argument 14 of aten::_transformer_encoder_layer_fwd, after inputs and width
     samples, tokens = inputs[:2]
     mlp = 4 * samples * tokens * math.prod(first_matrix)
     return multihead_flops(inputs, inputs, inputs, width) + mlp
@@ -84,3 +92,5 @@ FORMULAS = {
     aten._cudnn_rnn: cudnn_rnn_flops,
     aten._cudnn_rnn_backward: cudnn_rnn_backward_flops,
 }
+
+ALL_FORMULAS = flop_counter().flop_registry  # PyTorch's and these

@@ -1,22 +1,32 @@
-"""A model's forward as a graph: what each step computes and costs, which values are alive behind it, and the steps
+"""A model's forward as a graph: what each step computes and costs, which values are alive after it, and the steps
 between two cuts.
 """
 
 import operator
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
+from decoupled.errors import first_line
 from decoupled.networks.body import attribute
 from decoupled.networks.flops import flop_counter
-from decoupled.networks.tracing import Untraceable, first_line, follow_device
+from decoupled.networks.tracing import Untraceable, follow_device
 
 SIZE = torch.ops.aten.sym_size.int  # how torch.export records x.shape[dimension]
 
 # Names of the two ends
 INPUT = "the input"
 OUTPUT = "the output"
+
+
+class Obstacle(NamedTuple):
+    """Why a model cannot be cut at a place."""
+
+    text: str
+    reads_input: bool = False  # the layers above also need the input
+    shared: bool = False  # parameters are used on both sides
 
 
 class Recorder(fx.Interpreter):
@@ -42,12 +52,24 @@ class Recorder(fx.Interpreter):
         return value
 
 
-class Forward:
+class ForwardGraph:
     """The graph of a model's forward in one mode.
 
-    ``nodes``, in order; ``position``: {node: index among them}; ``dependent``: the nodes whose value depends on the
-    input's values, not on its sizes alone; ``crossing``: {dependent node that is used later: other such nodes whose
-    values are used later, too}; ``names``: {node: its names, the shortest path first}; ``named``: {name: node}.
+    nodes      in order
+    position   {node: index among them}
+    dependent  the nodes whose value depends on the input's values, not on its sizes alone
+    crossing   {node: the earlier dependent nodes whose values are also needed after it}, for each dependent node that
+               is used later. Only after a node with [] does one tensor carry everything
+    names      {node: its names, the shortest path first}
+    named      {name: node}
+    uses       {parameter: where it is used} (find_uses)
+    changes    {node: what changes its value in place} (find_changes)
+
+    After record() also:
+
+    values     {node: its value for the example}
+    flops      {node: FLOPs of the model up to it}
+    mutated    the nodes whose value a later one changes in place
     """
 
     def __init__(self, model, trace):
@@ -63,6 +85,9 @@ class Forward:
         self.named = {name: node for node in self.nodes for name in self.names[node]}
         self.uses = self.find_uses()
         self.changes = self.find_changes()
+        self.values = None
+        self.flops = None
+        self.mutated = None
 
     def find_dependent(self):
         dependent = {self.input}
@@ -88,14 +113,14 @@ class Forward:
                 alive.append(node)
         return crossing
 
-    def alive_over(self, node):
-        """The dependent nodes before ``node`` whose values are used both there or before, and later."""
+    def skipping(self, node):
+        """The dependent nodes before ``node`` whose values are also used after it: what skips over it."""
         position = self.position[node]
         return [other for other in self.dependent if self.position[other] < position < self.last_use(other)]
 
     def find_names(self):
-        """{node: names}: the paths of the modules whose output it is, else the function called, with (). The second of
-        a name has #2 behind it.
+        """{node: names}: the paths of the modules whose output it is, else the function called, with (). The second
+        node of a name gets #2 appended.
         """
         names = {}
         times = Counter()
@@ -146,14 +171,12 @@ class Forward:
         return {parameter for parameter, (first, _) in self.uses.items() if first <= self.position[node]}
 
     def above(self, node):
-        """The parameters used behind ``node``."""
+        """The parameters used after ``node``."""
         return {parameter for parameter, (_, last) in self.uses.items() if last > self.position[node]}
 
     @torch.no_grad()
     def record(self, example, training):
-        """Runs the graph on ``example``, which updates the model's buffers. Notes ``values`` and ``flops`` up to each
-        node, and in ``mutated`` the nodes whose value a later one changes in place.
-        """
+        """Runs the graph on ``example`` to find ``values``, ``flops`` and ``mutated``. Updates the model's buffers."""
         self.model.train(training)
         with flop_counter() as counter:
             recorder = Recorder(self.model, self.trace.graph, counter)
@@ -192,31 +215,32 @@ class Forward:
         return [value for value in parameters if isinstance(value, nn.Parameter) and value.dim() > 1]
 
     def obstacle(self, node):
-        """Why the network cannot be cut after ``node``, parameters aside; None where it can."""
+        """The Obstacle to a cut after ``node``, parameters aside; None if there is none."""
         if node is self.input:
-            return "it is the input"
+            return Obstacle("it is the input")
         if node not in self.crossing or self.output in node.users:
-            return "no layer above it depends on it"
-        if self.crossing[node]:
-            others = listing(self.describe(other) for other in self.crossing[node])
-            return f"{others} crosses there, too"
+            return Obstacle("no layer above it depends on it")
+        crossing = self.crossing[node]
+        if crossing:
+            others = listing(self.describe(other) for other in crossing)
+            return Obstacle(f"the layers above it also need {others}", reads_input=self.input in crossing)
         value = self.values[node]
         batch = len(self.values[self.input])
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
-            return "it is no floating-point tensor (B, …)"
+            return Obstacle("it is not a floating-point tensor (B, …)")
         if len(value) != batch:
-            return f"its shape {tuple(value.shape)} does not begin with the batch size {batch}"
+            return Obstacle(f"its shape {tuple(value.shape)} does not begin with the batch size {batch}")
         if node in self.mutated:
-            return "a layer above changes it in place: cut behind that one"
+            return Obstacle("a layer above changes it in place: cut after that one")
         if self.lost_sizes(node):
-            return "a size of the input that it does not have is needed above it"
+            return Obstacle("the layers above need a size of the input that its own shape does not have")
         return None
 
     def describe(self, node):
         """``node`` in terms of the user's code."""
         if node is self.input:
             users = sorted(node.users, key=self.position.get)
-            return f"the input, which {self.trace.lines.get(users[-1]) or self.names[users[-1]][0]} reads again,"
+            return f"the input (read again at {self.trace.lines.get(users[-1]) or self.names[users[-1]][0]})"
         name = self.names[node][0]
         line = self.trace.lines.get(node)
         return f"{name} [{line}]" if line and name.endswith("()") else name

@@ -12,8 +12,8 @@ from decoupled.errors import InputError
 class DecoupledModule(nn.Module):
     """One module: ``body`` maps the representation from below to its own, ``auxiliary`` maps that to logits.
 
-    forward: (B, C, h, w) → representation (B, C', h', w'), logits (B, classes). Nothing is detached here: detaching is
-    part of the algorithm.
+    forward: representation below (B, …) → own representation (B, …), logits (B, classes) or, for each token,
+    (B, N, classes). Nothing is detached here: detaching is part of the algorithm.
     """
 
     def __init__(self, body, auxiliary):
@@ -94,8 +94,8 @@ def eval_mode(net):
 
 @torch.no_grad()
 def output_shape(body, input_shape):
-    """The shape (C', h', w') that ``body`` makes of one input (C, h, w), found by running it on zeros in eval mode.
-    ``body`` stays unchanged.
+    """The shape, without B, of what ``body`` returns for inputs (B, *input_shape), for example (C', h', w') for
+    (C, h, w). Runs ``body`` on zeros in eval mode and leaves it unchanged.
     """
     parameter = next(body.parameters(), torch.empty(0))
     with eval_mode(body):  # so that batch norm updates no statistics, and accepts a single 1×1 input

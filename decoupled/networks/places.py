@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from decoupled.networks.body import is_inside
-from decoupled.networks.graph import INPUT, OUTPUT, Forward, listing
+from decoupled.networks.body import ancestors, is_inside
+from decoupled.networks.graph import INPUT, OUTPUT, ForwardGraph, Obstacle, listing
 from decoupled.networks.tracing import Untraceable, trace_with_export, trace_with_fx
 
 
 class Place(NamedTuple):
-    """A place to cut, or an end of the model. The name is that of the node behind which it is, in both modes."""
+    """A place to cut, or an end of the model. ``name`` is that of the node before it, the same in both modes."""
 
     name: str
     shape: tuple  # of the representation of one input
@@ -30,18 +30,18 @@ class Cut(NamedTuple):
 class TracedModel:
     """A model whose forward is known in both modes. ``places``: {name: Place}, in order from the input."""
 
-    calls_modules = False  # it calls operators, those of forwards with gradients
+    calls_modules = False  # torch.export recorded operators, with gradients enabled
 
-    def __init__(self, model, example, trace):
-        """``trace``: (training) → Trace of ``model``. ``example``: a batch of inputs."""
+    def __init__(self, model, example, trace_in_mode):
+        """``trace_in_mode(training)``: the Trace of ``model`` in that mode. ``example``: a batch of inputs."""
         self.model = model
         self.example = example
-        self.train = Forward(model, trace(True))
-        self.eval = Forward(model, trace(False))
+        self.train = ForwardGraph(model, trace_in_mode(True))
+        self.eval = ForwardGraph(model, trace_in_mode(False))
         self.train.record(example, training=True)
         self.eval.record(example, training=False)
         self.start = Place(INPUT, tuple(example.shape[1:]), 0, 0)
-        self.stopped = None  # why torch.export could not look into the modules that torch.fx left whole
+        self.export_error = None  # why torch.export could not look into the modules that torch.fx left whole
         self.end = Place(OUTPUT, (), self.train.flops[self.train.output], len(self.train.uses))
         self.places = {}
         for node in self.eval.nodes:
@@ -55,25 +55,26 @@ class TracedModel:
         return Place(name, shape, self.train.flops[node], len(self.train.below(node)))
 
     def obstacle(self, name):
-        """Why the network cannot be cut after the node called ``name`` in eval mode; None where it can."""
+        """The Obstacle to a cut after the node called ``name`` in eval mode; None if there is none."""
         if name not in self.train.named:
-            return "the forward does not come there in train mode"
+            return Obstacle("the forward does not reach it in train mode")
         below = set()
         above = set()
         for forward in (self.eval, self.train):
             node = forward.named[name]
-            reason = forward.obstacle(node)
-            if reason:
-                return reason
+            obstacle = forward.obstacle(node)
+            if obstacle:
+                return obstacle
             below |= forward.below(node)
             above |= forward.above(node)
         shared = [key for key, value in self.model.named_parameters() if value in below and value in above]
         if shared:
-            return f"{listing(shared)} {'is' if len(shared) == 1 else 'are'} used on both sides of it"
+            verb = "is" if len(shared) == 1 else "are"
+            return Obstacle(f"{listing(shared)} {verb} used on both sides of it", shared=True)
         if not below:
-            return "there is nothing to learn below it"
+            return Obstacle("no parameter is used below it")
         if not above:
-            return "there is nothing to learn above it"
+            return Obstacle("no parameter is used above it")
         return None
 
     def cut(self, places):
@@ -97,7 +98,7 @@ class FxTracedModel(TracedModel):
         for forward in (self.train, self.eval):
             for path in forward.trace.whole:
                 called = [node for node in forward.nodes if node.target == path]
-                if any(not forward.alive_over(node) for node in called):
+                if any(not forward.skipping(node) for node in called):
                     return True
         hidden = 0
         for node, others in self.eval.crossing.items():
@@ -110,18 +111,20 @@ class FxTracedModel(TracedModel):
         """The Cut between ``places``, which calls the model's modules whole but for those with a cut inside."""
         opened = {""}
         for place in places:
-            opened.update(parents(place.name))
+            opened.update(ancestors(path_of(place.name)))
         forwards = {}
         try:
             for training in (True, False):
                 trace = trace_with_fx(self.model, training, self.returns_object, opened)
-                forwards[training] = Forward(self.model, trace)
-        except Untraceable:  # where, say, a module is called whose tuple can only be unpacked when it is opened
+                forwards[training] = ForwardGraph(self.model, trace)
+        # For example at ``a, b = layer(x)``: a layer that is called whole returns a stand-in, which cannot be unpacked
+        except Untraceable:
             return super().cut(places)
         for forward in forwards.values():
             for place in places:
                 node = forward.named.get(place.name)
-                if forward.crossing.get(node) != []:  # more is needed to call a module than its parts use
+                # A module called whole takes all its arguments, also those its parts do not use: one may cross here
+                if forward.crossing.get(node) != []:
                     return super().cut(places)
         return cut_forwards(forwards, places)
 
@@ -144,7 +147,7 @@ def trace_model(model, example, returns_object):
     except Untraceable as error:
         if traced is None:
             raise
-        traced.stopped = error
+        traced.export_error = error
         return traced
     if traced and len(traced.places) >= len(exported.places):
         return traced
@@ -152,7 +155,7 @@ def trace_model(model, example, returns_object):
 
 
 def cut_forwards(forwards, places):
-    """The Cut of ``forwards``, {training: Forward}, between ``places``."""
+    """The Cut of ``forwards``, {training: ForwardGraph}, between ``places``."""
     graphs = []
     start = INPUT
     for end in (*(place.name for place in places), OUTPUT):
@@ -171,11 +174,9 @@ def opened_modules(forward):
     return {path for path in paths if path not in called and not is_inside(path, called)}
 
 
-def parents(name):
-    """The paths of the modules around the place called ``name``."""
-    path = name.split("#")[0].split("[")[0]
-    names = path.split(".")[:-1]
-    return {".".join(names[:length]) for length in range(1, len(names) + 1)}
+def path_of(name):
+    """The path in the name of a place: without #2 and [0]."""
+    return name.split("#")[0].split("[")[0]
 
 
 def is_number(value):

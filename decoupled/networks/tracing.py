@@ -20,22 +20,26 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from decoupled.errors import first_line
+
 # Those of PyTorch's modules whose forward calls layers one after the other
 CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
 
 # What torch.export records that computes nothing: assertions about sizes, types and devices
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
-CONSTANT = "_decoupled_constant"  # the beginning of the names under which a copy of the model has its Trace's constants
+CONSTANT_PREFIX = "_decoupled_constant"  # of the attributes of the traced copy that hold a graph's constants
 
 
 class Untraceable(Exception):
-    """A forward that cannot be traced. The message says why, and at which line of it."""
+    """A forward that cannot be traced. The message is a predicate, which callers put after a subject: "cannot be traced
+    past net.py:12 (…)".
+    """
 
 
 class Trace(NamedTuple):
     """A model's forward in one mode. Names in the graph are those of the model's own modules and tensors, or begin with
-    CONSTANT.
+    CONSTANT_PREFIX.
     """
 
     graph: fx.Graph  # one input, "representation"; its output is the logits
@@ -43,10 +47,6 @@ class Trace(NamedTuple):
     scopes: dict  # {node: path of the module whose forward made it}
     lines: dict  # {node: the line of the user's code that made it, as "file.py:12"}
     whole: dict  # {path: the Untraceable of a module that had to stay whole}
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
 def is_internal(filename):
@@ -103,9 +103,9 @@ def logits_of(output):
 
 
 class ModuleTracer(fx.Tracer):
-    """Traces a forward of one input; other arguments keep their defaults. Without ``opened``, it follows the forward of
-    every module that has parts and can be traced; with it, only of those at these paths. ``returns_object``: the
-    model returns an object with logits. Forward hooks are not traced.
+    """Traces a forward of one input; other arguments keep their defaults. Follows the forward of the modules at the
+    paths ``opened``; by default, of every module that can be opened and traced. All others are one step each.
+    ``returns_object``: the model returns an object with logits. Forward hooks are not traced.
     """
 
     proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
@@ -127,7 +127,7 @@ class ModuleTracer(fx.Tracer):
     def is_leaf_module(self, module, path):
         if self.opened is not None:
             return path not in self.opened
-        return path in self.whole or not has_parts(module)
+        return path in self.whole or not can_be_opened(module)
 
     def call_module(self, module, forward, args, kwargs):
         path = self.path_of_module(module)
@@ -140,7 +140,7 @@ class ModuleTracer(fx.Tracer):
         return output
 
     def call_opened(self, module, path, args, kwargs):
-        """Traces the forward of ``module``, or has it whole if that fails."""
+        """Traces the forward of ``module``, or leaves it whole if that fails."""
         last_node = next(reversed(self.graph.nodes))
         calls = dict(self.num_calls)
         stack = dict(self.module_stack)
@@ -152,7 +152,7 @@ class ModuleTracer(fx.Tracer):
                 raise
             self.whole[path] = untraceable(error)
         # As if it had not been called
-        self.remove_nodes_behind(last_node)
+        self.remove_nodes_after(last_node)
         for current, before in ((self.num_calls, calls), (self.module_stack, stack)):
             current.clear()
             current.update(before)
@@ -160,7 +160,7 @@ class ModuleTracer(fx.Tracer):
             value[:] = before
         return super().call_module(module, module.forward, args, kwargs)
 
-    def remove_nodes_behind(self, last_node):
+    def remove_nodes_after(self, last_node):
         for node in reversed(self.graph.nodes):
             if node is last_node:
                 return
@@ -184,8 +184,8 @@ class ModuleTracer(fx.Tracer):
         return forward, [self.root, self.create_proxy("placeholder", "representation", (), {})]
 
 
-def has_parts(module):
-    """Whether there may be a place to cut inside ``module``, whose forward can be followed."""
+def can_be_opened(module):
+    """Whether to trace inside ``module``: it has children, and is not one of PyTorch's own layers."""
     if hasattr(module, "_orig_mod"):  # what torch.compile returned
         return False
     from_pytorch = type(module).__module__.startswith("torch.nn.")
@@ -195,7 +195,9 @@ def has_parts(module):
 
 
 def trace_with_fx(model, training, returns_object, opened=None):
-    """The Trace of ``model``, which is left in that mode and may get attributes. Raises Untraceable."""
+    """Returns the Trace of ``model`` in train or eval mode. Leaves ``model`` in that mode and may add attributes to it.
+    Raises Untraceable.
+    """
     model.train(training)
     tracer = ModuleTracer(returns_object, opened)
     try:
@@ -205,7 +207,7 @@ def trace_with_fx(model, training, returns_object, opened=None):
     remove_unused_items(graph)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # made in the forward
-            rename_constant(model, node, getattr(model, node.target), training)
+            store_constant(model, node, getattr(model, node.target), training)
     scopes = {}
     for node in graph.nodes:
         around = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
@@ -220,11 +222,13 @@ def remove_unused_items(graph):
             graph.erase_node(node)
 
 
-def rename_constant(model, node, value, training):
-    """Gives ``model`` the ``value`` of the get_attr ``node`` under a name that no other Trace uses."""
+def store_constant(model, node, value, training):
+    """Stores ``value`` as an attribute of ``model`` under a name that no other Trace uses, and lets the get_attr
+    ``node`` read it there.
+    """
     mode = "train" if training else "eval"
-    node.target = "_".join([CONSTANT, mode, node.target.replace(".", "_").lstrip("_")])
-    if isinstance(value, fx.GraphModule):  # what runs without gradients, or in another precision
+    node.target = "_".join([CONSTANT_PREFIX, mode, node.target.replace(".", "_").lstrip("_")])
+    if isinstance(value, fx.GraphModule):  # the body of a torch.no_grad() or autocast block
         follow_device(value.graph)
         value.recompile()
     setattr(model, node.target, value)
@@ -262,8 +266,8 @@ class ReturnsLogits(nn.Module):
 
 
 def trace_with_export(model, training, example):
-    """The Trace of ``model`` for inputs like ``example``, of any batch size, and of any length if they are tokens
-    (B, N). ``model`` may get attributes. Raises Untraceable.
+    """Returns the Trace of ``model`` in train or eval mode, for inputs like ``example`` of any batch size, and of any
+    length if they are tokens (B, N). May add attributes to ``model``. Raises Untraceable.
     """
     # Exported with gradients: in eval mode without them, PyTorch's layers call operators that have no backward pass
     exported = copy.deepcopy(model).train(training)
@@ -279,7 +283,7 @@ def trace_with_export(model, training, example):
             module = program.module()
     except Exception as error:  # whatever a forward raises when it is given a tensor without values
         if "Constraints violated" in str(error):
-            raise Untraceable("has a fixed batch size when traced: write x.shape[0] for len(x)") from error
+            raise Untraceable("has a fixed batch size when traced: write x.shape[0] instead of len(x)") from error
         raise untraceable(error) from error
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -292,7 +296,7 @@ def trace_with_export(model, training, example):
             if name in own_names:
                 node.target = name
             else:
-                rename_constant(model, node, operator.attrgetter(node.target)(module), training)
+                store_constant(model, node, operator.attrgetter(node.target)(module), training)
     output = graph.output_node()
     (logits,) = output.args[0]
     output.args = (logits,)

@@ -127,7 +127,7 @@ class Mesh:
             nonlocal loaded
             loaded = load()
             train, test, classes = loaded
-            outlines = [(batches.outline, to_cpu(batches.example)) for batches in (train, test)]
+            outlines = [(batches.outline_arguments, to_cpu(batches.example)) for batches in (train, test)]
             return outlines, classes, fingerprints(train, test)
 
         outlines, classes, expected = self.processes.from_first(load_and_outline)

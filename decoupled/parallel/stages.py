@@ -136,7 +136,7 @@ class Stage:
     def read_images(self, inputs):
         """Iterates over the rest of the epoch, in the lowest stage."""
         batches = inputs.batches
-        for number, (images, labels) in enumerate(batches.rest(), start=batches.place):
+        for number, (images, labels) in enumerate(batches.rest(), start=batches.done):
             self.request = 0
             if number < inputs.common:  # otherwise some replicas have no share of this mini-batch
                 self.request = self.mesh.max(self.pending_request())

@@ -5,12 +5,12 @@ from torch import nn
 from decoupled.errors import InputError
 
 
-def linear_token_auxiliary(channels, classes):
-    """LayerNorm and a Linear layer, as the head of most language models: (B, N, C) → (B, N, classes)."""
+def linear_per_token(channels, classes):
+    """LayerNorm and a Linear layer, like the head of most language models: (B, N, C) → (B, N, classes)."""
     return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, classes))
 
 
-def mlp_token_auxiliary(channels, classes, hidden_layers=1, width=None):
+def mlp_per_token(channels, classes, hidden_layers=1, width=None):
     """LayerNorm, hidden_layers × [Linear, GELU] of ``width`` (C by default) and a Linear layer: (B, N, C) →
     (B, N, classes).
     """
@@ -24,10 +24,10 @@ def mlp_token_auxiliary(channels, classes, hidden_layers=1, width=None):
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
-TOKEN_AUXILIARIES = {"linear": linear_token_auxiliary, "mlp": mlp_token_auxiliary}
+PER_TOKEN_AUXILIARIES = {"linear": linear_per_token, "mlp": mlp_per_token}
 
 
-def auxiliary_for_each_token(name, shape, classes, **options):
+def per_token_auxiliary(name, shape, classes, **options):
     """The auxiliary network called ``name``, linear or mlp, for representations (B, *shape), shape = (N, C).
 
     Raises InputError for another name or shape.
@@ -37,7 +37,7 @@ def auxiliary_for_each_token(name, shape, classes, **options):
             f"no auxiliary for each token of representations {shape}: choose a place where they are (N, C), or pass a "
             "callable (shape, classes) → module"
         )
-    if name not in TOKEN_AUXILIARIES:
-        names = ", ".join(TOKEN_AUXILIARIES)
+    if name not in PER_TOKEN_AUXILIARIES:
+        names = ", ".join(PER_TOKEN_AUXILIARIES)
         raise InputError(f"unknown auxiliary network for tokens {name!r}: choose from {names}, or pass a callable")
-    return TOKEN_AUXILIARIES[name](shape[-1], classes, **options)
+    return PER_TOKEN_AUXILIARIES[name](shape[-1], classes, **options)
