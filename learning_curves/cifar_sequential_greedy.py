@@ -49,7 +49,7 @@ def main():
         train=train,
         test=test,
         meters=meter,
-        sequential_modules=len(net),
+        num_modules=len(net),
     ):
         frozen = net[:module_index]
         module = net[module_index]

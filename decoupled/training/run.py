@@ -91,7 +91,7 @@ class Run:
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.described = []  # comments of the script for the first lines of the log
-        self.sequential_modules = None  # a number if modules are trained one after the other
+        self.num_modules = None  # a number if modules are trained one after the other
         self.position = Position()
         # What this replica multiplies its loss by, as shares of a mini-batch differ in size; None with one replica
         self.loss_weight = None
@@ -219,10 +219,10 @@ class Run:
         train=None,
         test=None,
         meters=(),
-        sequential_modules=None,
+        num_modules=None,
         **further_state,
     ):
-        """Yields the remaining epochs, from 1. With ``sequential_modules``, a number, trains so many modules one after
+        """Yields the remaining epochs, from 1. With ``num_modules``, a number, trains so many modules one after
         the other, each for all epochs, and yields (module_index, epoch), module_index from 0.
 
         The arguments are the state of the run, which is saved in checkpoints and restored by --resume. Each is an
@@ -237,7 +237,7 @@ class Run:
         objects |= {"train": train, "test": test, "meters": meters, **further_state}
         objects = {name: value for name, value in objects.items() if value is not None}
         self.state = State(objects, self.scaler, self.mesh, self.stage)
-        self.sequential_modules = sequential_modules
+        self.num_modules = num_modules
         self.saved_at = time.perf_counter()
         with self.signals:
             try:
@@ -247,8 +247,8 @@ class Run:
                         self.begin_epoch()
                     self.epoch_started_at = time.perf_counter() - self.position.seconds
                     module_index = self.position.module_index
-                    self.console.begin_epoch(self.epoch, self.args.epochs, module_index, sequential_modules)
-                    yield (module_index, self.epoch) if sequential_modules else self.epoch
+                    self.console.begin_epoch(self.epoch, self.args.epochs, module_index, num_modules)
+                    yield (module_index, self.epoch) if num_modules else self.epoch
                     self.end_epoch()
                     self.save_or_stop()
                 self.console.write(f"finished: {self.files.path('.log')}")
@@ -260,7 +260,7 @@ class Run:
     def finished(self):
         if self.position.within_epoch:
             return False
-        last_module = (self.sequential_modules or 1) - 1
+        last_module = (self.num_modules or 1) - 1
         return self.position.module_index == last_module and self.epoch >= self.args.epochs
 
     def begin_epoch(self):
@@ -282,7 +282,7 @@ class Run:
 
     def position_name(self):
         name = f"epoch {self.epoch}"
-        if self.sequential_modules:
+        if self.num_modules:
             name = f"module {self.position.module_index + 1}, {name}"
         if self.position.within_epoch:
             name = f"{name}, batch {self.batch}"
@@ -334,7 +334,7 @@ class Run:
 
     def seed_of_batch(self):
         position = [self.epoch, self.batch, self.mesh.replica_index]
-        if self.sequential_modules:
+        if self.num_modules:
             position.insert(0, self.position.module_index + 1)
         return mix_seed(self.args.seed, *position)
 
