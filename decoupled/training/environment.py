@@ -12,7 +12,7 @@ import torch
 from decoupled.errors import one_line
 
 
-def describe(device, half):
+def environment(device, half):
     """The lines of a log that say how and where it was made: command, versions, commit, device and precision."""
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

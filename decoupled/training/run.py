@@ -22,10 +22,10 @@ from decoupled.errors import InputError
 from decoupled.parallel.mesh import Mesh
 from decoupled.parallel.processes import Processes, launched
 from decoupled.parallel.stages import Stage
-from decoupled.training import environment
 from decoupled.training.checkpoint import RunFiles
 from decoupled.training.console import Console, Signals
 from decoupled.training.device import choose_kernels, pick_device
+from decoupled.training.environment import environment
 from decoupled.training.state import State
 from decoupled.training.steps import Steps, warn_if_half_is_slow
 
@@ -502,7 +502,7 @@ class Run:
 
     def environment_lines(self):
         """The lines of the log that say how and where this run was made."""
-        lines = environment.describe(self.device, self.args.half)
+        lines = environment(self.device, self.args.half)
         if self.stage is not None:
             lines.append(f"# processes: {self.processes}, modules {self.stage}")
         elif self.processes.size > 1:
