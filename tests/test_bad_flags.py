@@ -1,5 +1,6 @@
 """Every flag of every script has its range and says so in one line; names and paths of any kind work or are refused."""
 
+import argparse
 import errno
 import os
 import re
@@ -54,6 +55,19 @@ def is_numeric(action):
     return action.type in (int, float) or bool(NUMBERS.search(getattr(action.type, "__qualname__", "")))
 
 
+def numeric_flags(parser):
+    """(words that a command line with the flag needs, the flag's action) of a parser and of its subcommands: a list."""
+    required = ["DIR" for action in parser._actions if not action.option_strings and action.nargs not in ("*", "A...")]
+    found = []
+    for action in parser._actions:
+        if is_numeric(action):
+            found.append((required, action))
+        elif isinstance(action, argparse._SubParsersAction):
+            for command, subparser in action.choices.items():
+                found += [([command, *words], flag) for words, flag in numeric_flags(subparser)]
+    return found
+
+
 def test_there_are_scripts():
     assert len(SCRIPTS) >= 15 and PARALLEL in SCRIPTS
 
@@ -61,13 +75,12 @@ def test_there_are_scripts():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_numbers_that_are_none_or_out_of_range(script, monkeypatch, capsys):
     parser = parser_of(script, monkeypatch)
-    required = ["DIR" for action in parser._actions if not action.option_strings and action.nargs != "*"]
-    numeric = [action for action in parser._actions if is_numeric(action)]
+    numeric = numeric_flags(parser)
     assert numeric
-    for action in numeric:
+    for words, action in numeric:
         for value in BAD:
             with pytest.raises(SystemExit) as stop:  # not raised: this flag takes this value
-                parser.parse_args([*required, f"{action.option_strings[-1]}={value}"])
+                parser.parse_args([*words, f"{action.option_strings[-1]}={value}"])
             message = capsys.readouterr().err
             assert stop.value.code == 2 and message.count("\n") == 1
             assert re.match(r"\S+: error: ", message), message
