@@ -236,7 +236,7 @@ def test_replicas_have_the_same_images():
         return Batches(images, torch.arange(8), 4, mean=(0,) * 3, std=(1,) * 3)
 
     first = batches(1)
-    outlines = [(first.outline, first.example), (first.outline, first.example)]
+    outlines = [(first.outline_arguments, first.example)] * 2
     sent = (outlines, 8, fingerprints(first, first))
     processes = SimpleNamespace(rank=1, size=2, control=None, from_first=lambda make: sent)
     mesh = Mesh(processes, stages=1)

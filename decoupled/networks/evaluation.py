@@ -25,14 +25,20 @@ def ranks(logits, labels):
     return (above | tied).sum(1)
 
 
-def count_hits(logits, labels, topk):
-    """The number of samples whose top k has the label, for each k in ``topk``: a list of scalars on the device."""
+def count_hits(logits, labels, topk, ignored=None):
+    """The number of samples whose top k has the label, for each k in ``topk``: a list of scalars on the device.
+
+    ``ignored``: which labels are IGNORED; None if none can be.
+    """
     if topk == (1,):
         # The same in half the operations: max returns the first of equal logits, and NaN if there is one
         highest, predicted = logits.max(1)
         not_nan = highest == highest
         return [((predicted == labels) & not_nan).sum()]
-    rank = ranks(logits, labels.clamp(min=0)).masked_fill(labels == IGNORED, logits.shape[1])
+    if ignored is None:
+        rank = ranks(logits, labels)
+    else:
+        rank = ranks(logits, labels.clamp(min=0)).masked_fill(ignored, logits.shape[1])
     return [(rank < k).sum() for k in topk]
 
 
@@ -62,15 +68,17 @@ class Meter:
         −100 has no such meaning: counting it would cost every step of every head several kernels.
         """
         samples = len(labels)
+        ignored = None
         if logits.dim() == 3:
             logits = logits.flatten(0, 1)
             labels = labels.flatten()
-            samples = (labels != IGNORED).sum()
+            ignored = labels == IGNORED
+            samples = (~ignored).sum()
             loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
         elif labels.dim() == 2:
             labels = labels.argmax(1)
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-        hits = count_hits(logits.detach(), labels, self.topk)
+        hits = count_hits(logits.detach(), labels, self.topk, ignored)
         self.count += samples
         self.summed_loss = self.summed_loss.to(wide) + loss.detach().float() * samples
         self.hits = [total.to(wide) + more for total, more in zip(self.hits, hits, strict=True)]
