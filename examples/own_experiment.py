@@ -6,7 +6,7 @@
 scikit-learn's digits, moved and turned at random by worker processes, and a
 small CNN that decouple splits into three modules, trained by AdamW with warm-up
 and cosine annealing. docs/own_script.md explains the parts and has recipes for
-more. After 20 epochs, test top-1 is 89.69 / 92.76 / 94.43 % for heads 1 to 3.
+more.
 """
 
 import torch
