@@ -1,7 +1,7 @@
-"""What the experiments of Decoupled Greedy Learning share: images, logs, checkpoints, precision, networks, costs and
-plots.
+"""Shared code of the experiments on Decoupled Greedy Learning: images, logs, checkpoints, precision, networks, costs
+and plots.
 
-The algorithms are not here. Each experiment's script holds its own, top to bottom.
+The algorithms are not here: each experiment's script spells out its own.
 """
 
 from decoupled.errors import InputError

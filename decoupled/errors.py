@@ -6,7 +6,8 @@ EXIT_BAD_INPUT = 2
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used. The message is one line, which names it and says how to fix it.
+    """The user's input cannot be used. The message is one line that names the problem and the fix.
+
     Scripts print it and exit with EXIT_BAD_INPUT.
     """
 
@@ -17,7 +18,9 @@ def one_line(text):
 
 
 def first_line(error, most=150):
-    """The first line of an exception's message, ``most`` characters of it; the name of its type if it has none."""
+    """The first line of an exception's message, cut after ``most`` characters, or the exception's type if the message
+    is empty.
+    """
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -31,7 +34,9 @@ def last_line(error):
 
 @contextlib.contextmanager
 def writing(path, fix="free some space or get write access there, then --resume"):
-    """Within the block, an OSError becomes an InputError: ``path`` cannot be written. ``fix`` says what to do."""
+    """Turns an OSError inside the block into an InputError: ``path`` cannot be written. ``fix`` tells the user what to
+    do.
+    """
     try:
         yield
     except OSError as error:

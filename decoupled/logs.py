@@ -1,5 +1,6 @@
-"""Logs of runs, with one line for each head and epoch in the format of the authors' published logs, and the names of a
-run's files. ``read_log`` also reads the published logs.
+"""Logs of runs, and the names of a run's files.
+
+A log has one line per head per epoch, in the format of the authors' published logs, which ``read_log`` reads as well.
 
 n      the head, from 1; from 0 in async_buffer and imagenet_dgl
 epoch  from 1; from 0 in the authors' DGL log of the dni experiment
@@ -7,8 +8,8 @@ loss   the mean training cross-entropy
 top1   and other accuracies, in %
 
 A log starts with the run's arguments as ``Namespace(…)`` and the network's repr. Lines that start with ``#`` say where
-and how the run was made and how long each epoch took. The authors' notebooks skip them, like all lines that they do
-not know.
+and how the run was made and how long each epoch took. The authors' notebooks skip them, as they skip every line they do
+not recognize.
 """
 
 import ast
@@ -42,7 +43,7 @@ EDITED = re.compile(r"\.edited(-\d+)?\.log$", re.ASCII)
 
 
 def parse_run_name(path):
-    """The RunName of the log or checkpoint ``path``; None if it does not have the form of one."""
+    """Parses the file name of a log or checkpoint. Returns a RunName, or None if the name has another form."""
     match = RUN_NAME.fullmatch(Path(path).stem)
     if match is None:
         return None
@@ -61,22 +62,22 @@ def started_at(path):
 
 
 def newest(paths):
-    """The path in ``paths`` whose run started last, by the time in its name. If no name has one, the path that was
-    modified last. None if ``paths`` is empty.
+    """The path of the run that started last, by the time in its file name. If no name has a time, the path modified
+    last; None if ``paths`` is empty.
     """
     return max(paths, key=lambda path: (started_at(path), path.stat().st_mtime_ns), default=None)
 
 
 def is_edited(path):
-    """Whether ``path`` is an edited log: a run that resumes moves it to STEM.edited.log and rewrites its own."""
+    """Whether ``path`` is an edited log: a resumed run moves it to STEM.edited.log and writes its own log again."""
     return EDITED.search(Path(path).name) is not None
 
 
 def logs_in(folder):
-    """The logs in ``folder`` by the start of their runs, edited ones left out. Raises InputError if there is none."""
+    """The logs in ``folder``, oldest run first, without edited ones. Raises InputError if there are none."""
     found = [path for path in Path(folder).glob("*.log") if not is_edited(path)]
     if not found:
-        raise InputError(f"there is no log in {folder}")
+        raise InputError(f"no log in {folder}")
     return sorted(found, key=lambda path: (started_at(path), path.stat().st_mtime_ns))
 
 
@@ -84,7 +85,7 @@ def logs_in(folder):
 
 
 class LineFormat(NamedTuple):
-    """A kind of line: the pattern for the whole line, and a column for each group of the pattern."""
+    """A kind of line: a pattern that matches the whole line, and the column of each of its groups."""
 
     pattern: re.Pattern
     columns: tuple
@@ -96,8 +97,8 @@ NUMBER = r"(nan|[-+]?inf|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
 
 
 def compile_line(template, columns):
-    """The LineFormat of ``template``, in which ``{}`` stands for the numbers of ``columns``, in that order. Blanks at
-    the end of a line do not matter.
+    """The LineFormat of ``template``, in which each ``{}`` is the number of one of ``columns``, in order. Trailing
+    blanks are ignored.
     """
     first, *parts = template.rstrip().split("{}")
     pattern = re.escape(first)
@@ -139,26 +140,26 @@ def head_line(n, epoch, loss, train, test):
 
 
 def lower_head_line(n, epoch, loss, train, test):
-    """The line of head ``n`` where the published log only has the last head. It is a comment, as the authors' notebooks
-    would take any line in their own format for the last head's.
+    """The line of head ``n`` where the published log has the last head only. It is a comment, because the authors'
+    notebooks would take a line in their own format for the last head's.
     """
     return LOWER_HEAD.format(n, epoch, f"{loss:.5f}", round(train, 4), round(test, 4))
 
 
 def async_line(n, epoch, own_epoch, train, test, ensemble):
-    """The line of head ``n`` in async_buffer. Its module has finished ``own_epoch`` epochs. Accuracies in %."""
+    """The line of head ``n`` in async_buffer, whose module has finished ``own_epoch`` epochs. Accuracies in %."""
     scores = f"train {round(train, 4)}, test {round(test, 4)},ense {round(ensemble, 4)}"
     return f"n: {n}, epoch {epoch},epochtrue {own_epoch}, {scores} "
 
 
 def loss_line(n, epoch, loss):
-    """The line of module ``n``'s training loss in imagenet. It is a comment, as the published lines have no loss."""
+    """The training loss of module ``n`` in imagenet, as a comment: the published lines have no loss."""
     return f"# n: {n}, epoch {epoch}, loss: {loss:.5f}"
 
 
 def imagenet_line(n, epoch, train, test, ensemble):
-    """The line of head ``n`` in imagenet_dgl. ``train``, ``test`` and ``ensemble``, of the heads up to ``n``, are
-    (top-1, top-5) in %.
+    """The line of head ``n`` in imagenet_dgl. ``train``, ``test`` and ``ensemble`` (of heads up to ``n``) are (top-1,
+    top-5) in %.
     """
     ensemble_top1, ensemble_top5 = ensemble
     scores = f"top1ens:{round(ensemble_top1, 4)} top5ens:{round(ensemble_top5, 4)}"
@@ -166,14 +167,12 @@ def imagenet_line(n, epoch, train, test, ensemble):
 
 
 def imagenet_backprop_line(lr, epoch, train, test):
-    """The line of an epoch of back-propagation in imagenet, with its learning rate. ``train`` and ``test`` are (top-1,
-    top-5) in %.
-    """
+    """The line of one epoch of back-propagation in imagenet. ``train`` and ``test`` are (top-1, top-5) in %."""
     return f"lr: {lr:g}, epoch {epoch}, {train_and_test(train, test)}"
 
 
 def train_and_test(train, test):
-    """The part that both lines of imagenet have in common, from (top-1, top-5) each."""
+    """The part that both imagenet lines share. ``train`` and ``test`` are (top-1, top-5) in %."""
     train_top1, train_top5 = train
     test_top1, test_top5 = test
     training = f"train top1:{round(train_top1, 4)}(top5:{round(train_top5, 4)})"
@@ -184,19 +183,19 @@ def train_and_test(train, test):
 
 
 def read_log(path, allow_empty=False):
-    """Reads the log at ``path`` into a pandas frame, with a row for each line of results and a column for each field.
+    """Reads the log at ``path`` into a pandas data frame with one row per result line and one column per field.
 
-    Back-propagation counts as n = 1. If the lines of results have no loss, it is taken from lines of ``loss_line``.
-    ``frame.attrs`` has
+    Back-propagation counts as n = 1. If the result lines have no loss, it comes from the lines that ``loss_line``
+    wrote. ``frame.attrs`` has
 
     arguments  the run's arguments, a dict
-    comments   the lines that start with ``#``, without it
+    comments   the lines that start with ``#``, without the ``#``
     seconds    the wall time of each epoch, if logged
-    damaged    the numbers of the lines that are left out: they start like results but do not match any format, or were
-               cut off while they were written
+    damaged    the numbers of the lines that were skipped: they start like result lines but match no format, or were cut
+               off while being written
 
-    Raises InputError if the file cannot be read, if it has more than one log, and if it has no results, unless
-    ``allow_empty``.
+    Raises InputError if the file cannot be read, contains more than one log, or has no results (unless
+    ``allow_empty``).
     """
     lines, damaged_end = read_lines(path)
     results = {}  # (n, epoch): {column: number}
@@ -208,7 +207,7 @@ def read_log(path, allow_empty=False):
     for number, line in enumerate(lines, start=1):
         if line.startswith("Namespace("):
             if arguments is not None:
-                raise InputError(f"{path} holds two logs, the second from line {number} on: split it")
+                raise InputError(f"{path} contains two logs, the second from line {number} on: split it")
             arguments = parse_namespace(line)
         result = parse_result(line)
         if result is not None:
@@ -227,7 +226,7 @@ def read_log(path, allow_empty=False):
             n, epoch, loss = map(float, match.groups())
             losses[n, epoch] = loss
     if not results and not allow_empty:
-        raise InputError(f"the log {path} holds no line of results")
+        raise InputError(f"the log {path} has no results")
     if losses:
         for key, result in results.items():
             result.setdefault("loss", losses.get(key, float("nan")))
@@ -244,8 +243,8 @@ def read_log(path, allow_empty=False):
 def read_lines(path):
     """The lines of the log at ``path``, and a list with the number of the last line if that one is left out.
 
-    A last line without a line break is left out, as it may have been cut off within a number, which cannot be seen. It
-    is complete if it ends with a blank, as the published formats do.
+    A last line without a line break is left out: it may have been cut off in the middle of a number. It is kept if it
+    ends with a blank, as lines in the published formats do.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
@@ -260,7 +259,7 @@ def read_lines(path):
 
 
 def parse_result(line):
-    """{column: number} of a line of results; None for any other line."""
+    """Parses a result line. Returns {column: number}, or None for any other line."""
     for kind in RESULT_LINES:
         if match := kind.pattern.fullmatch(line):
             numbers = map(float, match.groups())
@@ -269,7 +268,7 @@ def parse_result(line):
 
 
 def parse_namespace(line):
-    """The arguments in a line ``Namespace(k=v, …)``, as a dict. Values that are not Python literals stay text."""
+    """Parses a line ``Namespace(k=v, …)``. Returns a dict; values that are not Python literals stay strings."""
     try:
         call = ast.parse(line.strip(), mode="eval").body
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
@@ -278,7 +277,7 @@ def parse_namespace(line):
 
 
 def result_frame(results):
-    """A frame of ``results``, a list of {column: number}. INTEGER_COLUMNS without a gap are integers."""
+    """A data frame of ``results``, a list of {column: number}. INTEGER_COLUMNS without gaps have an integer type."""
     if not results:
         return pd.DataFrame(columns=["n", "epoch"], dtype=int)
     frame = pd.DataFrame(results)
@@ -289,5 +288,5 @@ def result_frame(results):
 
 
 def final(frame):
-    """The final result of each head, with n as the index: its row at the last epoch, not at the best one."""
+    """The final result of each head, indexed by n: its row at the last epoch, not the best one."""
     return frame.sort_values("epoch", kind="stable").groupby("n").tail(1).sort_values("n").set_index("n")

@@ -1,1 +1,1 @@
-"""What DGL trains on: images, mini-batches, data sets. Knows nothing of networks."""
+"""What DGL trains on: images, mini-batches, data sets. Independent of networks."""

@@ -1,24 +1,25 @@
-"""The mini-batches of a run: what a run asks of them, and those of images that stay on the training device.
+"""The mini-batches of a run: the interface that a run needs, and mini-batches of images that stay on the training
+device.
 
-A run learns from any object that offers this. Batches below is one, decoupled.data.loader.Loader another. Each
+A run accepts any object with this interface. Batches below is one, decoupled.data.loader.Loader another. Each
 mini-batch is a pair (inputs, labels) on the run's device.
 
 __iter__()                  begins an epoch and iterates over it
-begin()                     begins an epoch: a new order, the first mini-batch
-rest()                      iterates over what is left of the epoch that has begun
+begin()                     begins an epoch: a new order, from the first mini-batch
+rest()                      iterates over the rest of the current epoch
 __len__()                   number of mini-batches in an epoch
-state_dict()                how far the epoch is, and what else a new process needs to continue there
-load_state_dict(state)      continues with the mini-batch after those. Raises InputError for the state of other data
+state_dict()                the place in the epoch, and what else a new process needs to continue from there
+load_state_dict(state)      continues with the next mini-batch. Raises InputError if the state belongs to other data
 __str__()                   a line for the log
 close()                     optional: called when the run ends
 
-Where several stages share the modules, also:
+Required if several stages share the modules:
 
 outline_arguments           (number of samples, batch size, number of mini-batches), for the Outline of the stages above
-done                        number of mini-batches of the epoch that are done
-example                     a mini-batch of two samples: its shapes and types are those of what stages send
+done                        number of completed mini-batches in the epoch
+example                     a mini-batch of two samples, with the shapes and types that stages send
 
-and where replicas share each mini-batch:
+Required if replicas share each mini-batch:
 
 weight                      weight of the latest share's mean loss in the mean over replicas
 common                      number of mini-batches of which every replica has a share
@@ -36,11 +37,11 @@ from torch.nn import functional as F
 
 from decoupled.errors import InputError
 
-PADDING = 4  # of the random crop
+PADDING = 4  # padding of the random crop, in pixels
 
 
 class Augmentation(NamedTuple):
-    """What is drawn at random for an epoch, or the part of it for one mini-batch: tensors (N,) on the images' device.
+    """The random choices for an epoch, or for one mini-batch of it: tensors (N,) on the images' device.
 
     order  the indices of the images
     tops   offset of the crop in the padded image, 0 to 8
@@ -88,7 +89,7 @@ class Batches:
     ):
         check_images(images, labels)
         check_statistics(mean, std)
-        # Keeps a run from resuming with other images of the same name
+        # Prevents a run from resuming with different images of the same name
         self.fingerprint = zlib.crc32(labels.cpu().numpy(), zlib.crc32(images.cpu().contiguous().numpy()))
         self.height, self.width = images.shape[1:3]
         self.images = images.to(device)
@@ -104,8 +105,8 @@ class Batches:
         self.scale = 1 / (255 * torch.tensor(std, device=self.images.device))
         self.shift = torch.tensor(mean, device=self.images.device) * 255
         self.generator = torch.Generator().manual_seed(seed)
-        self.done = len(self)  # mini-batches of this epoch that are done; all of them before the first epoch
-        self.generator_state = None  # at the beginning of the epoch; None before the first
+        self.done = len(self)  # completed mini-batches of this epoch; all of them before the first epoch
+        self.generator_state = None  # the generator's state at the start of the epoch; None before the first
 
     def __len__(self):
         full, remainder = divmod(len(self.labels), self.batch_size)
@@ -125,7 +126,7 @@ class Batches:
             self.augmentation = self.draw()
 
     def rest(self):
-        """Iterates over the rest of the epoch that has begun."""
+        """Iterates over the rest of the current epoch."""
         while self.done < len(self):
             rows = slice(self.done * self.batch_size, (self.done + 1) * self.batch_size)
             self.done += 1
@@ -147,7 +148,7 @@ class Batches:
         return Augmentation(order.to(device), tops.to(device), lefts.to(device), flips.to(device))
 
     def crop(self, drawn):
-        """The images of a mini-batch's Augmentation, cropped and mirrored: uint8 (B, h, w, 3)."""
+        """Crops and flips the images of a mini-batch, given its Augmentation: uint8 (B, h, w, 3)."""
         down = torch.arange(self.height, device=self.images.device)
         across = torch.arange(self.width, device=self.images.device)
         rows = drawn.tops[:, None] + down
@@ -159,7 +160,7 @@ class Batches:
         return images.float().sub_(self.shift).mul_(self.scale).permute(0, 3, 1, 2)
 
     def without_augmentation(self):
-        """Returns Batches of the same images in the same memory, in order and not augmented."""
+        """Returns Batches of the same images (sharing their memory), in order and without augmentation."""
         plain = copy.copy(self)
         if self.augment:
             plain.images = self.images[:, PADDING:-PADDING, PADDING:-PADDING]
@@ -190,7 +191,7 @@ class Batches:
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
             raise InputError(
-                f"the checkpoint is of a run on other images than these {self}: use that run's data set (--data-dir)"
+                f"the checkpoint is from a run on other images than these {self}: use that run's data set (--data-dir)"
             )
         if not 0 <= state["place"] <= len(self):
             raise InputError(
@@ -204,24 +205,26 @@ class Batches:
 
 
 def check_images(images, labels):
-    """Raises InputError for what would be normalized or cropped wrongly."""
+    """Raises InputError for images that would be normalized or cropped incorrectly."""
     if images.dtype != torch.uint8:
-        raise InputError(f"images are {images.dtype}: Batches takes uint8, 0 to 255, and normalizes them itself")
+        raise InputError(f"images are {images.dtype}: Batches needs uint8, 0 to 255, and normalizes them itself")
     if images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"images have the shape {tuple(images.shape)}: Batches takes (N, h, w, 3)")
+        raise InputError(f"images have the shape {tuple(images.shape)}: Batches needs (N, h, w, 3)")
     if len(images) != len(labels):
-        raise InputError(f"there are {len(images)} images and {len(labels)} labels: each image needs one")
+        raise InputError(f"{len(images)} images but {len(labels)} labels: each image needs one label")
 
 
 def check_statistics(*statistics):
-    """Raises InputError for a mean or a standard deviation of 0 to 255, which would make all images look alike."""
+    """Raises InputError for a mean or standard deviation on the scale 0 to 255, which would make all images
+    look alike.
+    """
     for values in statistics:
         if torch.tensor(values).max() > 1:
-            raise InputError(f"mean or std {values} is above 1: Batches takes those of channels in [0, 1]")
+            raise InputError(f"mean or std {values} is above 1: Batches needs those of channels in [0, 1]")
 
 
 class Outline:
-    """What a process without data knows of the mini-batches: how large each one is, and how many are done.
+    """What a process without data knows about the mini-batches: the size of each one, and how many are done.
 
     ``count`` samples come in ``length`` mini-batches of ``batch_size``. Each is divided into ``replicas`` shares, and
     this process learns from share ``replica``. ``example`` is a mini-batch of two samples. ``weight`` is the weight of
@@ -236,7 +239,7 @@ class Outline:
         for size in self.whole:
             share, remainder = divmod(size, replicas)
             self.shares.append(share + 1 if replica < remainder else share)
-        self.common = sum(size >= replicas for size in self.whole)  # mini-batches that every replica has a share of
+        self.common = sum(size >= replicas for size in self.whole)  # mini-batches of which every replica has a share
         self.done = length
         self.weight = 1.0
 
@@ -248,16 +251,16 @@ class Outline:
         self.done = 0
 
     def without_augmentation(self):
-        """Returns a copy, as Batches does."""
+        """Returns a copy, like Batches.without_augmentation."""
         return copy.copy(self)
 
     @property
     def left(self):
-        """The sizes of this process's remaining shares in the epoch, without empty ones."""
+        """The sizes of this process's remaining shares in the epoch, except empty ones."""
         return [size for size in self.shares[self.done :] if size]
 
     def advance(self):
-        """Counts a mini-batch."""
+        """Advances by one mini-batch."""
         self.weight = self.shares[self.done] * self.replicas / self.whole[self.done]
         self.done += 1
 

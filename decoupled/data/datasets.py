@@ -20,12 +20,12 @@ DATASETS = ("cifar10", "cifar100", "fashion-mnist", "digits", "folder")
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
-# Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; other sets' come
+# Mean and standard deviation of each channel in [0, 1]. CIFAR-10's are those of the released code; the others come
 # from their training images.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 
-# How other images are brought to a set's form, where it is not a color image of 32×32
+# How to convert other images to a data set's form, if that is not a color image of 32×32
 FORMS = {"fashion-mnist": {"resize": 28, "crop": 28, "grey": True}, "digits": {"grey": True}}
 
 IMAGE_FOLDERS = "image folders {train,test}/<class>/*"
@@ -52,12 +52,13 @@ def load(
     seed=0,
     device="cpu",
 ):
-    """Returns (train, test, number of classes): Batches on ``device``, the training split augmented.
+    """Loads a data set. Returns (train, test, number of classes): Batches on ``device``, with augmentation of the
+    training split.
 
-    ``validation`` holds out that many training images, the same for all seeds, which then take the place of the test
-    split. ``train_samples`` keeps the first so many of the remaining images; image folders are read one image per class
-    in turn, so that these are of all classes. Raises InputError for an unknown data set, missing or damaged files,
-    files of another data set, or an impossible number of samples.
+    ``validation`` holds out this many training images, the same for all seeds, which replace the test split.
+    ``train_samples`` keeps the first N of the remaining images; image folders are read one image per class in turn, so
+    that all classes are included. Raises InputError for an unknown data set, missing or damaged files, files of another
+    data set, or an impossible number of samples.
     """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
@@ -84,7 +85,7 @@ def load(
         description=f"{dataset} ({data.source}){data.train.note}",
         form=form,
         augment=True,
-        flip=dataset != "digits",  # a mirrored digit is no digit
+        flip=dataset != "digits",  # a mirrored digit is not a digit
         drop_last=drop_last,
         seed=seed,
         device=device,
@@ -116,7 +117,7 @@ def check_train_samples(dataset, data, train_samples, validation):
 
 
 def check_batch_size(samples, batch_size, drop_last):
-    """Raises InputError where there is no full batch, or a batch of one image."""
+    """Raises InputError if there is no full batch, or a batch of one image."""
     if samples < batch_size:
         raise InputError(
             f"{samples} training images are fewer than one batch of {batch_size}: choose a smaller --batch-size or "
@@ -143,7 +144,7 @@ def channel_statistics(dataset, images):
 
 
 def hold_out(data, count):
-    """Moves ``count`` training images, drawn at random, to the test split. Both keep their order."""
+    """Moves ``count`` randomly drawn training images to the test split. Both keep their order."""
     train = data.train
     chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:count]
     held = torch.zeros(len(train.labels), dtype=torch.bool)
@@ -160,7 +161,7 @@ def hold_out(data, count):
 
 
 def read(dataset, data_dir):
-    """Reads a DataSet; ``data_dir`` is ignored where nothing is read from it."""
+    """Reads a DataSet. ``data_dir`` is ignored if the data set needs no files."""
     if dataset == "digits":
         return read_digits()
     if dataset == "folder":
@@ -199,7 +200,7 @@ def read_cifar_folders(dataset, folder):
 def read_cifar_files(dataset, data_dir):
     """CIFAR-10 or -100 from the published files.
 
-    ``data_dir`` is either their own folder, such as cifar-10-batches-py, or the one that contains it. Missing files are
+    ``data_dir`` is either the folder of these files, such as cifar-10-batches-py, or its parent. Missing files are
     unpacked from the archive in ``data_dir``, or downloaded.
     """
     from torchvision import datasets
@@ -231,7 +232,9 @@ def read_cifar_files(dataset, data_dir):
 
 
 def read_fashion_mnist(data_dir):
-    """Fashion-MNIST from its idx files, plain or .gz, in ``data_dir`` or its folder fashion-mnist, else by download."""
+    """Fashion-MNIST from its idx files, plain or .gz, in ``data_dir`` or its subfolder fashion-mnist; downloads them if
+    they are missing.
+    """
     from torchvision.datasets import FashionMNIST
 
     for folder in (data_dir, data_dir / "fashion-mnist"):
@@ -263,14 +266,14 @@ def read_idx_files(folder, source):
 
 def read_idx_pair(folder, split):
     """The images and labels of Fashion-MNIST's ``split``, train or t10k."""
-    images = read_idx(folder, f"{split}-images-idx3-ubyte")[16:]  # after number, height and width
+    images = read_idx(folder, f"{split}-images-idx3-ubyte")[16:]  # after the number of images, height and width
     labels = read_idx(folder, f"{split}-labels-idx1-ubyte")[8:]
     return Split(grey_to_rgb(images.view(-1, 28, 28)), labels.long())
 
 
 def read_idx(folder, name):
-    """The contents of Fashion-MNIST's file ``name``, plain or .gz: uint8 (bytes,). Raises InputError for a file that is
-    missing or not as published.
+    """The contents of Fashion-MNIST's file ``name``, plain or .gz: uint8 (bytes,). Raises InputError if the file is
+    missing or differs from the published one.
     """
     path = folder / name
     if not path.is_file():
@@ -306,7 +309,7 @@ def read_digits():
 
 
 def grey_to_rgb(images):
-    """uint8 (N, h, w) → (N, 32, 32, 3): zero padding all round, the gray channel three times."""
+    """uint8 (N, h, w) → (N, 32, 32, 3): pads with zeros on all sides and repeats the gray channel three times."""
     height, width = images.shape[1:]
     top = (SIDE - height) // 2
     left = (SIDE - width) // 2
@@ -318,10 +321,10 @@ def grey_to_rgb(images):
 
 
 def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
-    """Calls ``fetch()``, which downloads the data set, if one of ``files`` is missing; of several processes, only one
+    """Calls ``fetch()``, which downloads the data set, if one of ``files`` is missing; only one of several processes
     does.
 
-    ``files`` and ``archives`` are {path: MD5}. Raises InputError if the download fails: it names a damaged file, or
+    ``files`` and ``archives`` are {path: MD5}. If the download fails, raises an InputError that names a damaged file or
     says what to put into ``data_dir`` instead (``otherwise``).
     """
     # A file that exists may be incomplete: another process may be unpacking it
@@ -330,7 +333,7 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
     is_default = str(data_dir) == "data"
     if not data_dir.is_dir() and not is_default:
         raise InputError(
-            f"--data-dir {data_dir} is not a folder: create it to download {dataset} there, or name the one that has it"
+            f"--data-dir {data_dir} is not a folder: create it to download {dataset} there, or name another folder"
         )
     created = not data_dir.exists()
     lock = data_dir / ".download.lock"
@@ -339,7 +342,7 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
         with FileLock(lock):
             if not all(path.is_file() for path in files):
                 fetch()
-    except Exception as error:  # a server, a proxy or an archive may lead to anything
+    except Exception as error:  # servers, proxies and archives may cause anything
         for path, md5 in (files | archives).items():
             if path.is_file():
                 check_md5(path, read_bytes(path), md5)
@@ -353,7 +356,7 @@ def download_missing(dataset, data_dir, *, fetch, files, archives, otherwise):
 
 def failed_download(dataset, data_dir, otherwise, error):
     """The InputError for a download that failed with ``error``."""
-    reason = first_line(getattr(error, "reason", error)).rstrip(":")  # urllib's errors say more in ``reason``
+    reason = first_line(getattr(error, "reason", error)).rstrip(":")  # urllib's errors have more details in `reason`
     return InputError(
         f"{dataset} is not in {data_dir} and cannot be downloaded ({reason}): put {otherwise} there; "
         "--dataset digits needs no download"
@@ -361,7 +364,7 @@ def failed_download(dataset, data_dir, otherwise, error):
 
 
 def remove_empty(folder):
-    """Removes ``folder`` and the folders in it, as far as they are empty."""
+    """Removes ``folder`` and its subfolders if they are empty."""
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(path)
@@ -375,7 +378,7 @@ def is_intact(path, md5):
 
 
 def check_md5(path, data, expected):
-    """Raises InputError if ``data``, the contents of ``path``, is not what was published."""
+    """Raises InputError if ``data``, the contents of ``path``, differs from the published file."""
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != expected:
         raise InputError(f"{path} is damaged (MD5 {found}, published {expected}): {FETCH_AGAIN}")

@@ -1,4 +1,4 @@
-"""Image folders, <class>/<image>: listing them, and decoding folders of small images.
+"""Lists image folders, <class>/<image>, and decodes folders of small images.
 
 Training, testing, predict and ImageNet all list labeled images with ``list_images``.
 """
@@ -27,15 +27,15 @@ SYSTEM_NAMES = {
     "lost+found",
 }
 
-MAX_NAMED = 3  # files left out that the log names
+MAX_NAMED = 3  # how many of the files left out the log names
 
 
 @dataclass
 class Listing:
     """The images in a folder of class folders.
 
-    classes   their names, sorted, in Unicode's composed form (NFC): systems store one name in different forms
-    samples   [(path, class index)], in the order of class folders, subfolders and file names
+    classes   their names, sorted, in Unicode's composed form (NFC): systems store the same name in different forms
+    samples   [(path, class index)], ordered by class folder, subfolder and file name
     left_out  paths of the files that are not read: those outside the class folders or without an image's suffix, then
               hidden files and files of the operating system
     """
@@ -45,7 +45,7 @@ class Listing:
     left_out: list
 
     def describe_left_out(self, folder):
-        """A note for the description of the images: how many files were left out, and the first of them."""
+        """A note for the description of the images: how many files were left out, and the first few of them."""
         if not self.left_out:
             return ""
         names = [one_line(os.path.relpath(path, folder)) for path in self.left_out[:MAX_NAMED]]
@@ -56,10 +56,10 @@ class Listing:
 
 
 def list_images(path, layout):
-    """Lists the images ``path``/<class>/<image>; images in subfolders of a class folder belong to that class.
+    """Lists the images ``path``/<class>/<image>. Images in subfolders of a class folder belong to that class.
 
-    ``layout`` describes the expected folders, for error messages. Raises InputError if ``path`` is missing or cannot be
-    read or has no class folders, if a class has no image, or if a link leads to a folder that is listed already.
+    ``layout`` describes the expected folders in error messages. Raises InputError if ``path`` is missing, unreadable or
+    without class folders, if a class has no images, or if a link leads to a folder that is already listed.
     """
     path = Path(path)
     left_out = []
@@ -79,7 +79,7 @@ def list_images(path, layout):
     for index, name in enumerate(classes):
         if index not in with_images:
             note = listing.describe_left_out(path)
-            raise InputError(f"{path} has no image of class {name!r}{note}: add some, or remove the folder")
+            raise InputError(f"{path} has no images of class {name!r}{note}: add some, or remove the folder")
     return listing
 
 
@@ -103,11 +103,11 @@ def class_folders(path, layout, left_out):
 
 
 def walk(folder, walked):
-    """The paths of all files in ``folder`` and its subfolders, sorted. ``walked`` collects the folders' paths by their
-    real paths.
+    """The paths of all files in ``folder`` and its subfolders, sorted. ``walked`` maps the real paths of visited
+    folders to their paths.
 
-    Raises InputError for a folder that cannot be read, whose images would silently be missing, and where a link leads
-    to a folder that has been walked already.
+    Raises InputError for an unreadable folder, whose images would silently be missing, and for a link to a folder that
+    has already been visited.
     """
 
     def fail(error):
@@ -135,12 +135,12 @@ def is_inside_hidden(path, root):
 
 
 class ImageFilter:
-    """Accepts the images among the files under ``root``, and adds all other files to ``left_out``."""
+    """Accepts the image files under ``root``, and adds all other files to ``left_out``."""
 
     def __init__(self, root, left_out):
         self.root = root
         self.left_out = left_out
-        self.accepted_folders = {}  # whether files in a folder are accepted, by its path
+        self.accepted_folders = {}  # {path of a folder: whether its files are accepted}
 
     def accepts(self, path):
         folder, name = os.path.split(path)
@@ -154,7 +154,7 @@ class ImageFilter:
 
 
 def check_classes(folder, splits, listings):
-    """Raises InputError if the two ``splits`` of ``folder`` have different classes, or only one class."""
+    """Raises InputError if the two ``splits`` of ``folder`` have different classes, or if there is only one class."""
     train, test = listings
     in_one_only = sorted(set(train.classes) ^ set(test.classes))
     if in_one_only:
@@ -171,7 +171,7 @@ class Split(NamedTuple):
 
     images  uint8 (N, h, w, 3)
     labels  int64 (N,)
-    note    for its description in the log: which files were left out
+    note    part of its description in the log: which files were left out
     """
 
     images: torch.Tensor
@@ -180,7 +180,7 @@ class Split(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """A data set as it was read: its splits, the class names, and where the images are from."""
+    """A data set after reading: its splits, the class names, and where the images come from."""
 
     train: Split
     test: Split
@@ -189,9 +189,9 @@ class DataSet(NamedTuple):
 
 
 def read_folders(folder, splits=("train", "test"), resize=False):
-    """Decodes ``folder``/{train,test}/<class>/* to a DataSet of 32×32 images, one image of each class in turn.
+    """Decodes ``folder``/{train,test}/<class>/* to a DataSet of 32×32 images, one image per class in turn.
 
-    Images of another size are an error; with ``resize`` their central square is resized.
+    Images of any other size are an error; with ``resize``, their central square is resized.
     """
     layout = f"image folders are {{{','.join(splits)}}}/<class>/<image>"
     listings = [list_images(folder / split, layout) for split in splits]
@@ -206,7 +206,7 @@ def read_folders(folder, splits=("train", "test"), resize=False):
 
 
 def read_split(folder, listing, resize):
-    """Decodes the images of a Listing of ``folder``, one of each class in turn."""
+    """Decodes the images of a Listing of ``folder``, one per class in turn."""
     samples = in_turn(listing.samples)
     images = torch.from_numpy(decode(samples, resize))
     labels = torch.tensor([label for _, label in samples])
@@ -214,15 +214,15 @@ def read_split(folder, listing, resize):
 
 
 def describe_kinds(samples):
-    """The kinds of image files, by their suffixes: "JPEG, PNG"."""
+    """The formats of image files, by their suffixes: "JPEG, PNG"."""
     names = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
     kinds = sorted({Path(path).suffix.lstrip(".").lower() for path, _ in samples})
     return ", ".join(names.get(kind, kind) for kind in kinds)
 
 
 def in_turn(samples):
-    """[(path, label), …] ordered by the image's number within its class, then by class."""
-    counts = Counter()  # images of each class so far
+    """[(path, label), …] ordered by the image's position within its class, then by class."""
+    counts = Counter()  # number of images of each class so far
     numbered = []
     for path, label in samples:
         numbered.append((counts[label], label, path))

@@ -1,4 +1,4 @@
-"""Reading one image, and the form in which a network reads it."""
+"""Reads a single image, and describes the form in which a network reads images."""
 
 import functools
 import re
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from decoupled.errors import InputError, first_line
 
-SIDE = 32  # every data set here is brought to 32×32
+SIDE = 32  # all data sets here are converted to 32×32
 
-# Pillow's formats that are not images: scientific containers, vector graphics, video
+# Pillow's formats that are not plain images: scientific containers, vector graphics, video
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 # Pillow's modes that can be converted to RGB without loss
@@ -24,9 +24,9 @@ SIXTEEN_BITS = re.compile(r"L;16|.*;16[BLN]")
 # Formats whose first frame is the image; the others are previews and depth maps, or layers
 FIRST_FRAME_ONLY = {"MPO", "PSD"}
 
-# Compressed formats whose decoders silently fill in what an interrupted copy has left empty
+# Compressed formats whose decoders silently fill in what an interrupted copy left empty
 FILLED_IN = {"AVIF", "JPEG", "MPO", "QOI", "WEBP"}
-EMPTY_TAIL = bytes(512)  # no whole file ends so
+EMPTY_TAIL = bytes(512)  # no complete file ends like this
 JPEG_END = b"\xff\xd9"  # unless zeros follow this marker
 
 # TIFF tags
@@ -36,7 +36,7 @@ UNSIGNED = {1, 4}  # sample formats: unsigned integers, and undefined
 
 BACKGROUND = "white"  # shows through transparent pixels
 
-TRANSPOSE = {  # by EXIF orientation, what brings an image upright
+TRANSPOSE = {  # how to turn an image upright, by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,13 +48,14 @@ TRANSPOSE = {  # by EXIF orientation, what brings an image upright
 
 
 class InputForm(NamedTuple):
-    """The images that a network reads and the classes it predicts. Saved with it, to use it on other images.
+    """The images that a network reads and the classes it predicts. Saved with the network, so that it can classify
+    other images.
 
     classes    their names, in the order of the logits
     mean, std  of each channel in [0, 1], for normalization
-    resize     the shorter side is resized to this,
-    crop       then a square of this side is cropped from the center
-    size       and zero-padded to this side
+    resize     the shorter side is resized to this size,
+    crop       then a square of this side length is cropped from the center
+    size       and zero-padded to this side length
     grey       whether color is removed; the three channels are then equal
     """
 
@@ -92,7 +93,7 @@ def read_image(path):
     """
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # about large images, odd transparency, damaged metadata
+            warnings.simplefilter("ignore")  # warnings about large images, odd transparency, damaged metadata
             with Image.open(file, formats=formats()) as image:
                 check_kind(image, path)
                 return render(image, path)
@@ -110,7 +111,7 @@ def read_image(path):
 
 @functools.cache
 def formats():
-    """The image formats that are read, by Pillow's names."""
+    """The image formats that are accepted, by Pillow's names."""
     Image.init()
     return [name for name in Image.ID if name not in NOT_IMAGES]
 
@@ -123,7 +124,7 @@ def suffixes():
 
 
 def check_kind(image, path):
-    """Raises InputError for an opened image that ``render`` would not return as a viewer shows it."""
+    """Raises InputError for an opened image that ``render`` would not show as a viewer does."""
     if image.mode in ("I", "F") or image.mode.startswith("I;") or has_more_than_8_bits(image):
         raise InputError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
     if image.format == "TIFF" and not UNSIGNED.issuperset(image.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)):
@@ -131,16 +132,16 @@ def check_kind(image, path):
     if image.mode not in EIGHT_BIT_MODES:
         raise InputError(f"{path} has the color mode {image.mode}: convert it to RGB")
     if image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4") and "transparency" in image.info:
-        # Pillow scales the gray values to 8 bits, but not the transparent one
+        # Pillow scales the gray values to 8 bits, but not the transparent value
         raise InputError(f"{path} is transparent gray with fewer than 8 bits: convert it to 8 bits")
     if getattr(image, "is_animated", False) and image.format not in FIRST_FRAME_ONLY:
-        raise InputError(f"{path} has {image.n_frames} frames: save the one to learn from as an image of its own")
+        raise InputError(f"{path} has {image.n_frames} frames: save the one to use as a separate image")
     if image.format in FILLED_IN and ends_in_zeros(image):
         raise InputError(f"{path} is damaged (its end is empty): replace it")
 
 
 def has_more_than_8_bits(image):
-    """Whether the file of an opened image has more than 8 bits per channel, which Pillow may silently cut off."""
+    """Whether the file of an opened image has more than 8 bits per channel, which Pillow may silently truncate."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
     if image.format == "JPEG2000":
@@ -151,7 +152,7 @@ def has_more_than_8_bits(image):
         if not isinstance(arguments, tuple):
             arguments = (arguments,)
         if image.format == "PPM" and isinstance(arguments[-1], int):
-            return arguments[-1] > 255  # the greatest value a pixel may have
+            return arguments[-1] > 255  # the largest value that a pixel may have
         if codec == "SGI16" or SIXTEEN_BITS.fullmatch(str(arguments[0])):
             return True
         if image.format == "DDS" and str(arguments[-1]).startswith("BC6"):  # floating point
@@ -169,27 +170,29 @@ def read_contents(image):
 
 
 def jpeg_2000_bits(data):
-    """Bits per channel, from the SIZ marker (ISO/IEC 15444-1, A.5.1): the greatest of the components' depths."""
+    """Bits per channel, from the SIZ marker (ISO/IEC 15444-1, A.5.1): the largest depth of all components."""
     start = data.index(b"\xff\x4f\xff\x51") + 4
     components = int.from_bytes(data[start + 36 : start + 38], "big")
     depths = data[start + 38 : start + 38 + 3 * components : 3]
-    return max((depth & 0x7F) + 1 for depth in depths)  # the upper bit: signed
+    return max((depth & 0x7F) + 1 for depth in depths)  # the highest bit means signed
 
 
 def avif_bits(data):
-    """Bits per channel, from the av1C boxes (AV1 in ISOBMFF, 2.3.3), of color and of alpha: 8, or 10 for any more."""
+    """Bits per channel of color and alpha, from the av1C boxes (AV1 in ISOBMFF, 2.3.3): 8, or 10 for anything
+    deeper.
+    """
     high_bit_depth = [flags[0] & 0x40 for flags in re.findall(rb"av1C..(.)", data, re.DOTALL)]
     return 10 if any(high_bit_depth) else 8
 
 
 def ends_in_zeros(image):
-    """Whether the end of a compressed image's file is missing, with zeros in its place."""
+    """Whether the end of a compressed image file is missing and filled with zeros."""
     data = read_contents(image)
     return data.endswith(EMPTY_TAIL) and not data.rstrip(b"\0").endswith(JPEG_END)
 
 
 def render(image, path):
-    """An opened image as a viewer shows it: upright, on the background, in RGB. Raises InputError if nothing but the
+    """An opened image as a viewer shows it: upright, on the background, in RGB. Raises InputError if only the
     background shows: some programs write an alpha channel that they do not use.
     """
     image.load()
@@ -197,7 +200,7 @@ def render(image, path):
     if method is not None:
         image = image.transpose(method)
     if image.has_transparency_data:
-        if image.mode == "La":  # has no direct way to RGBA
+        if image.mode == "La":  # cannot be converted to RGBA directly
             image = image.convert("LA")
         image = image.convert("RGBA")
         _, most_opaque = image.getchannel("A").getextrema()
@@ -209,7 +212,7 @@ def render(image, path):
 
 
 def orientation(image):
-    """The EXIF orientation of an image; like viewers, 1 (upright) where the metadata cannot be read."""
+    """The EXIF orientation of an image; 1 (upright) if the metadata cannot be read, as in viewers."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata may raise anything

@@ -1,9 +1,9 @@
-"""Mini-batches of any data set, read by worker processes: order and random numbers depend on the seed alone.
+"""Mini-batches of any data set, read by worker processes. Order and random numbers depend only on the seed.
 
-torchdata's StatefulDataLoader keeps one random state per worker process. It resumes with as many workers as before, and
-not with the same transforms unless the data set saves their random state. Here the random numbers of a sample come from
-(seed, epoch, index), so the number of workers does not matter, and all that a checkpoint needs is the place in the
-epoch.
+torchdata's StatefulDataLoader keeps one random state per worker process. It resumes only with the same number of
+workers, and its transforms draw other random numbers unless the data set saves their random state. Here, the random
+numbers of a sample come from (seed, epoch, index). So the number of workers does not matter, and a checkpoint only
+needs the place in the epoch.
 """
 
 import atexit
@@ -27,23 +27,23 @@ from decoupled.errors import InputError
 
 
 class Loader:
-    """The mini-batches (inputs, labels) of ``dataset`` on ``device``; see decoupled.data.batches for what they offer.
+    """The mini-batches (inputs, labels) of ``dataset`` on ``device``. decoupled.data.batches describes their interface.
 
-    dataset      map-style: len(dataset), and dataset[index] is (input, label), both of them tensors, arrays or numbers.
-                 Random transforms belong in there. An InputError that it raises ends the run with its message.
-    batch_size   of all ``replicas`` together; the last mini-batch is smaller unless ``drop_last``
-    shuffle      whether each epoch has a new order and new random numbers. Otherwise all epochs are the same, as an
-                 evaluation needs
+    dataset      map-style: len(dataset), and dataset[index] is (input, label), each a tensor, array or number. Random
+                 transforms belong here. If it raises an InputError, the run ends with that message
+    batch_size   total over all ``replicas``; the last mini-batch is smaller unless ``drop_last``
+    shuffle      whether each epoch has a new order and new random numbers. Otherwise all epochs are the same, as needed
+                 for evaluation
     workers      number of processes that read samples; 0: this process reads them
-    collate      a function that makes (inputs, labels) of a list of samples; by default PyTorch's default_collate
+    collate      a function that turns a list of samples into (inputs, labels); default: PyTorch's default_collate
     limit        the largest number of mini-batches in an epoch
     replica      this process gets share ``replica`` of ``replicas`` of each mini-batch
-    fingerprint  an integer that tells this data set from others. A run resumes only with the same one. By default it is
+    fingerprint  an integer that identifies the data set. A run resumes only with the same one. By default it is
                  computed from three samples
     description  names the data in the log
     form         the decoupled.data.images.InputForm that other images need for the same network
 
-    The random numbers of a sample, Python's, NumPy's and PyTorch's, come from (``seed``, epoch, index); those of
+    The random numbers of a sample (Python's, NumPy's and PyTorch's) come from (``seed``, epoch, index); those of
     ``collate`` from (``seed``, epoch, index of the first sample). ``weight`` is the weight of the latest share's mean
     loss in the mean over replicas.
     """
@@ -68,7 +68,7 @@ class Loader:
     ):
         count = len(dataset)
         if count == 0:
-            raise InputError(f"{type(dataset).__name__} has no samples: a run needs some")
+            raise InputError(f"{type(dataset).__name__} has no samples")
         if drop_last:
             full = count // batch_size
             limit = full if limit is None else min(full, limit)
@@ -78,12 +78,12 @@ class Loader:
         self.form = form
         self.description = description or f"{count} samples of {type(dataset).__name__}"
         self.fingerprint = self.samples.fingerprint() if fingerprint is None else fingerprint
-        self.done = len(self.sampler)  # mini-batches of this epoch that are done; all of them before the first epoch
+        self.done = len(self.sampler)  # completed mini-batches of this epoch; all of them before the first epoch
         self.weight = 1.0
         self.loader = DataLoader(
             self.samples,
             batch_sampler=self.sampler,
-            collate_fn=do_nothing,  # the samples are collated already
+            collate_fn=do_nothing,  # the samples are already collated
             pin_memory=self.device.type == "cuda",
             **worker_options(workers),
         )
@@ -101,7 +101,7 @@ class Loader:
         self.done = 0
 
     def rest(self):
-        """Iterates over what is left of the epoch that has begun."""
+        """Iterates over the rest of the current epoch."""
         if self.done == len(self):
             return
         self.sampler.start = self.done
@@ -114,11 +114,11 @@ class Loader:
             yield self.prepare(inputs), tree_map(self.to_device, labels)
 
     def prepare(self, inputs):
-        """What the network gets of the collated ``inputs``."""
+        """The collated ``inputs`` as the network needs them."""
         return tree_map(self.to_device, inputs)
 
     def to_device(self, tensor):
-        """``tensor`` on the device; images and other tensors of four dimensions in channels-last memory."""
+        """``tensor`` on the device; tensors with four dimensions, such as images, in channels-last memory."""
         memory_format = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         return tensor.to(self.device, non_blocking=True, memory_format=memory_format)
 
@@ -140,7 +140,9 @@ class Loader:
         return full + (rest >= self.sampler.replicas)
 
     def close(self):
-        """Ends the worker processes, which the loader keeps between epochs, once no iteration holds on to them."""
+        """Ends the worker processes, which the loader keeps between epochs. They exit once no iterator refers
+        to them.
+        """
         self.loader = None
 
     def __str__(self):
@@ -151,7 +153,7 @@ class Loader:
 
     def load_state_dict(self, state):
         if state["fingerprint"] != self.fingerprint:
-            raise InputError(f"the checkpoint is of a run on other data than these {self}: use that run's data")
+            raise InputError(f"the checkpoint is from a run on other data than these {self}: use that run's data")
         if not 0 <= state["place"] <= len(self):
             raise InputError(
                 f"the checkpoint is {state['place']} mini-batches into an epoch, which has only {len(self)} here: use "
@@ -189,26 +191,28 @@ class Samples(Dataset):
             return self.dataset[index]
 
     def __getitems__(self, keys):
-        """What a DataLoader asks for: a mini-batch, or the InputError that ends the run, which a worker cannot raise in
-        the process that trains.
+        """Called by a DataLoader: a mini-batch, or the InputError that ends the run, because a worker cannot raise it
+        in the training process.
         """
         try:
             samples = [self[key] for key in keys]
         except InputError as error:
             return error
         epoch, first_index = keys[0]
-        with random_numbers(mix_seed(self.seed, epoch, first_index, 1)):  # 1: other numbers than the sample's
+        with random_numbers(
+            mix_seed(self.seed, epoch, first_index, 1)
+        ):  # 1: different random numbers than the sample's
             return self.collate(samples)
 
     def collated(self, indices):
-        """A mini-batch of the samples ``indices``, outside of any epoch. Raises InputError where the data set does."""
+        """A mini-batch of the samples ``indices``, outside any epoch. Raises InputError if the data set does."""
         batch = self.__getitems__([(0, index) for index in indices])
         if isinstance(batch, InputError):
             raise batch
         return batch
 
     def fingerprint(self):
-        """A checksum of their number and of the first, middle and last of them."""
+        """A checksum of the number of samples and of the first, middle and last sample."""
         last = len(self) - 1
         checksum = len(self)
         for index in (0, last // 2, last):
@@ -219,8 +223,8 @@ class Samples(Dataset):
 
 @contextmanager
 def random_numbers(seed):
-    """Within the block, Python's, NumPy's and PyTorch's random numbers come from ``seed``. Afterwards they continue as
-    before.
+    """Seeds Python's, NumPy's and PyTorch's random numbers with ``seed`` inside the block, and restores their states
+    afterwards.
     """
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002  the ones transforms use
     random.seed(seed)
@@ -236,10 +240,11 @@ def random_numbers(seed):
 
 
 class ShareSampler:
-    """A batch sampler: the keys (epoch, index) of this process's share of each mini-batch, from number ``start`` on.
+    """A batch sampler: the keys (epoch, index) of this process's share of each mini-batch, starting at mini-batch
+    ``start``.
 
-    Mini-batches are those of a single process, each cut into as many runs of nearly equal length as there are
-    ``replicas``. With ``shuffle`` they come in a new order every epoch; otherwise in order, with the keys of epoch 0.
+    Each mini-batch of a single process is divided into as many runs of nearly equal length as there are ``replicas``.
+    With ``shuffle``, mini-batches come in a new order every epoch; otherwise in order, with the keys of epoch 0.
     """
 
     def __init__(self, count, batch_size, shuffle, seed, replica=0, replicas=1, limit=None):
@@ -249,7 +254,7 @@ class ShareSampler:
         self.seed = seed
         self.replica = replica
         self.replicas = replicas
-        self.limit = limit  # of mini-batches per epoch
+        self.limit = limit  # number of mini-batches per epoch
         self.epoch = 0
         self.start = 0
 
@@ -260,7 +265,7 @@ class ShareSampler:
         return min(count, self.limit)
 
     def size(self, index):
-        """The number of samples in mini-batch ``index`` of all replicas."""
+        """The number of samples in mini-batch ``index``, over all replicas."""
         return min(self.batch_size, self.count - index * self.batch_size)
 
     def __iter__(self):
@@ -279,32 +284,34 @@ class ShareSampler:
 
 
 def worker_options(workers):
-    """The DataLoader's arguments for so many worker processes. Raises InputError where they could hand nothing over."""
+    """The DataLoader's arguments for this number of worker processes. Raises InputError if they could not send
+    tensors.
+    """
     if workers == 0:
         return {}
     check_sockets()
-    ending = multiprocessing.Value("b", 0, lock=False)  # whether the process that trains is ending
+    ending = multiprocessing.Value("b", 0, lock=False)  # set when the training process ends
     atexit.register(setattr, ending, "value", 1)
     return {"num_workers": workers, "persistent_workers": True, "worker_init_fn": partial(ignore_signals, ending)}
 
 
 def check_sockets():
-    """Raises InputError where workers cannot open the sockets over which they hand over tensors: they would print a
-    traceback each, and the run would wait for ever. A socket's path has at most 107 bytes.
+    """Raises InputError if workers could not open the sockets through which they send tensors: each would print a
+    traceback, and the run would wait forever. A socket's path has at most 107 bytes.
     """
     with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as probe:
         try:
-            probe.bind(os.path.join(folder, "listener-abcdefgh"))  # as long as the names that multiprocessing draws
+            probe.bind(os.path.join(folder, "listener-abcdefgh"))  # as long as the names that multiprocessing generates
         except OSError as error:
             raise InputError(
-                f"TMPDIR {tempfile.gettempdir()} cannot hold the sockets of the processes that read data ({error}): "
-                "set TMPDIR to a short path such as /tmp, or read without such processes, by --workers 0"
+                f"TMPDIR {tempfile.gettempdir()} is too long for the sockets of worker processes ({error}): "
+                "set TMPDIR to a short path such as /tmp, or pass --workers 0"
             ) from error
 
 
 def ignore_signals(ending, worker):
-    """Makes a worker ignore Ctrl-C and, until ``ending`` is set, SIGTERM: they are for the process that trains, which
-    needs its workers until the mini-batch is finished.
+    """Makes a worker ignore Ctrl-C and, until ``ending`` is set, SIGTERM: the signals are meant for the training
+    process, which needs its workers until the mini-batch is finished.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.value else None)

@@ -1,7 +1,7 @@
 """The auxiliary networks of the paper (Sec. 5.2, Table 1): small classifiers that give each module its own loss.
 
-All map a representation (B, C, h, w) to logits (B, classes), and are made of its ``shape`` (C, h, w) and the number
-of ``classes``. An auxiliary network of one's own is anything with these two arguments.
+Each maps a representation (B, C, h, w) to logits (B, classes) and is built from the representation's ``shape`` (C, h,
+w) and the number of ``classes``. Any callable with these two arguments can serve as an auxiliary network.
 """
 
 import math
@@ -37,8 +37,8 @@ class EvenAveragePool(torch.autograd.Function):
 class AveragePool(nn.AdaptiveAvgPool2d):
     """Average pooling (B, C, h, w) → (B, C, *size), or (B, C, size, size) for an integer.
 
-    The forward pass is PyTorch's. The backward pass, where all windows have the same size, repeats the gradient instead
-    of summing it up: faster on CPUs (benchmarks/README.md), deterministic on CUDA, where PyTorch's is not.
+    The forward pass is PyTorch's. Where all windows have the same size, the backward pass repeats the gradient instead
+    of summing: faster on CPUs (benchmarks/README.md), and deterministic on CUDA, where PyTorch's is not.
     """
 
     def forward(self, representation):
@@ -46,7 +46,7 @@ class AveragePool(nn.AdaptiveAvgPool2d):
         if isinstance(size, int):
             size = (size, size)
         even = all(side % parts == 0 for side, parts in zip(representation.shape[-2:], size, strict=True))
-        # PyTorch computes a single window as a mean, whose backward pass repeats the gradient already
+        # PyTorch computes a single window as a mean, whose backward pass already repeats the gradient
         if even and size != (1, 1) and representation.requires_grad:
             return EvenAveragePool.apply(representation, size)
         return super().forward(representation)
@@ -106,8 +106,8 @@ AUXILIARIES = {"mlp": mlp_auxiliary, "mlp-sr": mlp_sr_auxiliary, "cnn": cnn_auxi
 
 
 def make_auxiliary(name, shape, classes, **options):
-    """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, C, h, w) of the ``shape`` (C, h, w);
-    if ``name`` is a callable, what it returns for the same arguments.
+    """The auxiliary network ``name`` (mlp, mlp-sr or cnn) for representations (B, C, h, w) with ``shape`` (C, h, w). If
+    ``name`` is a callable, calls it with the same arguments.
 
     Raises InputError for any other name.
     """
@@ -158,7 +158,7 @@ class ToChannelsFirst(nn.Module):
 
 def auxiliary_for(name, shape, layout, classes, **options):
     """The auxiliary network ``name`` for representations (B, *shape): maps (C, h, w), tokens (C, N), or vectors (C,).
-    With ``layout`` channels_last, maps are (h, w, C) and tokens (N, C).
+    With the ``layout`` channels_last, maps are (h, w, C) and tokens (N, C).
 
     Raises InputError for any other name or number of dimensions, and for cnn on anything but maps.
     """

@@ -1,4 +1,4 @@
-"""What is between two cuts of a model, as a module made of the model's own."""
+"""The part of a model between two cuts, as a module built from the model's own modules."""
 
 import importlib
 import linecache
@@ -18,16 +18,16 @@ NUMBERS = count(1)
 class Body(nn.Module):
     """The steps of a model's forward between two cuts: (B, …) → (B, …), in train and in eval mode.
 
-    Its submodules, parameters and buffers are the model's own and have the same names. The steps are two functions in
-    Python, written by torch.fx; ``code`` shows them.
+    Its submodules, parameters and buffers are the model's own and keep their names. The steps are two Python functions
+    written by torch.fx; ``code`` shows them.
     """
 
     def __init__(self, graphs):
-        """``graphs``: {True: the graph of train mode, False: that of eval mode}."""
+        """``graphs``: {True: the graph in train mode, False: the graph in eval mode}."""
         super().__init__()
         self._sources = {}
         self._names = {}
-        self._imports = {}  # apart from other names, since modules of Python cannot be pickled
+        self._imports = {}  # not with the other names: Python modules cannot be pickled
         for training, graph in graphs.items():
             code = graph.python_code("self")
             self._sources[training] = code.src
@@ -56,7 +56,7 @@ class Body(nn.Module):
 
     @property
     def code(self):
-        """The forward of train mode and that of eval mode."""
+        """The source of the forward in train mode and in eval mode."""
         return f"# train mode\n{self._sources[True]}\n# eval mode\n{self._sources[False]}"
 
     def __getstate__(self):
@@ -70,7 +70,7 @@ class Body(nn.Module):
 
 
 def make_bodies(graphs, model, constants):
-    """A Body for each of ``graphs``, [{training: graph}, …], of the modules and tensors of ``model``. Those whose names
+    """A Body for each of ``graphs``, [{training: graph}, …], with the modules and tensors of ``model``. Names that
     begin with CONSTANT_PREFIX are attributes of ``constants``, a copy of ``model``.
     """
     names_of_bodies = [called_names(pair) for pair in graphs]
@@ -90,7 +90,7 @@ def make_bodies(graphs, model, constants):
                 parts[path] = model.get_submodule(path)
             else:
                 parts[name] = value
-        for path, part in parts.items():  # in the order of their calls
+        for path, part in parts.items():  # in call order
             if not is_inside(path, parts):
                 attach(body, path, part, persistent=path in remembered)
         body.training = model.training
@@ -99,8 +99,8 @@ def make_bodies(graphs, model, constants):
 
 
 def called_names(graphs):
-    """The names in ``graphs``, {training: graph}, of the modules and tensors that they call and get, in order: a list
-    without repetitions.
+    """The names of the modules and tensors that ``graphs``, {training: graph}, call and get, in order, without
+    repetitions.
     """
     names = {}
     for graph in graphs.values():
@@ -111,19 +111,19 @@ def called_names(graphs):
 
 
 def ancestors(path):
-    """The paths around ``path``, outermost first: a.b.c → a, a.b."""
+    """The paths that contain ``path``, outermost first: a.b.c → a, a.b."""
     names = path.split(".")[:-1]
     return [".".join(names[:length]) for length in range(1, len(names) + 1)]
 
 
 def is_inside(path, modules):
-    """Whether one of the paths in ``modules`` is around ``path``."""
+    """Whether one of the paths in ``modules`` contains ``path``."""
     return any(parent in modules for parent in ancestors(path))
 
 
 def highest_module(model, name, own):
-    """The path of the outermost module around the tensor ``name`` that has no tensors but those in ``own``, or ""."""
-    for path in ancestors(name):  # none of a constant
+    """The path of the outermost module that contains the tensor ``name`` and only tensors in ``own``, or ""."""
+    for path in ancestors(name):  # constants have none
         module = model.get_submodule(path)
         if all(f"{path}.{key}" in own for key in names_of_tensors(module)):
             return path
@@ -131,7 +131,7 @@ def highest_module(model, name, own):
 
 
 def attach(root, path, value, persistent=True):
-    """Makes ``value``, a module, parameter or tensor, the attribute of ``root`` at the dotted ``path``."""
+    """Sets ``value``, a module, parameter or tensor, as the attribute of ``root`` at the dotted ``path``."""
     *parents, name = path.split(".")
     owner = root
     for parent in parents:

@@ -1,4 +1,4 @@
-"""Which of the places are cut, and, where a model cannot be cut as wished, why not. ``class_name`` is the model's."""
+"""Chooses where to cut a model, and explains why a model cannot be cut as requested. ``class_name`` is the model's."""
 
 import difflib
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 from decoupled.errors import InputError
 from decoupled.networks.graph import listing
 
-TOLERANCE = 1.1  # a cut between larger parts of the model is preferred if the largest module grows by no more than this
-GUIDE = "docs/own_networks.md says how to help"
+TOLERANCE = 1.1  # prefer cuts between larger parts of the model if the largest module grows by no more than this
+GUIDE = "docs/own_networks.md explains what to do"
 READS_INPUT_AGAIN = (
     "wrap the model in a module that reads its input once. For sequences without padding on the right: "
     "return model.score(model.base_model(tokens).last_hidden_state)[:, -1]"
@@ -15,11 +15,11 @@ READS_INPUT_AGAIN = (
 
 
 def choose_balanced(class_name, traced, splits):
-    """The splits − 1 Places after which decouple cuts. Raises InputError when there are too few."""
+    """The splits − 1 Places after which decouple cuts. Raises InputError if there are too few."""
     places = list(traced.places.values())
     if splits > 1 and not places:
         raise InputError(f"{class_name} cannot be cut: {explain_no_places(traced)}. {GUIDE}")
-    # Between two places with equally many parameters below there is nothing to learn: only one of them can be a cut
+    # Two places with the same number of parameters below have nothing to learn in between: only one can be a cut
     distinct = {place.parameters: place.name for place in places}
     most = 1 + len(distinct)
     if splits > most:
@@ -35,36 +35,36 @@ def choose_balanced(class_name, traced, splits):
 
 
 class Partition(NamedTuple):
-    """Modules, and where they are cut."""
+    """A division into modules, and the cuts that make it."""
 
     flops: tuple  # of the modules, descending
     places: tuple
 
     def add(self, start, end):
-        """With the module between two Places, the second of which is the end."""
+        """This Partition with one more module, between two Places, the second of which becomes the end."""
         flops = sorted((*self.flops, end.flops - start.flops), reverse=True)
         return Partition(tuple(flops), (*self.places, end))
 
 
 def is_nearly_as_good(coarse, best):
-    """Whether the largest module is at most TOLERANCE × that of ``best``, and no module is without FLOPs unless one of
-    ``best`` is.
+    """Whether the largest module is at most TOLERANCE times that of ``best``, and no module is without FLOPs unless
+    ``best`` has one, too.
     """
     has_empty = coarse.flops[-1] == 0 and best.flops[-1] > 0
     return coarse.flops[0] <= TOLERANCE * best.flops[0] and not has_empty
 
 
 def partition(traced, places, splits):
-    """The Partition into ``splits`` modules, each with a parameter to learn, whose FLOPs are least in lexical order; of
-    equal ones, that with the latest cuts. None if there is none.
+    """The Partition into ``splits`` modules, each with a parameter to learn, whose largest module has the fewest FLOPs;
+    ties go to the next largest, then to the latest cuts. None if there is no such Partition.
     """
     order = {place: index for index, place in enumerate(places)}
 
     def rank(option):
         return option.flops, [-order.get(place, len(places)) for place in option.places]
 
-    # best[end]: the best Partition of what is below that Place. Which of two Partitions is better does not change when
-    # the same module is added to both, so dynamic programming finds the best.
+    # best[end]: the best Partition of the model below that Place. Adding the same module to two Partitions does not
+    # change which of them is better, so dynamic programming finds the best.
     best = {traced.start: Partition((), ())}
     for part in range(1, splits + 1):
         ends = [traced.end] if part == splits else places
@@ -84,7 +84,7 @@ def partition(traced, places, splits):
 
 
 def find_named(class_name, traced, names):
-    """The Places called ``names``, in order. Raises InputError for a name that is none."""
+    """The Places called ``names``, in order. Raises InputError for a name that is not a place."""
     chosen = set()
     for name in names:
         node = traced.eval.named.get(name)
@@ -104,7 +104,7 @@ def find_named(class_name, traced, names):
 
 
 def explain_no_places(traced, most=3):
-    """What is in the way after the outermost modules."""
+    """What prevents a cut after each of the outermost modules."""
     forward = traced.eval
     named = []
     for node in forward.nodes:
@@ -127,7 +127,7 @@ def explain_no_places(traced, most=3):
 
 
 def explain_shared(traced, low, high):
-    """Which parameters are in the way between two Places, if that is what keeps the module from being cut."""
+    """Which parameters prevent a cut between two Places, if parameters are the reason."""
     forward = traced.eval
     start = forward.position[forward.named[low.name]]
     end = forward.position[forward.named[high.name]]
@@ -140,7 +140,7 @@ def explain_shared(traced, low, high):
 
 
 def explain_whole(traced):
-    """The first module that tracing could not look into, and why; "" if there is none."""
+    """The first module that tracing could not open, and why; "" if there is none."""
     whole = traced.eval.trace.whole
     if not whole:
         return ""
@@ -149,7 +149,7 @@ def explain_whole(traced):
 
 
 def explain_no_cut(class_name, traced, name):
-    """What is wrong with the cut called ``name``, and which are nearest."""
+    """Why there is no cut called ``name``, and which cuts are nearest."""
     every = list(traced.places)
     forward = traced.eval
     node = forward.named.get(name)

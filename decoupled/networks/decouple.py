@@ -1,5 +1,5 @@
-"""Cuts any network into modules for DGL: the model's own layers, trained in place, and an auxiliary network for each
-module but the last, which keeps the model's own head.
+"""Cuts any network into modules for DGL. The modules are the model's own layers, trained in place. Each gets an
+auxiliary network, except the last, which keeps the model's own head.
 """
 
 import copy
@@ -27,11 +27,11 @@ UNBALANCED = 1.5  # warn if the largest module has more than this many times an 
 
 
 def cuts(model, example_input):
-    """Where ``model`` can be cut: a pandas frame by name, in order from the input.
+    """Where ``model`` can be cut: a pandas data frame indexed by name, in order from the input.
 
-    A name is the path of the module after which the cut is, or, with (), of a function in a forward. Columns: shape, of
-    the representation of one input there; flops, the share of the model's FLOPs below it. Arguments and errors as in
-    decouple; ``model`` stays as it is.
+    A name is the path of the module that the cut follows or, with (), of a function in a forward. Columns: shape, the
+    shape of the representation of one input; flops, the share of the model's FLOPs below the cut. Arguments and errors
+    are those of decouple; ``model`` is not changed.
     """
     traced = trace_examined(examine(model, example_input))
     total = max(1, traced.end.flops)
@@ -71,7 +71,7 @@ def decouple(
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
     """
     if (splits is None) == (at is None):
-        raise InputError("say how many modules (splits=K) or where to cut (at=[names]): one of the two")
+        raise InputError("say how many modules (splits=K) or where to cut (at=[names]): not both")
     if splits is not None and (not isinstance(splits, int) or splits < 1):
         raise InputError(f"splits must be an integer ≥ 1, not {splits!r}")
     if layout not in (None, *LAYOUTS):
@@ -115,12 +115,12 @@ class Examined(NamedTuple):
 
     @property
     def classes(self):
-        """Of logits (B, classes), (B, N, classes) or (B, classes, h, w)."""
+        """The number of classes of logits (B, classes), (B, N, classes) or (B, classes, h, w)."""
         return self.logits.shape[1 if self.logits.dim() == 4 else -1]
 
 
 def original_of_compiled(model):
-    """What torch.compile was given, if ``model`` is what it returned."""
+    """The model that was given to torch.compile, if ``model`` is compiled; else ``model``."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -136,16 +136,16 @@ def examine(model, example_input):
         twin = copy.deepcopy(model)
     except RuntimeError as error:
         raise InputError(
-            f"{class_name} holds tensors that autograd made: cut it before it runs, or build it anew"
+            f"{class_name} contains tensors with an autograd history: cut the model before it runs, or build it again"
         ) from error
     for module in twin.modules():
-        module._compiled_call_impl = None  # of model.compile(): each mode would be compiled to be run once
+        module._compiled_call_impl = None  # set by model.compile(): each mode would be compiled to run once
     tied = find_tied(twin)
     untie(twin, tied)
     with torch.no_grad(), eval_mode(twin), seeded(inputs):
         try:
             output = twin(inputs.clone())
-        except Exception as error:  # whatever a model raises
+        except Exception as error:  # a model may raise anything
             raise InputError(f"{class_name} fails on inputs {tuple(inputs.shape)}: {first_line(error)}") from error
     logits = logits_of(output)
     if not isinstance(logits, torch.Tensor):
@@ -170,14 +170,16 @@ def trace_examined(examined):
 
 @contextmanager
 def seeded(inputs):
-    """Inside the block random numbers follow a fixed seed; after it they go on as if none had been drawn."""
+    """Fixes the random seed inside the block, and restores the state of the random number generators afterwards."""
     with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
         torch.manual_seed(0)
         yield
 
 
 def find_tied(model):
-    """{name of a parameter: name of the embedding's that it is}, as in language models whose head is the embedding."""
+    """{name of a parameter: name of the embedding's parameter that it is}, as in language models whose head is the
+    embedding.
+    """
     embeddings = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -191,7 +193,7 @@ def find_tied(model):
 
 
 def untie(model, names):
-    """Replaces the parameters called ``names`` by copies."""
+    """Replaces the parameters called ``names`` with copies."""
     for name in names:
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -200,7 +202,7 @@ def untie(model, names):
 
 
 def warn_if_unbalanced(class_name, traced, places):
-    """Warns where one module has far more than its share of the FLOPs: none of the others can be large then."""
+    """Warns if one module has far more than its share of the FLOPs: then none of the others can be large."""
     ends = [traced.start, *places, traced.end]
     flops = [high.flops - low.flops for low, high in itertools.pairwise(ends)]
     largest = flops.index(max(flops))
@@ -216,7 +218,7 @@ def warn_if_unbalanced(class_name, traced, places):
 def warn_of_untied(tied):
     for name, embedding in tied.items():
         warnings.warn(
-            f"{name} was {embedding}, which is in another module now: it is a copy of its own, in the model too",
+            f"{name} was {embedding}, which is in another module: it is a separate copy now, in the model as well",
             stacklevel=3,
         )
 
@@ -228,15 +230,18 @@ def warn_of_silent_hooks(model, class_name, cut):
             silent.append(path or class_name)
     if silent:
         warnings.warn(
-            f"forward hooks on {listing(silent)} will not fire: decouple calls the parts of these modules", stacklevel=3
+            f"forward hooks on {listing(silent)} will not fire: their modules are not called, only the parts",
+            stacklevel=3,
         )
 
 
-# What comes out
+# Checks of the result
 
 
 def run_modules(modules, inputs, training):
-    """The logits of a list of modules called in turn, in that mode, with random numbers that are the same each time."""
+    """The logits of a list of modules called one after the other, in that mode, with the same random numbers in each
+    call.
+    """
     with seeded(inputs):
         value = inputs.clone()
         for module in modules:
@@ -267,7 +272,7 @@ def check_outputs(bodies, examined, traced):
         if not all(map(is_same, *outcomes)):
             mode = "train" if training else "eval"
             raise InputError(
-                f"cut, {examined.class_name} computes something else in {mode} mode: its forward depends on values "
+                f"cut, {examined.class_name} does not compute the same in {mode} mode: its forward depends on values "
                 f"that were fixed while it was traced. {GUIDE}"
             )
 
@@ -319,8 +324,8 @@ def auxiliary_after(place, examined, traced, auxiliary, layout, options):
 
 
 def guess_layout(traced, place):
-    """The layout that the shape at ``place`` implies or, if that is ambiguous, the one that the other places imply.
-    Raises InputError if neither tells.
+    """The layout that the shape at ``place`` implies or, if that is ambiguous, the layout that the other places imply.
+    Raises InputError if none does.
     """
     images = traced.example
     square = images.dim() != 4 or images.shape[2] == images.shape[3]

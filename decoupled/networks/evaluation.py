@@ -1,5 +1,5 @@
-"""Accuracy and loss that stay on the device until they are read, single-pass evaluation of every head, and ensembles of
-heads.
+"""Accuracy and loss that stay on the device until they are read, evaluation of every head in a single pass, and
+ensembles of heads.
 """
 
 import math
@@ -10,28 +10,28 @@ from torch.nn import functional as F
 
 from decoupled.networks.modules import eval_mode
 
-IGNORED = -100  # the label of samples that do not count, as in PyTorch's cross-entropy
+IGNORED = -100  # the label of samples to ignore, as in PyTorch's cross-entropy
 
 
 def ranks(logits, labels):
     """How many classes rank before the label, per sample: (B, classes), (B,) → (B,). Top-k is correct where rank < k.
 
-    Exact with ties: of equal logits the lower class ranks first. A sample with a NaN is never correct.
+    Ties are exact: of equal logits, the lower class ranks first. A sample with a NaN is never correct.
     """
     target = logits.gather(1, labels[:, None])
-    above = ~(logits <= target)  # and not logits > target: a comparison with NaN is False
+    above = ~(logits <= target)  # not `logits > target`: a comparison with NaN is False
     lower_class = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     tied = lower_class & (logits == target)
     return (above | tied).sum(1)
 
 
 def count_hits(logits, labels, topk, ignored=None):
-    """The number of samples whose top k has the label, for each k in ``topk``: a list of scalars on the device.
+    """The number of samples whose label is in the top k, for each k in ``topk``: a list of scalars on the device.
 
     ``ignored``: which labels are IGNORED; None if none can be.
     """
     if topk == (1,):
-        # The same in half the operations: max returns the first of equal logits, and NaN if there is one
+        # The same result in half the operations: max returns the first of equal logits, and NaN if there is one
         highest, predicted = logits.max(1)
         not_nan = highest == highest
         return [((predicted == labels) & not_nan).sum()]
@@ -43,10 +43,10 @@ def count_hits(logits, labels, topk, ignored=None):
 
 
 class Meter:
-    """Mean loss and top-k accuracy over all samples since the epoch began.
+    """Mean loss and top-k accuracy over all samples since the start of the epoch.
 
-    ``update`` only queues work on the device; reading ``loss`` or ``top(k)`` waits for it. Both are NaN while there are
-    no samples.
+    ``update`` only queues work on the device; reading ``loss`` or ``top(k)`` waits for it. Both are NaN if there are no
+    samples yet.
     """
 
     def __init__(self, topk=(1,)):
@@ -56,16 +56,16 @@ class Meter:
     def begin(self):
         """Resets the meter for a new epoch."""
         self.count = 0
-        # Scalars on the CPU are added to the first mini-batch's without a copy to the device, which would synchronize
+        # Scalars on the CPU are added to those of the first mini-batch without a copy to the device, which would wait
         self.summed_loss = torch.zeros(())
         self.hits = [torch.zeros(()) for _ in self.topk]
 
     def update(self, loss, logits, labels):
         """Adds a mini-batch: mean loss (scalar), logits (B, classes), and labels (B,).
 
-        Of soft labels (B, classes), as mixup makes them, the class with the largest share counts. With logits
-        (B, N, classes) and labels (B, N), every token is a sample, but for those with the label −100. For labels (B,),
-        −100 has no such meaning: counting it would cost every step of every head several kernels.
+        For soft labels (B, classes), as from mixup, the class with the largest share is the label. With logits (B, N,
+        classes) and labels (B, N), every token is a sample, except those with the label −100. In labels (B,), −100 has
+        no such meaning: counting it would cost several kernels in every step of every head.
         """
         samples = len(labels)
         ignored = None
@@ -74,7 +74,7 @@ class Meter:
             labels = labels.flatten()
             ignored = labels == IGNORED
             samples = (~ignored).sum()
-            loss = torch.where(samples > 0, loss, 0.0)  # the mean over no token is NaN
+            loss = torch.where(samples > 0, loss, 0.0)  # the mean over zero tokens is NaN
         elif labels.dim() == 2:
             labels = labels.argmax(1)
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
@@ -113,11 +113,11 @@ class Meter:
         return torch.cat([torch.tensor([int(self.count)]).double(), sums])
 
     def state_dict(self):
-        """{"sums": ``sums()``}, for checkpoints and for adding up the meters of several processes."""
+        """{"sums": ``sums()``}, for checkpoints and for summing the meters of several processes."""
         return {"sums": self.sums()}
 
     def load_state_dict(self, state):
-        """Restores ``state_dict``. Later mini-batches may be on another device."""
+        """Restores ``state_dict``. Later mini-batches may be on a different device."""
         count, summed_loss, *hits = state["sums"]
         self.count = int(count)
         self.summed_loss = summed_loss
@@ -126,11 +126,12 @@ class Meter:
 
 @torch.inference_mode()
 def evaluate(net, batches, heads=None, topk=(1,)):
-    """One Meter per head of ``net``, from a single pass over ``batches`` in eval mode: a list.
+    """Evaluates all heads of ``net`` in a single pass over ``batches`` in eval mode. Returns a list with one Meter per
+    head.
 
     ``net(images)`` returns a list of logits (B, classes), or (B, N, classes) for sequences, as DecoupledNetwork does,
-    or the logits of its only head. With ``heads`` (indices from 0), ``net(images, heads)`` returns the logits of
-    these heads alone. Afterwards every submodule of ``net`` is in the mode it had.
+    or the logits of its only head. With ``heads`` (indices from 0), ``net(images, heads)`` returns the logits of those
+    heads only. Afterwards, every submodule of ``net`` is back in its previous mode.
     """
     meters = []
     with eval_mode(net):
@@ -147,7 +148,7 @@ def evaluate(net, batches, heads=None, topk=(1,)):
 
 
 def cross_entropy(logits, labels):
-    """Mean over samples, or over the tokens of logits (B, N, classes) and labels (B, N)."""
+    """Mean cross-entropy over samples, or over tokens for logits (B, N, classes) and labels (B, N)."""
     if logits.dim() == 3:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     return F.cross_entropy(logits, labels)
@@ -165,7 +166,7 @@ def ensembles(outputs):
 def weighted_sums(outputs, first=0, sum_below=0):
     """The sum of 2^i × output i over heads 0 to n, for each n from ``first`` on: a list.
 
-    ``outputs`` are those of the heads from ``first`` on; ``sum_below`` is the sum over the heads below.
+    ``outputs`` are those of the heads from ``first`` on; ``sum_below`` is the sum over the lower heads.
     """
     sums = []
     total = sum_below
@@ -181,8 +182,8 @@ def normalize_sums(sums, first=0):
 
 
 class WithEnsembles(nn.Module):
-    """Wraps ``net`` for evaluation: images → a list of every head's logits (B, classes), followed by every head's
-    ensemble of the heads up to it.
+    """Wraps ``net`` for evaluation: images → a list of every head's logits (B, classes), followed by the ensemble of
+    heads up to each head.
 
     Ensembles are of probabilities or, with ``probabilities=False``, of logits: see ``ensembles``.
     """

@@ -1,8 +1,8 @@
-"""FLOPs of a step, counted in one way everywhere in this repository. One multiply-add is 2 FLOPs; matrix products,
-convolutions, attention and recurrent layers count, nothing else does.
+"""FLOPs of a step, counted the same way everywhere in this repository. A multiply-add is 2 FLOPs; only matrix products,
+convolutions, attention and recurrent layers count.
 
-torch.utils.flop_counter has the formulas of most operators. Here are those it lacks: attention on the CPU, the fused
-operators that nn.MultiheadAttention and nn.TransformerEncoderLayer call in eval mode, and fused LSTMs and GRUs.
+torch.utils.flop_counter has the formulas of most operators. This file adds those it lacks: attention on the CPU, the
+fused operators that nn.MultiheadAttention and nn.TransformerEncoderLayer call in eval mode, and fused LSTMs and GRUs.
 """
 
 import math
@@ -14,19 +14,19 @@ aten = torch.ops.aten
 
 
 def count_flops(step):
-    """FLOPs of ``step()``, backward passes in it included."""
+    """FLOPs of ``step()``, including its backward passes."""
     with flop_counter() as counter:
         step()
     return counter.get_total_flops()
 
 
 def flop_counter():
-    """A context manager whose ``get_total_flops()`` says how many FLOPs have run inside it so far."""
+    """A context manager whose ``get_total_flops()`` returns the FLOPs that have run inside it so far."""
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
 
 
 def operator_flops(operator, args, kwargs, result):
-    """FLOPs of one call of an operator of PyTorch, for example torch.ops.aten.mm.default, that returned ``result``."""
+    """FLOPs of one call of a PyTorch operator, for example torch.ops.aten.mm.default, that returned ``result``."""
     formula = ALL_FORMULAS.get(operator.overloadpacket)
     if formula is None:
         return 0
@@ -41,7 +41,7 @@ def attention_flops(query, key, value, *args, **kwargs):
 
 
 def attention_backward_flops(gradient, query, key, value, *args, **kwargs):
-    """The scores again, and a product for each of the gradients of scores, values, queries and keys."""
+    """The scores again, and one product each for the gradients of scores, values, queries and keys."""
     *batch, queries, width = query
     keys, out_width = value[-2:]
     return 2 * math.prod(batch) * queries * keys * (3 * width + 2 * out_width)
@@ -56,7 +56,7 @@ def multihead_flops(query, key, value, width, *args, **kwargs):
 
 
 def encoder_layer_flops(inputs, width, *args, **kwargs):
-    """nn.TransformerEncoderLayer: attention and an MLP of one hidden layer. Shape: (B, N, width)."""
+    """nn.TransformerEncoderLayer: attention and an MLP with one hidden layer. Shape: (B, N, width)."""
     first_matrix = args[12]  # ffn_weight_1: argument 14 of aten::_transformer_encoder_layer_fwd, after inputs and width
     samples, tokens = inputs[:2]
     mlp = 4 * samples * tokens * math.prod(first_matrix)
@@ -93,4 +93,4 @@ FORMULAS = {
     aten._cudnn_rnn_backward: cudnn_rnn_backward_flops,
 }
 
-ALL_FORMULAS = flop_counter().flop_registry  # PyTorch's and these
+ALL_FORMULAS = flop_counter().flop_registry  # PyTorch's formulas and these

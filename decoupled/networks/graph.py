@@ -1,5 +1,5 @@
-"""A model's forward as a graph: what each step computes and costs, which values are alive after it, and the steps
-between two cuts.
+"""A model's forward as a graph: what each step computes and costs, which values are still needed after it, and the
+steps between two cuts.
 """
 
 import operator
@@ -22,7 +22,7 @@ OUTPUT = "the output"
 
 
 class Obstacle(NamedTuple):
-    """Why a model cannot be cut at a place."""
+    """The reason why a model cannot be cut at a place."""
 
     text: str
     reads_input: bool = False  # the layers above also need the input
@@ -30,7 +30,9 @@ class Obstacle(NamedTuple):
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps each node's value, that value's version when it was new, and the FLOPs up to it."""
+    """Runs a graph and records each node's value, the version of that value when it was new, and the FLOPs up to the
+    node.
+    """
 
     def __init__(self, model, graph, counter):
         super().__init__(model, garbage_collect_values=False, graph=graph)
@@ -40,7 +42,7 @@ class Recorder(fx.Interpreter):
         self.flops = {}
 
     def call_module(self, target, args, kwargs):
-        # A module may change a list that it is given; the graph's own cannot be changed
+        # A module may change a list that it receives, but the graph's own lists are immutable
         args = [list(value) if isinstance(value, list) else value for value in args]
         return super().call_module(target, args, kwargs)
 
@@ -99,7 +101,7 @@ class ForwardGraph:
         return dependent
 
     def last_use(self, node):
-        """Position of the last node that uses the value of ``node``, not its sizes alone."""
+        """Position of the last node that uses the value of ``node`` and not only its sizes."""
         positions = [self.position[user] for user in node.users if user.target is not SIZE]
         return max(positions, default=-1)
 
@@ -114,13 +116,13 @@ class ForwardGraph:
         return crossing
 
     def skipping(self, node):
-        """The dependent nodes before ``node`` whose values are also used after it: what skips over it."""
+        """The dependent nodes before ``node`` whose values are also used after it, as in a skip connection."""
         position = self.position[node]
         return [other for other in self.dependent if self.position[other] < position < self.last_use(other)]
 
     def find_names(self):
-        """{node: names}: the paths of the modules whose output it is, else the function called, with (). The second
-        node of a name gets #2 appended.
+        """{node: names}: the paths of the modules whose output it is, or else the function called, with (). The second
+        node with the same name gets the suffix #2.
         """
         names = {}
         times = Counter()
@@ -146,7 +148,7 @@ class ForwardGraph:
         return f"{scope}.{function}()" if scope else f"{function}()"
 
     def find_uses(self):
-        """{parameter: (first, last) position of a dependent node that uses it, or what is computed of it}."""
+        """{parameter: (first, last) position of a dependent node that uses it, or uses something computed from it}."""
         uses = {}
         used = {}
         for position, node in enumerate(self.nodes):
@@ -176,14 +178,14 @@ class ForwardGraph:
 
     @torch.no_grad()
     def record(self, example, training):
-        """Runs the graph on ``example`` to find ``values``, ``flops`` and ``mutated``. Updates the model's buffers."""
+        """Runs the graph on ``example`` to set ``values``, ``flops`` and ``mutated``. Updates the model's buffers."""
         self.model.train(training)
         with flop_counter() as counter:
             recorder = Recorder(self.model, self.trace.graph, counter)
             try:
                 recorder.run(example.clone())
-            except Exception as error:  # whatever a model raises
-                raise Untraceable(f"does not run as it was traced: {first_line(error)}") from error
+            except Exception as error:  # a model may raise anything
+                raise Untraceable(f"cannot be run as traced: {first_line(error)}") from error
         self.values = recorder.values
         self.flops = self.weigh_uncounted(recorder.flops, len(example))
         self.mutated = set()
@@ -215,11 +217,11 @@ class ForwardGraph:
         return [value for value in parameters if isinstance(value, nn.Parameter) and value.dim() > 1]
 
     def obstacle(self, node):
-        """The Obstacle to a cut after ``node``, parameters aside; None if there is none."""
+        """The Obstacle to a cut after ``node``, apart from parameters; None if there is none."""
         if node is self.input:
             return Obstacle("it is the input")
         if node not in self.crossing or self.output in node.users:
-            return Obstacle("no layer above it depends on it")
+            return Obstacle("no later layer depends on it")
         crossing = self.crossing[node]
         if crossing:
             others = listing(self.describe(other) for other in crossing)
@@ -237,7 +239,7 @@ class ForwardGraph:
         return None
 
     def describe(self, node):
-        """``node`` in terms of the user's code."""
+        """Describes ``node`` in terms of the user's code."""
         if node is self.input:
             users = sorted(node.users, key=self.position.get)
             return f"the input (read again at {self.trace.lines.get(users[-1]) or self.names[users[-1]][0]})"
@@ -246,7 +248,9 @@ class ForwardGraph:
         return f"{name} [{line}]" if line and name.endswith("()") else name
 
     def lost_sizes(self, node):
-        """The nodes that read a size of the input which is needed above ``node``, whose own shape does not tell it."""
+        """The nodes that read a size of the input which is needed above ``node`` and cannot be read from the shape of
+        its value.
+        """
         untold = [size for size in self.nodes if size.target is SIZE and size_in(size, node) is None]
         if not untold:
             return []
@@ -254,7 +258,7 @@ class ForwardGraph:
         return [size for size in untold if size in needed and self.position[size.args[0]] < self.position[node]]
 
     def steps_between(self, start, end):
-        """The graph of what is between two nodes, whose input stands for the value of ``start``."""
+        """The graph of the steps between two nodes. Its input stands for the value of ``start``."""
         span = self.nodes[self.position[start] + 1 : self.position[end] + 1]
         needed = self.needed(span)
         graph = fx.Graph()
@@ -272,8 +276,8 @@ class ForwardGraph:
         return graph
 
     def needed(self, span):
-        """The nodes that the steps in ``span`` take, and those that compute what these need and the input's values do
-        not change: that is computed wherever it is used.
+        """The nodes for the steps in ``span``, with those that compute what these steps need independently of the
+        input's values: they are computed again in each module that uses them.
         """
         needed = {node for node in span if node in self.dependent or not node.users}  # in-place calls may have no users
         unseen = list(needed)
@@ -288,7 +292,7 @@ class ForwardGraph:
         return needed
 
     def find_changes(self):
-        """{computed node: later nodes that change its value in place}, of those that are not dependent."""
+        """{computed node: later nodes that change its value in place}, for nodes that are not dependent."""
         changes = {}
         for node in self.nodes:
             schema = getattr(node.target, "_schema", None)
@@ -298,7 +302,7 @@ class ForwardGraph:
                 continue
             sources = []
             changed = node.args[0]
-            while changed.all_input_nodes:  # the value changed may be a view
+            while changed.all_input_nodes:  # the changed value may be a view
                 sources.append(changed)
                 changed = changed.all_input_nodes[0]
             if changed.op != "get_attr":  # the model's own, which change but once
@@ -308,7 +312,7 @@ class ForwardGraph:
 
 
 def is_only_item(node):
-    """Whether ``node`` is all that is used of the tuple that a layer returns."""
+    """Whether ``node`` is the only item used of the tuple that a layer returns."""
     return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
 
 
@@ -317,14 +321,14 @@ def is_random(node):
 
 
 def looks_up(model, node):
-    """Whether ``node`` takes rows of its parameters and computes nothing with them."""
+    """Whether ``node`` only looks up rows of its parameters and computes nothing with them."""
     if node.op == "call_module":
         return isinstance(model.get_submodule(node.target), (nn.Embedding, nn.EmbeddingBag))
     return node.target in (torch.ops.aten.embedding.default, nn.functional.embedding)
 
 
 def size_in(size, node):
-    """The dimension of the value of ``node`` that is the size which the node ``size`` reads; None if there is none."""
+    """The dimension of ``node``'s value whose size the node ``size`` reads; None if there is none."""
     for dimension, length in enumerate(node.meta["val"].shape):
         if str(length) == str(size.meta["val"]):
             return dimension
@@ -332,7 +336,7 @@ def size_in(size, node):
 
 
 def listing(names, most=8):
-    """The first names, with commas between them, and how many there are."""
+    """The first few names, separated by commas, and the total number if there are more."""
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more

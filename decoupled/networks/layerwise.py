@@ -11,9 +11,9 @@ from decoupled.networks.modules import DecoupledModule, DecoupledNetwork, group_
 def draw_batch_norm_weights(net):
     """Draws the weights of every batch norm in ``net`` from U(0, 1) and returns ``net``.
 
-    This was PyTorch's default up to release 1.1, with which the authors made their CIFAR logs; since 1.2 the weights
-    start at 1 (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: from 1, the upper
-    modules of learning_curves learn more slowly.
+    This was PyTorch's default up to release 1.1, with which the authors made their CIFAR logs; since 1.2, the weights
+    start at 1 (https://github.com/pytorch/pytorch/issues/12259). It matters in the first epochs: when they start at 1,
+    the upper modules of learning_curves learn more slowly.
     """
     for layer in net.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -22,7 +22,7 @@ def draw_batch_norm_weights(net):
 
 
 def conv_layer(in_channels, out_channels, downsample):
-    """A list of layers: 3×3 convolution, BN, ReLU; with ``downsample`` a 2×2 max pool before them."""
+    """A list of layers: 3×3 convolution, BN, ReLU; with ``downsample``, a 2×2 max pool first."""
     layers = []
     if downsample:
         layers.append(nn.MaxPool2d(2))
@@ -44,10 +44,10 @@ def layerwise_cnn(
 ):
     """The layer-wise CNN of Sec. 5.2 and 5.3: ``depth`` 3×3 convolutions, ``block_size`` of them per module.
 
-    Layers whose index is in ``downsample`` halve the size with a 2×2 max pool and double the channels. Every module but
-    the last has the auxiliary network ``auxiliary``: mlp, mlp-sr or cnn, or a callable (shape (C, h, w), classes,
-    **auxiliary_options) → module, (B, C, h, w) → (B, classes). The last module has ``head``. Batch norm weights are
-    drawn as in the published runs. Raises InputError for an unknown auxiliary or an impossible block size.
+    Layers whose index is in ``downsample`` halve the height and width with a 2×2 max pool and double the channels.
+    Every module except the last has the auxiliary network ``auxiliary``: mlp, mlp-sr or cnn, or a callable (shape (C,
+    h, w), classes, **auxiliary_options) → module, (B, C, h, w) → (B, classes). The last module has ``head``. Batch norm
+    weights are drawn as in the published runs. Raises InputError for an unknown auxiliary or an impossible block size.
     """
     layers = []
     in_channels = input_shape[0]

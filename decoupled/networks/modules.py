@@ -1,4 +1,4 @@
-"""A network as DGL sees it: a list of modules, each a body and the auxiliary network that gives it a loss."""
+"""A network as DGL sees it: a list of modules, each with a body and an auxiliary network that provides its loss."""
 
 import math
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from decoupled.errors import InputError
 
 
 class DecoupledModule(nn.Module):
-    """One module: ``body`` maps the representation from below to its own, ``auxiliary`` maps that to logits.
+    """One module: ``body`` maps the representation from below to a new one, and ``auxiliary`` maps that to logits.
 
-    forward: representation below (B, …) → own representation (B, …), logits (B, classes) or, for each token,
+    forward: representation from below (B, …) → new representation (B, …), and logits (B, classes) or, for each token,
     (B, N, classes). Nothing is detached here: detaching is part of the algorithm.
     """
 
@@ -27,12 +27,15 @@ class DecoupledModule(nn.Module):
 
 
 class DecoupledNetwork(nn.ModuleList):
-    """Modules, lowest first. Indexes and slices like a list: ``net[:2]`` is the network of the two lowest modules."""
+    """A list of modules, lowest first, that can be indexed and sliced: ``net[:2]`` is the network of the two lowest
+    modules.
+    """
 
     def forward(self, images, heads=None):
-        """A list of logits (B, classes), one per head; with ``heads`` (indices from 0), of those heads in that order.
+        """Returns a list of logits (B, classes), one per head; with ``heads`` (indices from 0), of those heads only, in
+        that order.
 
-        One pass computes them all. Modules above the highest of ``heads`` do not run. No gradient crosses a module
+        A single pass computes them all. Modules above the highest head do not run. No gradient crosses a module
         boundary. Raises IndexError for a head that does not exist.
         """
         if heads is None:
@@ -50,28 +53,28 @@ class DecoupledNetwork(nn.ModuleList):
 
 
 def group_layers(layers, block_size):
-    """``layers`` in consecutive groups of ``block_size``; the last group has what remains.
+    """Splits ``layers`` into consecutive groups of ``block_size``; the last group has the remainder.
 
     Raises InputError for a block size below 1 or above the number of layers.
     """
     if not 1 <= block_size <= len(layers):
         raise InputError(
-            f"block size {block_size} is impossible: the network has {len(layers)} layers, so choose "
+            f"impossible block size {block_size}: the network has {len(layers)} layers, so choose "
             f"from 1 to {len(layers)}"
         )
     return [layers[start : start + block_size] for start in range(0, len(layers), block_size)]
 
 
 def split_evenly(layers, splits):
-    """``layers`` in ``splits`` consecutive groups of ⌈len(layers)/splits⌉, the last one shorter.
+    """Splits ``layers`` into ``splits`` consecutive groups of ⌈len(layers)/splits⌉; the last one may be shorter.
 
-    Groups of that length may be too few: 10 layers make only 5 groups of ⌈10/6⌉ = 2. Then the lengths differ by at most
-    one instead, the longer groups first.
+    Groups of that length may be too few: 10 layers make only 5 groups of ⌈10/6⌉ = 2. In that case the lengths differ by
+    at most one, longer groups first.
 
     Raises InputError for fewer layers than ``splits``.
     """
     if not 1 <= splits <= len(layers):
-        raise InputError(f"{len(layers)} layers cannot be split in {splits}: choose from 1 to {len(layers)} splits")
+        raise InputError(f"{len(layers)} layers cannot be split into {splits} modules: choose 1 to {len(layers)}")
     groups = group_layers(layers, math.ceil(len(layers) / splits))
     if len(groups) == splits:
         return groups
@@ -82,7 +85,9 @@ def split_evenly(layers, splits):
 
 @contextmanager
 def eval_mode(net):
-    """Puts ``net`` in eval mode inside the block. Afterwards every submodule is in the mode it had, frozen ones too."""
+    """Puts ``net`` in eval mode inside the block. Afterwards, every submodule is back in its previous mode, also if
+    frozen.
+    """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -94,9 +99,9 @@ def eval_mode(net):
 
 @torch.no_grad()
 def output_shape(body, input_shape):
-    """The shape, without B, of what ``body`` returns for inputs (B, *input_shape), for example (C', h', w') for
-    (C, h, w). Runs ``body`` on zeros in eval mode and leaves it unchanged.
+    """The shape, without B, of what ``body`` returns for inputs (B, *input_shape), for example (C', h', w') for (C, h,
+    w). Runs ``body`` on zeros in eval mode and does not change it.
     """
     parameter = next(body.parameters(), torch.empty(0))
-    with eval_mode(body):  # so that batch norm updates no statistics, and accepts a single 1×1 input
+    with eval_mode(body):  # batch norm then updates no statistics and accepts a single 1×1 input
         return tuple(body(parameter.new_zeros(1, *input_shape)).shape[1:])

@@ -1,4 +1,4 @@
-"""Auxiliary networks that classify each token of a sequence: for language models, whose logits are (B, N, classes)."""
+"""Auxiliary networks that classify each token of a sequence, for language models, whose logits are (B, N, classes)."""
 
 from torch import nn
 
@@ -11,8 +11,8 @@ def linear_per_token(channels, classes):
 
 
 def mlp_per_token(channels, classes, hidden_layers=1, width=None):
-    """LayerNorm, hidden_layers × [Linear, GELU] of ``width`` (C by default) and a Linear layer: (B, N, C) →
-    (B, N, classes).
+    """LayerNorm, hidden_layers × [Linear, GELU] of ``width`` (default C), and a Linear layer: (B, N, C) → (B, N,
+    classes).
     """
     width = width or channels
     layers = [nn.LayerNorm(channels)]
@@ -28,16 +28,16 @@ PER_TOKEN_AUXILIARIES = {"linear": linear_per_token, "mlp": mlp_per_token}
 
 
 def per_token_auxiliary(name, shape, classes, **options):
-    """The auxiliary network called ``name``, linear or mlp, for representations (B, *shape), shape = (N, C).
+    """The auxiliary network ``name``, linear or mlp, for representations (B, *shape) with shape = (N, C).
 
-    Raises InputError for another name or shape.
+    Raises InputError for any other name or shape.
     """
     if len(shape) != 2:
         raise InputError(
-            f"no auxiliary for each token of representations {shape}: choose a place where they are (N, C), or pass a "
+            f"no per-token auxiliary for representations {shape}: cut where they are (N, C), or pass a "
             "callable (shape, classes) → module"
         )
     if name not in PER_TOKEN_AUXILIARIES:
         names = ", ".join(PER_TOKEN_AUXILIARIES)
-        raise InputError(f"unknown auxiliary network for tokens {name!r}: choose from {names}, or pass a callable")
+        raise InputError(f"unknown per-token auxiliary network {name!r}: choose from {names}, or pass a callable")
     return PER_TOKEN_AUXILIARIES[name](shape[-1], classes, **options)

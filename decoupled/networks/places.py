@@ -1,5 +1,5 @@
-"""Where a model can be cut: the places in its forward at which one tensor carries all that the rest needs of the input,
-in train and in eval mode.
+"""Where a model can be cut: the places in its forward at which a single tensor carries everything that the rest of the
+model needs from the input, in train and in eval mode.
 """
 
 from typing import NamedTuple
@@ -12,28 +12,30 @@ from decoupled.networks.tracing import Untraceable, trace_with_export, trace_wit
 
 
 class Place(NamedTuple):
-    """A place to cut, or an end of the model. ``name`` is that of the node before it, the same in both modes."""
+    """A place to cut, or an end of the model. It has the ``name`` of the node before it, which is the same in both
+    modes.
+    """
 
     name: str
-    shape: tuple  # of the representation of one input
-    flops: int  # of the model below it
+    shape: tuple  # shape of the representation of one input
+    flops: int  # FLOPs of the model below it
     parameters: int  # how many of the model's parameters are used below it
 
 
 class Cut(NamedTuple):
-    """What decouple makes modules of."""
+    """The parts from which decouple builds modules."""
 
     graphs: list  # for each module, {training: the graph of its steps in that mode}
-    opened: set  # paths of the modules whose parts or operators are called instead of themselves
+    opened: set  # paths of the modules that are not called themselves, only their parts or operators
 
 
 class TracedModel:
-    """A model whose forward is known in both modes. ``places``: {name: Place}, in order from the input."""
+    """A model whose forward is traced in both modes. ``places``: {name: Place}, in order from the input."""
 
-    calls_modules = False  # torch.export recorded operators, with gradients enabled
+    calls_modules = False  # whether torch.export recorded operators, with gradients enabled
 
     def __init__(self, model, example, trace_in_mode):
-        """``trace_in_mode(training)``: the Trace of ``model`` in that mode. ``example``: a batch of inputs."""
+        """``trace_in_mode(training)`` returns the Trace of ``model`` in that mode. ``example``: a batch of inputs."""
         self.model = model
         self.example = example
         self.train = ForwardGraph(model, trace_in_mode(True))
@@ -41,7 +43,7 @@ class TracedModel:
         self.train.record(example, training=True)
         self.eval.record(example, training=False)
         self.start = Place(INPUT, tuple(example.shape[1:]), 0, 0)
-        self.export_error = None  # why torch.export could not look into the modules that torch.fx left whole
+        self.export_error = None  # why torch.export could not open the modules that torch.fx left whole
         self.end = Place(OUTPUT, (), self.train.flops[self.train.output], len(self.train.uses))
         self.places = {}
         for node in self.eval.nodes:
@@ -57,7 +59,7 @@ class TracedModel:
     def obstacle(self, name):
         """The Obstacle to a cut after the node called ``name`` in eval mode; None if there is none."""
         if name not in self.train.named:
-            return Obstacle("the forward does not reach it in train mode")
+            return Obstacle("the forward skips it in train mode")
         below = set()
         above = set()
         for forward in (self.eval, self.train):
@@ -83,7 +85,7 @@ class TracedModel:
 
 
 class FxTracedModel(TracedModel):
-    """A model traced by torch.fx, each of its modules as far as it can be."""
+    """A model traced by torch.fx, which opens each module as far as possible."""
 
     calls_modules = True
 
@@ -92,8 +94,8 @@ class FxTracedModel(TracedModel):
         super().__init__(model, example, lambda training: trace_with_fx(model, training, returns_object))
 
     def may_hide_places(self):
-        """Whether torch.export may find many more places: inside modules that torch.fx could not trace, and where sizes
-        are all that crosses.
+        """Whether torch.export may find many more places: inside modules that torch.fx could not trace, or where only
+        sizes cross.
         """
         for forward in (self.train, self.eval):
             for path in forward.trace.whole:
@@ -108,7 +110,7 @@ class FxTracedModel(TracedModel):
         return hidden > len(self.places)
 
     def cut(self, places):
-        """The Cut between ``places``, which calls the model's modules whole but for those with a cut inside."""
+        """The Cut between ``places``. It calls the model's modules whole, except those with a cut inside."""
         opened = {""}
         for place in places:
             opened.update(ancestors(path_of(place.name)))
@@ -117,23 +119,24 @@ class FxTracedModel(TracedModel):
             for training in (True, False):
                 trace = trace_with_fx(self.model, training, self.returns_object, opened)
                 forwards[training] = ForwardGraph(self.model, trace)
-        # For example at ``a, b = layer(x)``: a layer that is called whole returns a stand-in, which cannot be unpacked
+        # For example `a, b = layer(x)`: a layer that is called whole returns a stand-in, which cannot be unpacked
         except Untraceable:
             return super().cut(places)
         for forward in forwards.values():
             for place in places:
                 node = forward.named.get(place.name)
-                # A module called whole takes all its arguments, also those its parts do not use: one may cross here
+                # A module called whole takes all its arguments, even those its parts do not use: one may cross here
                 if forward.crossing.get(node) != []:
                     return super().cut(places)
         return cut_forwards(forwards, places)
 
 
 def trace_model(model, example, returns_object):
-    """The TracedModel by torch.fx or, where that cannot trace it and hides places, by torch.export. Raises Untraceable.
+    """The TracedModel by torch.fx or, if torch.fx cannot trace the model or may hide places, by torch.export. Raises
+    Untraceable.
 
-    ``model`` is changed: its mode, its buffers, further attributes. ``returns_object``: it returns an object that has
-    logits.
+    Changes ``model``: its mode, its buffers, additional attributes. ``returns_object``: the model returns an object
+    that has logits.
     """
     traced = None
     try:
@@ -155,7 +158,7 @@ def trace_model(model, example, returns_object):
 
 
 def cut_forwards(forwards, places):
-    """The Cut of ``forwards``, {training: ForwardGraph}, between ``places``."""
+    """Cuts ``forwards``, {training: ForwardGraph}, between ``places``. Returns a Cut."""
     graphs = []
     start = INPUT
     for end in (*(place.name for place in places), OUTPUT):
@@ -168,14 +171,14 @@ def cut_forwards(forwards, places):
 
 
 def opened_modules(forward):
-    """Paths of the modules that ``forward`` does not call, nor a module around them."""
+    """Paths of the modules that ``forward`` calls neither themselves nor as a part of another module."""
     called = {node.target for node in forward.nodes if node.op == "call_module"}
     paths = [path for path, _ in forward.model.named_modules()]
     return {path for path in paths if path not in called and not is_inside(path, called)}
 
 
 def path_of(name):
-    """The path in the name of a place: without #2 and [0]."""
+    """The path in the name of a place, without #2 and [0]."""
     return name.split("#")[0].split("[")[0]
 
 
@@ -184,7 +187,7 @@ def is_number(value):
 
 
 def is_worth_listing(node, name):
-    """Whether a place is more than another view of what is there before it."""
+    """Whether a place is more than another view of the place before it."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or "()" not in name:
         return True

@@ -1,6 +1,6 @@
 """The steps of a model's forward in one mode, train or eval, as a graph. Two tracers give the same kind of Trace:
 
-- torch.fx calls the forward with a stand-in for the input. Modules of PyTorch, and those that cannot be traced, stay
+- torch.fx calls the forward with a stand-in for the input. PyTorch's modules, and those that cannot be traced, stay
   whole: one step each. It is fast, and what it gives still calls the model's own modules.
 - torch.export runs the forward on an example and records every operator. It follows nearly all Python code, takes
   longer, and what it gives calls operators on the model's parameters.
@@ -22,17 +22,17 @@ from torch.fx.node import map_aggregate
 
 from decoupled.errors import first_line
 
-# Those of PyTorch's modules whose forward calls layers one after the other
+# PyTorch's modules whose forward calls layers one after the other
 CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
 
-# What torch.export records that computes nothing: assertions about sizes, types and devices
+# Operators that torch.export records but that compute nothing: assertions about sizes, types and devices
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
-CONSTANT_PREFIX = "_decoupled_constant"  # of the attributes of the traced copy that hold a graph's constants
+CONSTANT_PREFIX = "_decoupled_constant"  # of the traced copy's attributes for a graph's constants
 
 
 class Untraceable(Exception):
-    """A forward that cannot be traced. The message is a predicate, which callers put after a subject: "cannot be traced
+    """A forward that cannot be traced. The message is a predicate, to which callers add a subject: "cannot be traced
     past net.py:12 (…)".
     """
 
@@ -46,11 +46,11 @@ class Trace(NamedTuple):
     module_ends: dict  # {node: paths of the modules whose output it is}
     scopes: dict  # {node: path of the module whose forward made it}
     lines: dict  # {node: the line of the user's code that made it, as "file.py:12"}
-    whole: dict  # {path: the Untraceable of a module that had to stay whole}
+    whole: dict  # {path: why a module had to stay whole, an Untraceable}
 
 
 def is_internal(filename):
-    """Whether a file of Python code is PyTorch's, the standard library's or ours, and not the user's."""
+    """Whether a Python file belongs to PyTorch, the standard library or this package, and not to the user."""
     folder = os.path.dirname(filename)
     if folder in (os.path.dirname(__file__), os.path.dirname(os.__file__)):
         return True
@@ -58,7 +58,7 @@ def is_internal(filename):
 
 
 def line_of_error(error):
-    """The last line of the user's code that ``error`` went through, as "file.py:12 (its code)"; "" if there is none."""
+    """The last line of the user's code in the traceback of ``error``, as "file.py:12 (its code)", or ""."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not is_internal(frame.filename):
             return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.line})"
@@ -66,7 +66,7 @@ def line_of_error(error):
 
 
 def current_line():
-    """The line of the user's code that runs, as "file.py:12"."""
+    """The line of the user's code that is running, as "file.py:12"."""
     frame = sys._getframe()
     while frame and is_internal(frame.f_code.co_filename):
         frame = frame.f_back
@@ -83,7 +83,7 @@ def recorded_line(node):
 
 
 def untraceable(error):
-    """``error``, which a tracer raised, as an Untraceable that says where."""
+    """``error``, raised by a tracer, as an Untraceable that says where it happened."""
     place = line_of_error(error)
     if place:
         return Untraceable(f"cannot be traced past {place}: {first_line(error)}")
@@ -91,7 +91,7 @@ def untraceable(error):
 
 
 def logits_of(output):
-    """The logits in what a model returns: ``output`` itself, or its entry or attribute ``logits``. None without any."""
+    """The logits in what a model returns: ``output`` itself, or its entry or attribute ``logits``, or None."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, Mapping):
@@ -103,12 +103,13 @@ def logits_of(output):
 
 
 class ModuleTracer(fx.Tracer):
-    """Traces a forward of one input; other arguments keep their defaults. Follows the forward of the modules at the
-    paths ``opened``; by default, of every module that can be opened and traced. All others are one step each.
+    """Traces a forward with one input; other arguments keep their defaults. Follows the forward of the modules at the
+    paths ``opened`` or, by default, of every module that can be opened and traced. All others are one step each.
+
     ``returns_object``: the model returns an object with logits. Forward hooks are not traced.
     """
 
-    proxy_buffer_attributes = True  # what a forward does to a buffer belongs in the graph
+    proxy_buffer_attributes = True  # changes of a buffer belong in the graph
 
     def __init__(self, returns_object, opened=None):
         super().__init__()
@@ -147,11 +148,11 @@ class ModuleTracer(fx.Tracer):
         lists = [(value, list(value)) for value in args if isinstance(value, list)]
         try:
             return super().call_module(module, module.forward, args, kwargs)
-        except Exception as error:  # whatever a forward raises when it is given a stand-in
+        except Exception as error:  # a forward may raise anything when given a stand-in
             if self.opened is not None:
                 raise
             self.whole[path] = untraceable(error)
-        # As if it had not been called
+        # Remove all traces of the call
         self.remove_nodes_after(last_node)
         for current, before in ((self.num_calls, calls), (self.module_stack, stack)):
             current.clear()
@@ -185,8 +186,8 @@ class ModuleTracer(fx.Tracer):
 
 
 def can_be_opened(module):
-    """Whether to trace inside ``module``: it has children, and is not one of PyTorch's own layers."""
-    if hasattr(module, "_orig_mod"):  # what torch.compile returned
+    """Whether to trace inside ``module``: it has children and is not one of PyTorch's own layers."""
+    if hasattr(module, "_orig_mod"):  # a module returned by torch.compile
         return False
     from_pytorch = type(module).__module__.startswith("torch.nn.")
     if from_pytorch and not isinstance(module, CONTAINERS):
@@ -202,11 +203,11 @@ def trace_with_fx(model, training, returns_object, opened=None):
     tracer = ModuleTracer(returns_object, opened)
     try:
         graph = tracer.trace(model)
-    except Exception as error:  # whatever a forward raises when it is given a stand-in
+    except Exception as error:  # a forward may raise anything when given a stand-in
         raise untraceable(error) from error
     remove_unused_items(graph)
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # made in the forward
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # created in the forward
             store_constant(model, node, getattr(model, node.target), training)
     scopes = {}
     for node in graph.nodes:
@@ -216,15 +217,15 @@ def trace_with_fx(model, training, returns_object, opened=None):
 
 
 def remove_unused_items(graph):
-    """Removes the second of ``output, _ = layer(x)``: as long as it is there, the tuple seems to be needed later."""
+    """Removes the second item of ``output, _ = layer(x)``: with it, the tuple would seem to be needed later."""
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
 
 
 def store_constant(model, node, value, training):
-    """Stores ``value`` as an attribute of ``model`` under a name that no other Trace uses, and lets the get_attr
-    ``node`` read it there.
+    """Stores ``value`` as an attribute of ``model`` under a name that no other Trace uses, and makes the get_attr
+    ``node`` read it from there.
     """
     mode = "train" if training else "eval"
     node.target = "_".join([CONSTANT_PREFIX, mode, node.target.replace(".", "_").lstrip("_")])
@@ -235,7 +236,7 @@ def store_constant(model, node, value, training):
 
 
 def follow_device(graph):
-    """Replaces the devices in ``graph``, which are those of the example, by that of its first input."""
+    """Replaces the devices in ``graph``, which are those of the example, with the device of its first input."""
     first = next((node for node in graph.nodes if node.op == "placeholder"), None)
     if first is None:
         return
@@ -255,7 +256,7 @@ def follow_device(graph):
 
 
 class ReturnsLogits(nn.Module):
-    """``model`` as torch.export needs it: one input, one tensor out."""
+    """``model`` in the form that torch.export needs: one input, one output tensor."""
 
     def __init__(self, model):
         super().__init__()
@@ -266,10 +267,10 @@ class ReturnsLogits(nn.Module):
 
 
 def trace_with_export(model, training, example):
-    """Returns the Trace of ``model`` in train or eval mode, for inputs like ``example`` of any batch size, and of any
-    length if they are tokens (B, N). May add attributes to ``model``. Raises Untraceable.
+    """Returns the Trace of ``model`` in train or eval mode, for inputs like ``example`` with any batch size and, if
+    they are tokens (B, N), any length. May add attributes to ``model``. Raises Untraceable.
     """
-    # Exported with gradients: in eval mode without them, PyTorch's layers call operators that have no backward pass
+    # Export with gradients: without them, PyTorch's layers call operators in eval mode that have no backward pass
     exported = copy.deepcopy(model).train(training)
     for tensor in exported.parameters():
         tensor.requires_grad_(tensor.is_floating_point())
@@ -281,7 +282,7 @@ def trace_with_export(model, training, example):
             warnings.simplefilter("ignore")
             program = torch.export.export(ReturnsLogits(exported), (example,), dynamic_shapes=(sizes,), strict=False)
             module = program.module()
-    except Exception as error:  # whatever a forward raises when it is given a tensor without values
+    except Exception as error:  # a forward may raise anything when given a tensor without values
         if "Constraints violated" in str(error):
             raise Untraceable("has a fixed batch size when traced: write x.shape[0] instead of len(x)") from error
         raise untraceable(error) from error
@@ -306,7 +307,7 @@ def trace_with_export(model, training, example):
 
 
 def names_of_tensors(model):
-    """The names of all parameters and buffers; one tensor may have several."""
+    """The names of all parameters and buffers; a tensor may have several."""
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     return {name for name, _ in (*parameters, *buffers)}
@@ -315,7 +316,7 @@ def names_of_tensors(model):
 def remove_assertions(graph):
     for node in reversed(graph.nodes):
         is_assertion = node.op == "call_function" and getattr(node.target, "_opname", "") in ASSERTIONS
-        is_guard = node.op == "call_module"  # the only one: it checks that inputs are like the example
+        is_guard = node.op == "call_module"  # the only submodule: it checks that inputs are like the example
         if is_guard or is_assertion:
             graph.erase_node(node)
 
