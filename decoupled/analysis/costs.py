@@ -24,7 +24,7 @@ class LiveStorages(TorchDispatchMode):
     that were in use at once.
 
     A storage is counted once, however many views share it, from the operation that creates it until nothing refers to
-    it any more, autograd's graph included. A storage that first appears as an operand was created before the block and
+    it anymore, including autograd's graph. A storage that first appears as an operand was created before the block and
     is not counted. A storage that is resized later keeps its first size.
     """
 
@@ -36,7 +36,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # a query, not an operation: which device a FakeTensor stands for
+        if func is torch.ops.prim.device.default:  # not an operation, but a query: which device a FakeTensor stands for
             return func(*args)
         if torch.is_inference_mode_enabled():  # composite operations are not decomposed before they arrive here
             with self:
@@ -53,7 +53,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def remember(self, storage, size):
-        """Counts ``storage`` as ``size`` bytes until it is freed, unless it is counted already."""
+        """Counts ``storage`` as ``size`` bytes until it is freed, unless it is already counted."""
         if id(storage) not in self.known:
             self.live += size
             self.known[id(storage)] = weakref.ref(storage, partial(self.forget, id(storage), size))
@@ -69,11 +69,11 @@ def storages(tree):
 
 
 def peak_memory(step, device="cpu"):
-    """The peak memory of ``step()`` in bytes, not counting what was allocated before.
+    """The peak memory of ``step()`` in bytes, without what was allocated before.
 
-    On CUDA this is the allocator's count, in blocks of 512 bytes and with the workspaces of kernels. Elsewhere, meta
-    included, it is the exact size of tensor storages (LiveStorages), without kernels' workspaces: the same on every
-    machine, and on the meta device nothing is computed.
+    On CUDA, this is the allocator's count, in blocks of 512 bytes and including kernels' workspaces. Elsewhere,
+    including meta, it is the exact size of tensor storages (LiveStorages) without kernels' workspaces: the same on
+    every machine. On the meta device nothing is computed.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -89,7 +89,7 @@ def peak_memory(step, device="cpu"):
 
 
 def step_seconds(step, calls=1, device="cpu"):
-    """The average wall time of ``step()`` over ``calls`` calls, in seconds; the device's queued work counts."""
+    """The average wall time of ``step()`` over ``calls`` calls, in seconds, including the device's queued work."""
     synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -105,7 +105,7 @@ def synchronize(device):
 
 
 def costs(net, images):
-    """The costs of each module of ``net``: a pandas frame with a row per (n, part). n counts modules from 1; part is
+    """The costs of each module of ``net``: a pandas frame with one row per (n, part). n counts modules from 1; part is
     "body", "auxiliary", or "module" for both together.
 
     ``images`` (B, …), B at least 2. Columns:
@@ -137,7 +137,7 @@ def costs(net, images):
 
 
 class Ones(torch.autograd.Function):
-    """(B, …) → a scalar whose gradient is one for each element: stands in for an auxiliary without costs."""
+    """(B, …) → a scalar whose gradient is one for each element: replaces an auxiliary at no cost."""
 
     @staticmethod
     def forward(ctx, representation):
@@ -183,7 +183,7 @@ def part_costs(network, forward, flops, inputs):
     """One row of costs, {column: value}, for ``network`` in train mode. ``forward`` runs its forward pass (see
     training_step), which takes ``flops`` for all of ``inputs``.
     """
-    # In this step CUDA's libraries also allocate workspaces that they keep: peak_memory must not see that.
+    # In this step, CUDA's libraries also allocate workspaces that they keep; peak_memory must not count those.
     training_flops = count_flops(training_step(forward, network))
     network.zero_grad()
     step = training_step(forward, network)
@@ -203,8 +203,8 @@ def part_costs(network, forward, flops, inputs):
 
 
 def training_step(forward, network):
-    """A callable that takes a training step of ``network``. ``forward()`` returns a tuple that ends with the loss; the
-    tensors before the loss stay alive until the step is done, as in the scripts.
+    """Returns a function that does one training step of ``network``. ``forward()`` returns a tuple that ends with the
+    loss; the tensors before the loss stay alive until the step is done, as in the scripts.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = None

@@ -1,9 +1,9 @@
 """Exports logs, as one table or for TensorBoard:
 
-python -m decoupled export LOG… --csv FILE            one row per head and epoch
-python -m decoupled export LOG… --tensorboard DIR     one TensorBoard run per log
+    python -m decoupled export LOG… --csv FILE            one row per head and epoch
+    python -m decoupled export LOG… --tensorboard DIR     one TensorBoard run per log
 
-A LOG may be a folder: then all its logs.
+If a LOG is a folder, exports all its logs.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from decoupled.training import flags
 
 
 def to_csv(frames, path):
-    """Writes ``frames``, {log path: frame from read_log}, as one table: a column "log" with the log's file name, then
-    the columns of read_log.
+    """Writes ``frames``, {log path: frame from read_log}, as one table: the log's file name in a column "log", then the
+    columns of read_log.
     """
     tables = []
     for log, frame in frames.items():
@@ -40,7 +40,7 @@ def to_tensorboard(frames, folder):
     runs = {Path(folder) / Path(log).stem: frame for log, frame in frames.items()}
     for run in runs:
         if run.exists():
-            raise InputError(f"--tensorboard: {run} exists already: remove it, or name another folder")
+            raise InputError(f"--tensorboard: {run} already exists: remove it, or name another folder")
     for run, frame in runs.items():
         with SummaryWriter(str(run)) as writer:
             for row in frame.to_dict("records"):
@@ -51,7 +51,7 @@ def to_tensorboard(frames, folder):
 
 
 def table_path(text):
-    """An argparse type: the path of a table. It is no log, which would be overwritten, as by --csv *.log."""
+    """An argparse type: the path of a table. It must not be a log, which would be overwritten, as with --csv *.log."""
     if Path(text).suffix in (".log", ".pt"):
         raise argparse.ArgumentTypeError(f"{text} is a run's file: name the table first, such as all.csv")
     return flags.path(text)
@@ -60,7 +60,7 @@ def table_path(text):
 def parse_args():
     parser = flags.Parser(__doc__)
     parser.prog = "python -m decoupled export"
-    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: all its logs")
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder with logs")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument(
         "--csv", metavar="FILE", type=table_path, help="write a table with the columns log, n, epoch and the results"
@@ -69,13 +69,13 @@ def parse_args():
         "--tensorboard",
         metavar="DIR",
         type=flags.path,
-        help="write scalars by epoch, each log as a run in its own folder under DIR; needs the package tensorboard",
+        help="write scalars by epoch, each log as a run in its own folder under DIR (requires the package tensorboard)",
     )
     return parser.parse_args()
 
 
 def list_logs(paths):
-    """The logs at ``paths``: of a folder all. Raises InputError if a folder has none."""
+    """The logs at ``paths``, including all logs of a folder. Raises InputError if a folder has none."""
     found = []
     for path in paths:
         if Path(path).is_dir():
@@ -92,10 +92,10 @@ def main():
     for log in list_logs(args.logs):
         name = Path(log).stem
         if name in names:
-            raise InputError(f"{log} has the name of another of the logs: export them one by one, or rename one")
+            raise InputError(f"{log} has the same file name as another log: export them one by one, or rename one")
         names.add(name)
         frames[log] = read_log(log)
-    with writing(args.csv or args.tensorboard, "name another place, or make room or access there"):
+    with writing(args.csv or args.tensorboard, "name another place, or free some space or get write access there"):
         if args.csv:
             to_csv(frames, args.csv)
         else:

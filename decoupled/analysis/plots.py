@@ -71,9 +71,9 @@ METHODS = styles(("DGL", "back-propagation", "DDG", "DNI", "cDNI", "checkpointin
 def curves(axes, frames, column, heads=None, label="head {n}", **style):
     """Draws ``column`` by epoch on ``axes``, one line per head, and labels the axes. Returns the lines.
 
-    ``frames`` is a frame from read_log, or several that differ only in the seed: then the line is their mean and a band
-    shows their range; epochs that one of them has not reached are left out. ``heads``: numbers, or "last"; all by
-    default. ``label`` is formatted with n.
+    ``frames`` is a frame from read_log, or several that differ only in the seed. For several, the line is their mean
+    and a band shows their range; epochs that not all of them have are left out. ``heads``: numbers, or "last"; default:
+    all. ``label`` is formatted with n.
     """
     frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     rows = pd.concat([frame[["n", "epoch", column]] for frame in frames], ignore_index=True)
@@ -88,7 +88,9 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
         if seeds.empty:
             continue
         marker_distance = math.ceil(len(seeds) / MARKERS_PER_LINE)
-        first_marker = len(axes.lines) % marker_distance  # shifted from line to line: all show where lines coincide
+        first_marker = (
+            len(axes.lines) % marker_distance
+        )  # shifted from line to line, so that all are visible where lines coincide
         look = {
             "color": COLORS[(n - 1) % len(COLORS)],
             "marker": MARKERS[(n - 1) % len(MARKERS)],
@@ -105,13 +107,13 @@ def curves(axes, frames, column, heads=None, label="head {n}", **style):
 
 
 def reference_curves(axes, frame, column, heads=None, label="authors' log", **style):
-    """Like curves, but wide, grey, and behind the other lines: for results to compare with."""
+    """Like curves, but wide, gray and behind the other lines, for results to compare with."""
     look = {"color": "0.75", "linewidth": 3, "marker": "", "zorder": 1}
     return curves(axes, frame, column, heads, label, **(look | style))
 
 
 def authors_curves(names):
-    """{label: frame} of logs published by the authors, from results/authors_curves.csv; ``names`` without .log."""
+    """{label: frame} of the authors' published logs, from results/authors_curves.csv; ``names`` without .log."""
     table = pd.read_csv(results_folder() / "authors_curves.csv")
     known = [log.removesuffix(".log") for log in table["log"].unique()]
     frames = {}
@@ -138,21 +140,21 @@ def legend_below(figure, **style):
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= zip(labels, handles, strict=True)
-    entry_width = 8 + max(map(len, entries), default=0)  # in characters, with the line sample and the gap
-    figure_width = int(11 * figure.get_figwidth())  # in characters, about 11 an inch
+    entry_width = 8 + max(map(len, entries), default=0)  # in characters, including the line sample and the gap
+    figure_width = int(11 * figure.get_figwidth())  # in characters, about 11 per inch
     layout = {"loc": "outside lower center", "ncols": max(1, figure_width // entry_width)}
     return figure.legend(entries.values(), entries, **(layout | style))
 
 
-# A figure of whole runs
+# Figures of whole runs
 
 
 def learning_curves(runs, heads=None, title="", beneath=None):
-    """A figure of ``runs``, {label: frames of its seeds}, of any experiment: training loss and test top-1 by epoch.
-    Train top-1 takes the place of the loss if one of the runs has none.
+    """A figure of ``runs``, {label: frames of its seeds}, of any experiment: training loss and test top-1 by epoch. If
+    a run has no loss, train top-1 replaces it.
 
-    ``heads``: numbers, "all" or "last"; by default all of a single run, and the last of several runs. With several
-    runs, each head has its own row of panels. ``beneath``, {label: frame}, is drawn in grey behind them.
+    ``heads``: numbers, "all" or "last"; default: all heads of a single run, the last of several runs. With several
+    runs, each head has its own row of panels. ``beneath``, {label: frame}, is drawn in gray behind them.
     """
     frames = []
     for seeds in runs.values():
@@ -194,7 +196,7 @@ def known_heads(frames):
 
 
 def draw_panel(axes, runs, column, heads, beneath):
-    """Draws ``column`` of ``runs`` on ``axes``, and the reference curves ``beneath`` behind them."""
+    """Draws ``column`` of ``runs`` on ``axes``, with the reference curves ``beneath`` behind them."""
     for (name, frame), linestyle in zip(beneath.items(), REFERENCE_LINES, strict=False):
         reference_curves(axes, frame, column, heads, name, linestyle=linestyle)
     if len(runs) == 1:
@@ -207,7 +209,7 @@ def draw_panel(axes, runs, column, heads, beneath):
         curves(axes, seeds, column, heads, label, **looks[name])
 
 
-# Which logs are seeds of one run
+# Which logs are seeds of the same run
 
 DESCRIPTION = ("experiment", "script", "images")  # what identifies a run besides its flags
 
@@ -232,13 +234,13 @@ def without_seed(name):
 
 
 def group_seeds(frames):
-    """Groups those of ``frames``, {path: frame from read_log}, that differ only in the seed: {label: frames}.
+    """Groups the frames of ``frames``, {path: frame from read_log}, that differ only in the seed: {label: frames}.
 
-    A label names the script, images and flags in which the groups differ; if there are none or too many, the log.
+    A label names the script, images and flags in which the groups differ or, if there are none or too many, the log.
     """
     runs = pd.DataFrame([{"seed": ""} | describe_run(frame) for frame in frames.values()], index=list(frames))
     compared = [column for column in runs if column != "seed"]
-    repetition = runs.groupby([*compared, "seed"], dropna=False).cumcount()  # the same run twice is not two seeds
+    repetition = runs.groupby([*compared, "seed"], dropna=False).cumcount()  # the same run given twice is not two seeds
     groups = [group for _, group in runs.groupby([*compared, repetition], dropna=False, sort=False)]
 
     in_all_runs = [column for column in compared if column != "name" and runs[column].notna().all()]
@@ -257,7 +259,9 @@ def group_seeds(frames):
 
 
 def label_by_difference(group, differing):
-    """The label of the runs in ``group`` by the columns ``differing``; empty if those are too many for a label."""
+    """The label of the runs in ``group`` by the columns ``differing``; empty if there are too many of these for a
+    label.
+    """
     if len(differing) > 3:
         return ""
     words = []
@@ -268,8 +272,8 @@ def label_by_difference(group, differing):
 
 
 def label_by_name(group):
-    """The label of the runs in ``group``: the name of the first log without its time and, for several runs, its
-    seed.
+    """The label of the runs in ``group``: the name of the first log without its time and, if there are several runs,
+    without its seed.
     """
     path = Path(group.index[0])
     name = parse_run_name(path)
@@ -283,8 +287,8 @@ def label_by_name(group):
 
 
 def choose_logs(path, take_all=False):
-    """``path`` itself or, in a folder, the log of the run that started last, or with ``take_all`` all logs: a list. If
-    a folder has more logs than are taken, says which one that is. Raises InputError if it has none.
+    """A list of logs: ``path`` itself or, if it is a folder, its newest log, or all with ``take_all``. Says which one
+    it is if there are others. Raises InputError if the folder has none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -292,13 +296,13 @@ def choose_logs(path, take_all=False):
     found = logs_in(path)
     if take_all or len(found) == 1:
         return found
-    print(f"{path} has {len(found)} logs, this is the newest: {found[-1].name} (--all takes all)")
+    print(f"{path} has {len(found)} logs; using the newest, {found[-1].name} (--all: use all)")
     return found[-1:]
 
 
 def results_table(runs):
-    """A Markdown table of ``runs``, {label: frames of its seeds}: test top-1 (%) of each head at the last epoch, the
-    mean over the seeds and, of several, the range.
+    """A Markdown table of ``runs``, {label: frames of its seeds}: test top-1 (%) of each head at the last epoch; for
+    several seeds, the mean and the range.
     """
     heads = sorted({n for seeds in runs.values() for frame in seeds for n in frame["n"]})
     lines = [["run", *(f"head {n}" for n in heads), "seeds"], ["---"] * (len(heads) + 2)]
@@ -320,7 +324,7 @@ def score_cell(scores, n, seeds):
 
 
 def results_folder():
-    """The repository's folder of results, found from the folder where a notebook was opened or from this package.
+    """The repository's results folder, found from the folder where a notebook was opened or from this package.
 
     Raises InputError if there is none.
     """
@@ -328,9 +332,7 @@ def results_folder():
     for folder in (Path.cwd(), *Path.cwd().parents, repository):
         if (folder / "results" / "rows.csv").is_file():
             return folder / "results"
-    raise InputError(
-        f"no folder of results is above {Path.cwd()}: open the notebook from its place in a clone of the repository"
-    )
+    raise InputError(f"no results folder above {Path.cwd()}: open the notebook inside a clone of the repository")
 
 
 def heads_argument(text):
@@ -355,9 +357,9 @@ def parse_args():
     parser = flags.Parser(__doc__)
     parser.prog = "python -m decoupled plot"
     parser.add_argument(
-        "logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder: the newest log in it"
+        "logs", metavar="LOG", nargs="+", type=flags.path, help="a log, or a folder, whose newest log is used"
     )
-    parser.add_argument("--all", action="store_true", help="take all logs of a folder")
+    parser.add_argument("--all", action="store_true", help="use all logs of a folder")
     parser.add_argument(
         "--table",
         action="store_true",
@@ -373,7 +375,7 @@ def parse_args():
         "--authors",
         nargs="+",
         metavar="NAME",
-        help="curves of the authors to draw in grey: parallel, sequential, backprop, dgl, cdni, dni",
+        help="authors' curves to draw in gray: parallel, sequential, backprop, dgl, cdni, dni",
     )
     parser.add_argument(
         "--output", metavar="FILE", default="curves.png", type=figure_path, help="where the figure is written"
@@ -397,7 +399,10 @@ def main():
         print(results_table(runs))
         return
     figure = learning_curves(runs, args.heads, figure_title(runs, frames), authors_curves(args.authors or ()))
-    with matplotlib.rc_context(STYLE), writing(args.output, "name another --output, or make room or access there"):
+    with (
+        matplotlib.rc_context(STYLE),
+        writing(args.output, "name another --output, or free some space or get write access there"),
+    ):
         figure.savefig(args.output)
     for log, frame in frames.items():
         print_damaged(log, frame)
@@ -407,8 +412,8 @@ def main():
 
 
 def final_scores(seeds):
-    """The mean test top-1 of each head over ``seeds``, as text, at the last epoch that all of them have. Says which one
-    that is where some have more.
+    """The mean test top-1 of each head over ``seeds``, as text, at the last epoch that all of them have, which is named
+    if some have more.
     """
     scores = []
     for n, rows in pd.concat(seeds).groupby("n"):
@@ -424,7 +429,7 @@ def final_scores(seeds):
 
 
 def figure_title(runs, frames):
-    """The label and data set of a single run; of several runs, the data set that they have in common."""
+    """The label and data set of a single run, or the data set that several runs have in common."""
     datasets = {frame.attrs["arguments"].get("dataset", "") for frame in frames.values()}
     datasets.discard("")
     words = []
@@ -438,9 +443,9 @@ def figure_title(runs, frames):
 
 
 def print_damaged(log, frame):
-    """Prints which lines of ``log`` are left out, if any."""
+    """Prints which lines of ``log`` were skipped, if any."""
     damaged = frame.attrs["damaged"]
     if damaged:
         numbers = ", ".join(map(str, damaged[:10]))
         more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
-        print(f"left out of {log}, damaged or cut off: line {numbers}{more}")
+        print(f"skipped in {log}, damaged or cut off: line {numbers}{more}")

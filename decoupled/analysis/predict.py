@@ -46,7 +46,10 @@ def parse_args():
     parser = flags.Parser(__doc__)
     parser.prog = "python -m decoupled predict"
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=flags.path, help="a run's .pt file, or a folder: the newest run in it"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=flags.path,
+        help="a run's .pt file, or a folder, whose newest run is used",
     )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="*", type=flags.path, help="image files, or one folder DIR/<class>/<image>"
@@ -58,15 +61,15 @@ def parse_args():
         metavar="CONFIDENCE",
         help="leave at the first head with at least this confidence, 0 to 1",
     )
-    parser.add_argument("--data-dir", type=flags.path, metavar="DIR", help="where the run's data set is now")
+    parser.add_argument("--data-dir", type=flags.path, metavar="DIR", help="the folder that has the run's data set now")
     parser.add_argument(
         "--output",
         type=figure_path,
         metavar="PNG",
-        help="draw accuracy against FLOPs; the numbers are written beside it, as .csv",
+        help="draw accuracy against FLOPs; the numbers are written to a .csv file beside the figure",
     )
     parser.add_argument(
-        "--script", type=flags.path, metavar="PY", help="the run's script, when it is not in this repository"
+        "--script", type=flags.path, metavar="PY", help="the run's script, if it is not in this repository"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args()
@@ -76,10 +79,12 @@ def parse_args():
         parser.error(f"--early-exit {args.early_exit:g}: a confidence is at most 1")
     folders = [name for name in args.images if Path(name).is_dir()]
     if folders and len(args.images) > 1:
-        parser.error(f"{folders[0]} is a folder: name it alone, or image files")
+        parser.error(f"{folders[0]} is a folder: name only this folder, or only image files")
     args.labeled = bool(folders) or not args.images
     if args.output and not args.labeled:
-        parser.error("--output is for labeled images: name a folder DIR/<class>/<image>, or none")
+        parser.error(
+            "--output is for labeled images: name a folder DIR/<class>/<image>, or nothing for the run's test set"
+        )
     if args.heads and args.labeled:
         parser.error("--heads is for image files: with labeled images every head's accuracy is printed")
     return args
@@ -91,7 +96,7 @@ def parse_args():
 @torch.inference_mode()
 def early_exit(net, images, confidence):
     """Lets each image leave the DecoupledNetwork ``net`` at the first head whose softmax has a probability of at least
-    ``confidence``, or else at the last. Each module runs only on the images that have not left below it.
+    ``confidence``, or else at the last head. Each module runs only on the images that have not left yet.
 
     images (B, C, h, w) → logits (B, classes), heads (B,) counted from 0.
     """
@@ -121,8 +126,8 @@ def is_confident(logits, confidence):
 
 
 def exit_heads(every_logits, confidence):
-    """The heads (B,), counted from 0, at which images leave. ``every_logits``: a list of every head's logits
-    (B, classes).
+    """The heads (B,), counted from 0, at which images leave. ``every_logits``: a list of all heads' logits (B,
+    classes).
     """
     heads = torch.full((len(every_logits[-1]),), len(every_logits) - 1)
     for index in reversed(range(len(every_logits) - 1)):
@@ -165,7 +170,7 @@ def without_attention_fast_path():
 
 
 def count_heads(net):
-    """How many heads ``net`` has: one per module of a DecoupledNetwork, else one."""
+    """The number of heads of ``net``: one per module of a DecoupledNetwork, otherwise one."""
     return len(net) if isinstance(net, DecoupledNetwork) else 1
 
 
@@ -179,7 +184,7 @@ def every_head(net, images):
 
 
 def predict_images(net, form, args):
-    """Prints a line for each image and each head of --heads."""
+    """Prints a line for each image and each head in --heads."""
     heads = chosen_heads(args.heads, count_heads(net))
     images = [as_batch(form.read(path)[None], form, args.device) for path in args.images]
     flops = exit_flops(net, images[0])
@@ -203,7 +208,7 @@ def print_prediction(path, form, logits, head, cost):
 
 
 def chosen_heads(heads, count):
-    """The heads, counted from 0, that --heads names; None means the last."""
+    """The heads, counted from 0, that --heads names; without --heads, the last."""
     if heads is None:
         return [count - 1]
     if heads == "all":
@@ -248,13 +253,13 @@ def evaluate_labeled(net, form, saved, args):
 
 
 def match_classes(listing, folder, form):
-    """[(path, label)] of ``listing``, a decoupled.data.folders.Listing of ``folder``, with the network's labels, found
-    by the names of the classes. Raises InputError for a class that the network does not have.
+    """[(path, label)] of ``listing``, a decoupled.data.folders.Listing of ``folder``, with the network's labels,
+    matched by class name. Raises InputError for a class that the network does not have.
     """
     for name in listing.classes:
         if name not in form.classes:
             some = ", ".join(form.classes[:10])
-            raise InputError(f"{folder / name} is no class of the network's: {some}, …")
+            raise InputError(f"{folder / name} is not a class of the network: {some}, …")
     return [(path, form.classes.index(listing.classes[label])) for path, label in listing.samples]
 
 
@@ -276,7 +281,9 @@ def own_test_set(saved, form, data_dir, device):
     """
     arguments = saved["arguments"]
     if "dataset" not in arguments:
-        raise InputError("this run's test images are a folder of its own: name images, or DIR/<class>/<image>")
+        raise InputError(
+            "the checkpoint does not say where this run's test images are: name images, or DIR/<class>/<image>"
+        )
     data_dir = data_dir or arguments["data_dir"]
     _, test, _ = load_images(arguments["dataset"], data_dir, batch_size=2, drop_last=True)
     if test.form.classes != form.classes:
@@ -302,15 +309,15 @@ def own_test_set(saved, form, data_dir, device):
 
 
 def tested_fingerprint(saved):
-    """The fingerprint of the images that the run was tested on (see Batches); None if its checkpoint has none."""
+    """The fingerprint of the images that the run was tested on (see Batches), or None if its checkpoint has none."""
     states = saved["state"].get("test")
     return states[0].get("fingerprint") if states else None
 
 
 @torch.inference_mode()
 def evaluate_exits(net, batches, confidences=CONFIDENCES):
-    """Measures what it gives and costs if all images leave at one head, for each head, and if they leave early, for
-    each of ``confidences``: a pandas frame with the columns
+    """Measures accuracy and cost if all images leave at one head, for each head, and if they leave early, for each of
+    ``confidences``: a pandas data frame with the columns
 
     exit            "head" or "early"
     at              the head, counted from 1, or the confidence
@@ -319,7 +326,7 @@ def evaluate_exits(net, batches, confidences=CONFIDENCES):
     saved           % of the FLOPs of the last head alone
     left1, left2, … % of the images that leave at each head
 
-    ``frame.attrs["images"]`` counts the images.
+    ``frame.attrs["images"]`` is the number of images.
     """
     batches_of_logits = []
     batches_of_labels = []
@@ -345,10 +352,10 @@ def evaluate_exits(net, batches, confidences=CONFIDENCES):
 
 
 def exit_scores(heads, correct, flops, flops_of_all):
-    """The accuracy and the cost if image i leaves at ``heads``[i]: {column: value} of evaluate_exits.
+    """Accuracy and cost if image i leaves at ``heads``[i]: {column: value} of evaluate_exits.
 
     ``correct`` (number of heads, N) is whether each head classifies each image correctly, ``flops`` the cost of leaving
-    at each head, and ``flops_of_all`` that of all bodies and the last head.
+    at each head, and ``flops_of_all`` the cost of all bodies and the last head.
     """
     shares = torch.bincount(heads, minlength=len(correct)).double() / len(heads)
     average = (shares * torch.tensor(flops, dtype=torch.float64)).sum().item()
@@ -383,7 +390,9 @@ def exits_figure(frame, title):
 
 
 def annotate(axes, rows, above):
-    """Writes each row's "at" next to its point, ``above`` points higher; left out where it would overlap the last."""
+    """Writes each row's "at" next to its point, ``above`` points higher; skips labels that would overlap the previous
+    one.
+    """
     last = None
     for row in rows.itertuples():
         if last is not None and last.top1 == row.top1 and row.gflops < 1.2 * last.gflops:
@@ -402,10 +411,10 @@ def main():
     saved = loading.read(path)
     form = loading.input_form(saved, path)
     net = loading.rebuild(saved, path, script=args.script, device=args.device)
-    if not saved["finished"]:  # heads may not have learned yet
+    if not saved["finished"]:  # some heads may not have learned yet
         print(f"note: the run of {path} is not finished: it is in epoch {saved['epoch']}", file=sys.stderr)
     if args.early_exit is not None and count_heads(net) == 1:
-        raise InputError(f"--early-exit: {path} is of a network with one head, which no image leaves early")
+        raise InputError(f"--early-exit: the network in {path} has one head, so no image can leave early")
     if args.labeled:
         evaluate_labeled(net, form, saved, args)
     else:
@@ -413,7 +422,7 @@ def main():
 
 
 def find_checkpoint(path):
-    """``path`` itself or, if it is a folder, the checkpoint of the newest run: see decoupled.logs.newest."""
+    """``path`` itself or, if it is a folder, the checkpoint of its newest run: see decoupled.logs.newest."""
     if not path.is_dir():
         return path
     checkpoint = newest(path.glob("*.pt"))

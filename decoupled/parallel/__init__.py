@@ -1,1 +1,1 @@
-"""Modules that learn at the same time, in several processes."""
+"""Modules that learn at the same time in several processes."""

@@ -1,4 +1,4 @@
-"""Which modules each stage gets, balanced by FLOPs, and the form of the tensors that stages send to each other."""
+"""Assigns modules to stages, balanced by FLOPs, and describes the tensors that stages send to each other."""
 
 from functools import cache
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from decoupled.networks.modules import eval_mode
 class TensorFormat:
     """The form of a tensor (B, …) for any B: shape, dtype and the order of its dimensions in memory.
 
-    The receiver restores that order, so that it computes the same bits as a single process.
+    The receiver restores this order so that it computes the same bits as a single process.
     """
 
     def __init__(self, tensor):
@@ -26,8 +26,8 @@ class TensorFormat:
         self.dtype = tensor.dtype
 
     def pack(self, tensor):
-        """``tensor`` as a contiguous tensor; copies only when its order in memory is another. Raises InputError for
-        another shape or dtype.
+        """``tensor`` as a contiguous tensor, copied only if its memory has another order. Raises InputError for another
+        shape or dtype.
         """
         if list(tensor.shape[1:]) != self.shape or tensor.dtype != self.dtype:
             raise InputError(
@@ -38,7 +38,7 @@ class TensorFormat:
         return tensor.permute(self.order).contiguous()
 
     def unpack(self, packed):
-        """The tensor that was packed, as a view of ``packed``."""
+        """The original tensor, as a view of ``packed``."""
         return packed.permute(self.inverse_order)
 
     def empty(self, samples, device):
@@ -48,22 +48,22 @@ class TensorFormat:
 
 
 def describe(dtype, shape):
-    """The form of tensors (B, *shape), for a message."""
+    """Describes tensors (B, *shape) in a message."""
     sizes = ["B", *map(str, shape)]
     return f"{str(dtype).removeprefix('torch.')} ({', '.join(sizes)})"
 
 
 class Survey(NamedTuple):
-    """What ``survey`` measures of a network."""
+    """What ``survey`` measures in a network."""
 
-    flops: list  # of a training step, per module
+    flops: list  # FLOPs of a training step, per module
     inputs: list  # TensorFormat of each module's input
-    logits: TensorFormat  # of a head, as float32
+    logits: TensorFormat  # TensorFormat of a head's output, as float32
 
 
 def survey(net, example, autocast):
-    """The Survey of ``net`` from a forward and backward pass of each module on ``example``, a batch of its inputs.
-    Leaves ``net`` unchanged.
+    """Runs a forward and backward pass of each module of ``net`` on ``example``, a batch of its inputs. Returns a
+    Survey and leaves ``net`` unchanged.
     """
     flops = []
     inputs = []
@@ -74,7 +74,7 @@ def survey(net, example, autocast):
             with flop_counter() as counter:
                 with autocast():
                     representation, logits = module(representation)
-                if logits.requires_grad:  # not all parameters of the module are frozen
+                if logits.requires_grad:  # some parameters of the module are not frozen
                     logits.float().sum().backward()
             flops.append(counter.get_total_flops())
             representation = representation.detach()
@@ -83,8 +83,8 @@ def survey(net, example, autocast):
 
 
 def balance(costs, parts):
-    """Splits ``costs`` into consecutive parts so that the cost of the most expensive part is least. Returns the length
-    of each part.
+    """Splits ``costs`` into consecutive parts so that the most expensive part is as cheap as possible. Returns the
+    length of each part.
     """
 
     @cache
@@ -105,8 +105,8 @@ def balance(costs, parts):
 
 
 def check_modules_per_stage(modules_per_stage, modules, stages):
-    """Raises InputError unless a network of ``modules`` modules can be split into ``stages`` stages and, if
-    ``modules_per_stage`` is given, unless there is one number for each stage and they add up to ``modules``.
+    """Raises InputError unless a network with ``modules`` modules can be split into ``stages`` stages and
+    ``modules_per_stage``, if given, has one number per stage and adds up to ``modules``.
     """
     if stages > modules:
         raise InputError(f"{stages} stages are more than the {modules} modules: start {modules} processes or fewer")

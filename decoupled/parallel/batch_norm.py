@@ -1,4 +1,4 @@
-"""Batch norm over the mini-batch of all replicas, so that results do not depend on the number of replicas.
+"""Batch norm over the mini-batches of all replicas, so that results do not depend on the number of replicas.
 
 PyTorch's SyncBatchNorm works on CUDA only; GlobalBatchNorm works on every device, with plain tensor operations.
 """
@@ -27,8 +27,8 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """(b, C) or (b, C, h, w) → the same shape, normalized by mean and variance over the samples of all processes of
-    ``group``, which may have different numbers of samples.
+    """(b, C) or (b, C, h, w) → the same shape, normalized by the mean and variance over the samples of all processes of
+    ``group``. Processes may have different numbers of samples.
     """
 
     group = None  # all processes
@@ -39,7 +39,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        per_channel = (1, -1) + (1,) * (x.dim() - 2)  # a shape that broadcasts (C,) over x
+        per_channel = (1, -1) + (1,) * (x.dim() - 2)  # the shape in which (C,) broadcasts over x
         axes = [axis for axis in range(x.dim()) if axis != 1]
         values = x if x.dtype == torch.float64 else x.float()
         local_count = x.numel() // x.shape[1]
@@ -47,7 +47,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = total[-1].detach()
         mean = total[:-1] / count
         centered = values - mean.view(per_channel)
-        # A second pass: the mean of the squares minus the squared mean would cancel.
+        # A second pass, because the mean of the squares minus the squared mean suffers from cancellation.
         variance = AllReduceSum.apply(centered.square().sum(axes), self.group) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -58,8 +58,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def globalize(net, device, group=None):
-    """``net`` with every batch norm replaced by one over the processes of ``group`` (None: all processes):
-    SyncBatchNorm on CUDA, which has faster kernels, GlobalBatchNorm elsewhere.
+    """Replaces every batch norm in ``net`` with one over the processes of ``group`` (None: all processes):
+    SyncBatchNorm on CUDA, where its kernels are faster, GlobalBatchNorm elsewhere.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net, group)

@@ -13,11 +13,12 @@ from decoupled.networks.evaluation import Meter
 
 
 class Mesh:
-    """The place of this process in the mesh: stage number ``stage_index`` of ``stages``, and in it replica number
+    """The place of this process in the mesh: stage ``stage_index`` of ``stages`` and, within it, replica
     ``replica_index`` of ``replicas``. Both count from 0.
 
     The replicas of a stage have consecutive ranks, because gradients need more bandwidth than representations: torchrun
-    then puts whole stages on each machine. Raises InputError when the number of processes is no multiple of ``stages``.
+    then puts whole stages on each machine. Raises InputError if the number of processes is not a multiple of
+    ``stages``.
     """
 
     def __init__(self, processes, stages):
@@ -31,13 +32,13 @@ class Mesh:
         self.replicas = processes.size // stages
         self.stage_index, self.replica_index = divmod(processes.rank, self.replicas)
         # Groups of the replicas of this stage
-        self.group = None  # for tensors on their device; None: all processes
+        self.group = None  # for tensors on the device; None: all processes
         self.control = processes.control  # for tensors on the CPU
         if stages > 1 and self.replicas > 1:
             self.make_groups()
 
     def make_groups(self):
-        """Makes the groups of all stages, as all processes must, and keeps those of this process's stage."""
+        """Makes the groups of all stages, as every process must, and keeps those of this process's stage."""
         for first in range(0, self.processes.size, self.replicas):
             members = range(first, first + self.replicas)
             group = self.processes.group(members)
@@ -53,11 +54,11 @@ class Mesh:
 
     @property
     def above(self):
-        """The rank of the process that this one sends representations to."""
+        """The rank of the process to which this one sends representations."""
         return self.processes.rank + self.replicas
 
     def links(self):
-        """(group with the process below, group with the process above), None where there is no such process. All
+        """(group with the process below, group with the process above), or None if there is no such process. All
         processes must call this.
         """
         groups = {}
@@ -68,7 +69,7 @@ class Mesh:
     # Among the replicas of a stage
 
     def sum(self, tensor):
-        """The sum of a tensor over the replicas, on the CPU; with one replica, the tensor itself."""
+        """The sum of a tensor over the replicas, on the CPU. With one replica, the tensor itself."""
         if self.replicas == 1:
             return tensor
         total = tensor.cpu().clone()
@@ -86,11 +87,11 @@ class Mesh:
         return int(largest)
 
     def data_parallel(self, modules, local_batch_norm=False):
-        """A list with each of ``modules`` in a DistributedDataParallel of its own, for training steps. With one
-        replica, the modules themselves.
+        """Wraps each of ``modules`` in its own DistributedDataParallel, for training steps. With one replica, returns
+        the modules themselves.
 
-        Buffers start equal in all replicas and stay equal, so they are not broadcast. With ``local_batch_norm``,
-        running statistics differ, and each forward pass begins with those of replica 0.
+        Buffers are equal in all replicas at the start and stay equal, so they are not broadcast. With
+        ``local_batch_norm``, running statistics differ, and each forward pass starts from those of replica 0.
         """
         if self.replicas == 1:
             return list(modules)
@@ -115,9 +116,10 @@ class Mesh:
     # Among the stages
 
     def load_data(self, load):
-        """What ``load()`` returns, (train, test, number of classes), in the lowest stage; in the stages above, Outlines
-        instead of train and test. Process 0 loads first, as it may have to download the images. Raises InputError when
-        ``load`` does, and if a replica has other data than process 0, as when its machine has an incomplete copy.
+        """In the lowest stage, what ``load()`` returns: (train, test, number of classes). In the stages above, Outlines
+        instead of train and test. Process 0 loads first because it may have to download the images. Raises
+        InputError if ``load`` does, or if a replica has different data than process 0, for example an incomplete
+        copy.
         """
         if self.processes.size == 1:
             return load()
@@ -144,26 +146,26 @@ class Mesh:
         return loaded
 
     def outline(self, outline, example):
-        """The Outline for this process of mini-batches with that ``outline`` and ``example``."""
+        """This process's Outline of mini-batches with the given ``outline`` and ``example``."""
         return Outline(*outline, self.replica_index, self.replicas, example)
 
     def to_first(self, value):
-        """The ``value`` of replica 0 of each stage, from the lowest up, in process 0; in the others []."""
+        """In process 0, the ``value`` of replica 0 of each stage, lowest first; elsewhere []."""
         return self.processes.to_first(value, range(0, self.processes.size, self.replicas))
 
 
 def to_cpu(tensors):
-    """``tensors``, however nested, on the CPU."""
+    """Moves ``tensors``, in nested lists, tuples and dicts, to the CPU."""
     return tree_map(torch.Tensor.cpu, tensors)
 
 
 def fingerprints(*splits):
-    """The fingerprint of each split's images; None for a split that has none."""
+    """The fingerprint of each split's images; None for a split without one."""
     return [getattr(split, "fingerprint", None) for split in splits]
 
 
 def all_reduce_meters(meters, mesh):
-    """Meters of what all replicas of ``mesh``, a Mesh, have measured."""
+    """Meters with the counts of all replicas of ``mesh``, a Mesh."""
     if mesh.replicas == 1 or not meters:
         return meters
     totals = mesh.sum(torch.stack([meter.sums() for meter in meters]))

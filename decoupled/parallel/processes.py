@@ -1,7 +1,7 @@
-"""The processes that torchrun starts for one run. Without torchrun there is one process, and nothing here waits.
+"""The processes that torchrun starts for one run. Without torchrun there is a single process, and nothing here waits.
 
-torchrun passes signals on to all processes, ends the others when one has failed and, with --max-restarts, starts all of
-them again.
+torchrun passes signals on to all processes, ends the others when one fails and, with --max-restarts, starts all of them
+again.
 """
 
 import os
@@ -17,7 +17,7 @@ from decoupled.errors import EXIT_BAD_INPUT, InputError
 
 TIMEOUT = 600.0  # seconds to wait for another process
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
 
 class Launched(NamedTuple):
@@ -29,7 +29,7 @@ class Launched(NamedTuple):
 
 
 def launched():
-    """The Launched of this process, from torchrun's environment variables; (0, 1, 0) without torchrun."""
+    """How torchrun started this process, from its environment variables; (0, 1, 0) without torchrun."""
     if not os.environ.get("RANK"):
         return Launched(rank=0, size=1, local_rank=0)
     for name in VARIABLES:
@@ -39,16 +39,16 @@ def launched():
 
 
 class Processes:
-    """This process among those of the run: number ``rank`` of ``size``, on ``device``.
+    """The processes of the run, as seen from this one: number ``rank`` of ``size``, on ``device``.
 
-    Only process 0 prints, logs and saves. A process that waits for another for more than ``timeout`` seconds gives up.
+    Only process 0 prints, logs and saves. A process that waits longer than ``timeout`` seconds for another gives up.
 
-    With --max-restarts, torchrun starts the processes several times: each is an attempt. ``store`` is torchrun's
-    key-value store, for this attempt; None in a single process. ``earlier_checkpoint`` is the path that an earlier
-    attempt gave to ``remember_checkpoint``; None if there was none.
+    With --max-restarts, torchrun may start the processes several times: each time is an attempt. ``store`` is
+    torchrun's key-value store for this attempt; None in a single process. ``earlier_checkpoint`` is the path that an
+    earlier attempt passed to ``remember_checkpoint``; None if there was none.
 
-    Raises InputError when there are more processes than GPUs, when the processes do not find each other and, in all
-    methods, when another process has ended or does not answer.
+    Raises InputError if there are more processes than GPUs, if the processes do not find each other and, in all
+    methods, if another process has ended or does not answer.
     """
 
     def __init__(self, device, backend=None, timeout=TIMEOUT):
@@ -57,8 +57,8 @@ class Processes:
         self.timeout = timedelta(seconds=timeout)
         self.earlier_checkpoint = None
         self.store = None
-        self.job_store = None  # for all attempts
-        self.control = None  # a group for tensors on the CPU: no process waits for a GPU
+        self.job_store = None  # the store of all attempts
+        self.control = None  # a group for tensors on the CPU, so that no process waits for a GPU
         if self.size > 1:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
             self.device = device_of_process(device, backend, local_rank, self.size)
@@ -66,7 +66,7 @@ class Processes:
             self.connect(backend)
 
     def silence(self):
-        """Drops what this process prints, unless it is process 0."""
+        """Discards what this process prints, unless it is process 0."""
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
@@ -77,7 +77,7 @@ class Processes:
             # Read now: process 0 of this attempt may overwrite it as soon as all have called init_process_group.
             if self.job_store.check(["checkpoint"]):
                 self.earlier_checkpoint = self.job_store.get("checkpoint").decode()
-            # The store survives a restart. The prefix hides what earlier attempts have left in it.
+            # The store survives a restart. The prefix hides the entries of earlier attempts.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.store = distributed.PrefixStore(f"attempt {attempt}", self.job_store)
             distributed.init_process_group(
@@ -86,13 +86,13 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().split("\n")[0]
-            raise InputError(f"process {self.rank} has not found the others at {address} ({reason})") from error
+            raise InputError(f"process {self.rank} could not find the others at {address} ({reason})") from error
         self.control = distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def from_first(self, make):
-        """What ``make()`` returns in process 0, in all processes.
+        """Calls ``make()`` in process 0 and returns its result in all processes.
 
-        When ``make`` raises InputError there, process 0 prints the error and the others exit with code 2, silently.
+        If ``make`` raises InputError, process 0 prints the error and the others exit silently with code 2.
         """
         if self.size == 1:
             return make()
@@ -112,12 +112,12 @@ class Processes:
         return value
 
     def broadcast(self, values):
-        """Overwrites the list ``values`` with that of process 0."""
+        """Overwrites the list ``values`` with process 0's."""
         with self.waiting(None if self.rank == 0 else 0):
             distributed.broadcast_object_list(values, src=0, group=self.control, device="cpu")
 
     def to_first(self, value, senders):
-        """In process 0, a list with the ``value`` of each of ``senders``, of which process 0 is the first. In the
+        """In process 0, a list with the ``value`` of each of ``senders``, the first of which is process 0. In the
         others, [].
         """
         if self.rank == 0:
@@ -128,7 +128,7 @@ class Processes:
         return []
 
     def receive(self, sender):
-        """The value that process ``sender`` has given to ``to_first``."""
+        """The value that process ``sender`` passed to ``to_first``."""
         values = [None]
         with self.waiting(sender):
             distributed.recv_object_list(values, sender, group=self.control)
@@ -146,8 +146,8 @@ class Processes:
 
     @contextmanager
     def waiting(self, other=None):
-        """The context of an operation that waits for process ``other``, or for any (None): turns its RuntimeError into
-        an InputError that says that the other process has ended or hangs.
+        """A context for an operation that waits for process ``other``, or for any process (None). Turns its
+        RuntimeError into an InputError: the other process has ended or hangs.
         """
         try:
             yield
@@ -155,7 +155,7 @@ class Processes:
             raise self.lost(other) from error
 
     def lost(self, other=None):
-        """An InputError: process ``other``, or any (None), has ended or hangs."""
+        """An InputError: process ``other``, or any process (None), has ended or hangs."""
         name = "another process" if other is None else f"process {other}"
         return InputError(
             f"{name} has ended, or has not answered for {self.timeout.total_seconds():g} s (--timeout): see its output "
@@ -163,7 +163,7 @@ class Processes:
         )
 
     def remember_checkpoint(self, checkpoint):
-        """Keeps the path of this run's ``checkpoint`` for later attempts, whose ``earlier_checkpoint`` it is."""
+        """Keeps the path of this run's ``checkpoint`` for later attempts, as their ``earlier_checkpoint``."""
         if self.size > 1 and self.rank == 0:
             self.job_store.set("checkpoint", str(checkpoint))
 
@@ -176,10 +176,10 @@ class Processes:
 
 
 def device_of_process(device, backend, local_rank, size):
-    """The device of process ``local_rank`` of this machine. Raises InputError where there is none for it."""
+    """The device of process ``local_rank`` of this machine. Raises InputError if there is none left for it."""
     if device.index is not None:
         raise InputError(
-            f"--device {device} is one device, and each process takes its own: choose --device {device.type}"
+            f"--device {device} is a single device, but each process needs its own: choose --device {device.type}"
         )
     if device.type != "cuda":
         return device

@@ -1,9 +1,9 @@
 """Modules that learn at the same time, in a pipeline of processes. Each stage of a decoupled.parallel.mesh.Mesh has
-some consecutive modules, the lowest stage the lowest modules. Representations and labels travel up, and nothing travels
+some consecutive modules, the lowest stage the lowest ones. Representations and labels travel up, and nothing travels
 back: no module waits for one above it (Algorithm 1), unless the queue between two stages is full.
 
-A mini-batch travels with a request: an integer that says what the run is to do after it (decoupled.training.run). The
-lowest stage chooses it, so all stages do the same after the same mini-batch.
+Each mini-batch travels with a request: an integer that tells the run what to do after it (decoupled.training.run). The
+lowest stage chooses the request, so all stages do the same after the same mini-batch.
 
 A run in one process has a single stage with all modules, which reads the images itself.
 """
@@ -24,17 +24,18 @@ from decoupled.parallel.mesh import all_reduce_meters
 
 
 class Stage:
-    """The modules of this process, ``modules_here``, of the network ``net``, which all processes have built alike. The
-    first of them is module ``first_module`` of the network, from 0. The parameters of all other modules are freed.
+    """This process's modules, ``modules_here``, of the network ``net``, which all processes have built identically. The
+    first of them is module ``first_module`` of the network, counted from 0. The parameters of all other modules are
+    freed.
 
-    ``heads`` is what ``evaluate`` takes: it returns the logits of this process's heads and sends the representation on.
+    ``heads``, to be passed to ``evaluate``, returns the logits of this process's heads and sends the representation on.
 
     example            a batch of inputs of the network, on its device. Its values do not matter
     modules_per_stage  a list of numbers; None: balanced by FLOPs
-    queue              mini-batches that may be on their way to the stage above before ``send`` waits
+    queue              mini-batches that may be in flight to the stage above before ``send`` waits
     autocast           the context of a forward pass
-    pending_request    called in the lowest stage before each mini-batch, returns what the run is to do after it: an
-                       integer, 0 for nothing. The largest of the replicas' travels with the mini-batch.
+    pending_request    called in the lowest stage before each mini-batch; returns what the run should do after it: an
+                       integer, 0 for nothing. The largest request of all replicas travels with the mini-batch
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Stage:
         self.pending_request = pending_request
         self.lowest = mesh.stage_index == 0
         self.highest = mesh.stage_index == mesh.stages - 1
-        # Of the mini-batch that this stage is working on:
+        # The current mini-batch:
         self.request = 0
         self.labels = None
-        self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # of each of its labels
-        self.ensemble_sum = 0  # the weighted sum of the outputs of all heads below this stage
-        self.sending = deque()  # (works, tensors) of each mini-batch on its way to the stage above
+        self.label_formats = [TensorFormat(torch.zeros(1, dtype=torch.int64))]  # format of each of its labels
+        self.ensemble_sum = 0  # weighted sum of the outputs of all heads below this stage
+        self.sending = deque()  # (works, tensors) of each mini-batch in flight to the stage above
         self.waited = 0.0  # seconds spent waiting for other stages
         if mesh.stages == 1:
             self.modules_per_stage = [len(net)]
@@ -80,7 +81,7 @@ class Stage:
 
     @property
     def end_module(self):
-        """The index after that of this process's last module."""
+        """The index after this process's last module."""
         return self.first_module + self.modules_per_stage[self.mesh.stage_index]
 
     def free_other_modules(self):
@@ -90,12 +91,14 @@ class Stage:
                 module.to("meta")
 
     def prepare_transfers(self, measured):
-        """Prepares transfers with the processes below and above, of tensors as the Survey ``measured`` says."""
+        """Prepares transfers to and from the processes below and above, of tensors described by the Survey
+        ``measured``.
+        """
         self.input_format = measured.inputs[self.first_module]
         self.output_format = None if self.highest else measured.inputs[self.end_module]
         self.logits_format = measured.logits
         self.group_below, self.group_above = self.mesh.links()
-        # Gloo transfers from and to main memory only.
+        # Gloo only transfers from and to main memory.
         self.transfer_device = torch.device("cpu") if distributed.get_backend() == "gloo" else self.device
 
     def __str__(self):
@@ -112,7 +115,7 @@ class Stage:
         self.net.train()
 
     def take_request(self):
-        """The request of the latest mini-batch; 0 when called again before the next mini-batch."""
+        """The request of the latest mini-batch; 0 if called again before the next mini-batch."""
         request = self.request
         self.request = 0
         return request
@@ -120,11 +123,11 @@ class Stage:
     # Receiving
 
     def inputs(self, batches, with_ensemble_sum=False):
-        """The inputs of this process's lowest module for ``batches`` (see decoupled.data.batches), or their Outline:
-        iterates as they do, over (representation (B, …), labels).
+        """The inputs of this process's lowest module for ``batches`` (see decoupled.data.batches) or their Outline,
+        with the same methods. Iterates over (representation (B, …), labels).
 
         ``labels`` are (B,), or whatever the mini-batches have instead: soft labels (B, classes), or a tuple of tensors
-        (B, …), if every module needs more of a sample.
+        (B, …) if every module needs more information about a sample.
 
         ``with_ensemble_sum``: whether mini-batches travel with the sum of the outputs of all heads below, which
         ``ensembles`` needs.
@@ -138,7 +141,7 @@ class Stage:
         batches = inputs.batches
         for number, (images, labels) in enumerate(batches.rest(), start=batches.done):
             self.request = 0
-            if number < inputs.common:  # otherwise some replicas have no share of this mini-batch
+            if number < inputs.common:  # otherwise, some replicas have no share of this mini-batch
                 self.request = self.mesh.max(self.pending_request())
             self.labels = labels
             yield images, labels
@@ -159,7 +162,7 @@ class Stage:
             yield self.input_format.unpack(packed.to(self.device)), self.labels
 
     def begin_receive(self, samples, with_ensemble_sum):
-        """Begins to receive a mini-batch of ``samples`` samples into new tensors: an Arriving."""
+        """Starts to receive a mini-batch of ``samples`` samples into new tensors. Returns an Arriving."""
         request = torch.empty((), dtype=torch.int64)
         labels = [form.empty(samples, self.transfer_device) for form in self.label_formats]
         packed = self.input_format.empty(samples, self.transfer_device)
@@ -172,16 +175,17 @@ class Stage:
         return Arriving(works, request, labels, packed, ensemble_sum)
 
     def unpack_labels(self, packed):
-        """The labels that were sent as ``packed``, one tensor for each: a tensor, or a tuple of several."""
+        """The labels that were sent as ``packed``, a list of tensors: a single tensor, or a tuple of several."""
         labels = [form.unpack(one.to(self.device)) for form, one in zip(self.label_formats, packed, strict=True)]
         return labels[0] if len(labels) == 1 else tuple(labels)
 
     # Sending
 
     def send(self, representation, labels, *ensemble_sum):
-        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels``, as received.
-        Waits only while the queue is full. Does nothing in the highest stage. Raises InputError for tensors of another
-        form than in the example of the data.
+        """Sends a mini-batch to the stage above: ``representation`` (B, …), detached, and ``labels`` as received.
+
+        Waits only while the queue is full. Does nothing in the highest stage. Raises InputError for tensors in another
+        form than the example of the data.
         """
         if self.highest:
             return
@@ -194,7 +198,7 @@ class Stage:
         self.sending.append((works, tensors))  # the tensors must live until they are sent
 
     def pack_labels(self, labels):
-        """``labels`` as ``unpack_labels`` expects them. Raises InputError for another number of tensors."""
+        """Packs ``labels`` for ``unpack_labels``. Raises InputError for another number of tensors."""
         tensors = as_list(labels)
         if len(tensors) != len(self.label_formats):
             raise InputError(
@@ -204,12 +208,12 @@ class Stage:
         return [form.pack(one) for form, one in zip(self.label_formats, tensors, strict=True)]
 
     def finish_oldest_send(self):
-        """Waits until the oldest mini-batch in the queue is sent, and frees its tensors."""
+        """Waits until the oldest mini-batch in the queue has been sent, and frees its tensors."""
         works, _ = self.sending.popleft()
         self.wait_for(works, self.mesh.above)
 
     def transfer(self, begin, tensors, other, group):
-        """Begins to send the ``tensors`` of a mini-batch to process ``other``, or to receive them from it: ``begin`` is
+        """Starts to send the ``tensors`` of a mini-batch to process ``other``, or to receive them from it: ``begin`` is
         isend or irecv. Returns the list of works.
 
         The first tensor, the request, travels from CPU to CPU, so that no process waits for a GPU to read it.
@@ -233,11 +237,11 @@ class Stage:
 
     def recompute_statistics(self, images):
         """Recomputes batch norm's running means and variances with the current weights, as the means over the
-        mini-batches of ``images`` (Batches.without_augmentation). Training does not read them, evaluation does.
+        mini-batches of ``images`` (Batches.without_augmentation). Training does not read them; evaluation does.
 
-        The usual running statistics average over the latest mini-batches, which had other weights: with few
-        mini-batches per epoch, test top-1 then jumps between epochs. "Precise" statistics: Wu and Johnson (2021, arXiv
-        2105.07576), Sec. 3.
+        The usual running statistics average over the latest mini-batches, which were computed with other weights. With
+        few mini-batches per epoch, test top-1 then jumps between epochs. "Precise" statistics: Wu and Johnson (2021,
+        arXiv 2105.07576), Sec. 3.
         """
         norms = batch_norms(self.modules_here)
         momenta = [norm.momentum for norm in norms]
@@ -245,7 +249,7 @@ class Stage:
         self.train()
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # every mini-batch has the same weight
+            norm.momentum = None  # all mini-batches have the same weight
         with torch.no_grad():
             for representation, labels in self.inputs(images):
                 for module in self.modules_here:
@@ -256,24 +260,24 @@ class Stage:
             norm.num_batches_tracked.copy_(count)
 
     def heads_of(self, modules):
-        """As ``heads``, of other ``modules`` in place of ``modules_here``, such as averages of their weights."""
+        """Like ``heads``, with other ``modules`` in place of ``modules_here``, such as averages of their weights."""
         if self.mesh.stages == 1:
             return DecoupledNetwork(modules)
         return Heads(self, modules)
 
     def ensembles(self, probabilities=True):
-        """As ``heads``, with the ensembles up to each head as further outputs: of probabilities, or of logits. See
+        """Like ``heads``, followed by the ensembles up to each head: of probabilities, or of logits. See
         decoupled.networks.evaluation.WithEnsembles.
         """
         if self.mesh.stages == 1:
             return WithEnsembles(self.net, probabilities)
         return Heads(self, self.modules_here, ensembles="probabilities" if probabilities else "logits")
 
-    # What process 0 gathers
+    # Gathering in process 0
 
     def gather(self, *meters_of_kinds):
-        """For each list of Meters of this process's modules, the Meters of all modules, over all replicas, in process
-        0; in the others an empty list.
+        """For each list of Meters of this process's modules, gathers the Meters of all modules, summed over replicas,
+        in process 0. Returns empty lists in the other processes.
         """
         reduced = [all_reduce_meters(meters, self.mesh) for meters in meters_of_kinds]
         if self.mesh.stages == 1:
@@ -289,8 +293,8 @@ class Stage:
         return gathered
 
     def own(self, values):
-        """Those of ``values``, one for each module of the network, that belong to this process's modules; [] if
-        ``values`` is empty. Raises ValueError for another number of values.
+        """The part of ``values``, which has one entry for each module of the network, that belongs to this process's
+        modules; [] if ``values`` is empty. Raises ValueError for another number of values.
         """
         if values and len(values) != len(self.net):
             raise ValueError(f"{len(values)} modules, not {len(self.net)}")
@@ -306,22 +310,22 @@ class Stage:
 
 
 class Arriving(NamedTuple):
-    """A mini-batch that a stage has begun to receive: tensors that are filled when the ``works`` are done."""
+    """A mini-batch that a stage has started to receive. The tensors are filled when the ``works`` are done."""
 
     works: list
     request: torch.Tensor
-    labels: list  # packed, one tensor for each
+    labels: list  # packed, one tensor for each label
     packed: torch.Tensor  # the representation
     ensemble_sum: torch.Tensor | None
 
 
 def as_list(labels):
-    """The tensors of a mini-batch's ``labels``, which are a tensor or a tuple of several."""
+    """The tensors of a mini-batch's ``labels``, which are a single tensor or a tuple of several."""
     return [labels] if isinstance(labels, torch.Tensor) else list(labels)
 
 
 def batch_norms(net):
-    """The batch norms of ``net`` that keep running statistics."""
+    """The batch norms in ``net`` that have running statistics."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
     return [layer for layer in net.modules() if isinstance(layer, kinds) and layer.track_running_stats]
 
@@ -359,7 +363,7 @@ class Heads(nn.Module):
 
 class Inputs:
     """The inputs of ``stage`` for the images of ``batches``: see Stage.inputs. As with Batches, iterating begins an
-    epoch, and ``rest`` iterates over what is left of it.
+    epoch, and ``rest`` iterates over the rest of the current one.
     """
 
     def __init__(self, stage, batches, with_ensemble_sum):
@@ -389,7 +393,7 @@ class Inputs:
 
     @property
     def common(self):
-        """The number of mini-batches that every replica has a share of."""
+        """The number of mini-batches of which every replica has a share."""
         if self.stage.mesh.replicas == 1:
             return len(self)
         return self.batches.common

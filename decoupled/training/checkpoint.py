@@ -17,10 +17,10 @@ from decoupled.logs import RESULT_STARTS, parse_run_name, started_at
 
 FORMAT = 4
 LAST_COMMIT_OF_FORMAT_3 = "2391bbc"
-FIELDS = {  # of a checkpoint: name → type
+FIELDS = {  # fields of a checkpoint: name → type
     "format": int,
     "script": str,  # FOLDER/SCRIPT.py
-    "script_sha256": str,  # of its text, in hexadecimal
+    "script_sha256": str,  # of the script's text, in hexadecimal
     "arguments": dict,
     "module_index": int,  # these five are the fields of decoupled.training.run.Position
     "epoch": int,
@@ -33,7 +33,7 @@ FIELDS = {  # of a checkpoint: name → type
     "state": dict,  # see decoupled.training.state.State
 }
 
-NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # how file systems say that they cannot lock files
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # errors of file systems that cannot lock files
 
 
 class RunFiles:
@@ -43,8 +43,8 @@ class RunFiles:
     STEM.pt    the checkpoint
     STEM.lock  held by the process that writes the other two
 
-    STEM is SCRIPT[-NAME]-TIME, with a number added if another run has that name. TIME is when the run started. The
-    folder may not exist yet. Raises InputError if nothing can be written there.
+    STEM is SCRIPT[-NAME]-TIME, with a number added if another run has the same name. TIME is when the run started. The
+    folder need not exist yet. Raises InputError if it cannot be written to.
     """
 
     def __init__(self, folder, script, name=""):
@@ -60,8 +60,8 @@ class RunFiles:
     # The lock
 
     def acquire(self):
-        """Takes the lock, until ``close`` or the end of this process. Raises InputError, which names the other process,
-        if another one has it.
+        """Takes the lock until ``close`` or the end of this process. If another process has it, raises an InputError
+        that names that process.
         """
         path = self.path(".lock")
         with writing(path):
@@ -84,7 +84,7 @@ class RunFiles:
     # The log
 
     def create_log(self, text):
-        """Creates the log, with ``text`` as its first lines, and returns STEM."""
+        """Creates the log with ``text`` as its first lines, and returns STEM."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.reserve_stem()
@@ -97,8 +97,8 @@ class RunFiles:
         return self.stem
 
     def reserve_stem(self):
-        """Creates an empty log under the first STEM that no other run has. Its time is not before that of the newest
-        run, even if the clock has gone back: --resume would take the other one.
+        """Creates an empty log under the first STEM that no other run has. Its time is never before that of the newest
+        run, even if the clock has been set back: --resume would choose the wrong run.
         """
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
         newest = self.newest_checkpoint()
@@ -114,7 +114,7 @@ class RunFiles:
             self.stem = f"{first_choice}-{number}"
 
     def append_to_log(self, text):
-        """Appends ``text`` to the log. If that fails, as on a full disk, the log stays as it was."""
+        """Appends ``text`` to the log. If that fails, for example on a full disk, the log is unchanged."""
         path = self.path(".log")
         with writing(path), open(path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -129,15 +129,15 @@ class RunFiles:
         self.log_text += text
 
     def restore_log(self, text):
-        """Rewrites the log as ``text``, which it was when the checkpoint was written. A log that does not start with
-        ``text``, or continues with what no run writes, has been edited: it is kept as STEM.edited.log.
+        """Restores the log to ``text``, its content when the checkpoint was written. If the log does not start with
+        ``text``, or continues with lines that no run writes, someone has edited it: it is kept as STEM.edited.log.
         """
         log = self.path(".log")
         with writing(log):
             if log.exists() and is_edited_since(log.read_bytes(), text.encode()):
                 kept = self.unused_name_for_edited_log()
                 os.replace(log, kept)
-                text += f"# this log had been edited: the edited one is kept as {kept.name}\n"
+                text += f"# this log had been edited: the edited log is kept as {kept.name}\n"
             temporary = self.path(".log.tmp")
             temporary.write_bytes(text.encode())
             os.replace(temporary, log)
@@ -164,14 +164,16 @@ class RunFiles:
     def write_checkpoint(self, snapshot):
         """Writes the checkpoint ``snapshot``, a dict with all FIELDS except format and log, which are added here.
 
-        It is written to a temporary file and renamed, so there is a complete checkpoint on the disk at any time.
+        The checkpoint is written to a temporary file and renamed, so the disk has a complete checkpoint at all times.
         """
         log = self.path(".log")
         temporary = self.path(".pt.tmp")
         target = self.path(".pt")
         with writing(target):
             try:
-                with open(log, "rb") as file:  # the log first: a power failure must not leave it older
+                with open(
+                    log, "rb"
+                ) as file:  # the log first: after a power failure it must not be older than the checkpoint
                     os.fsync(file.fileno())
                 with open(temporary, "wb") as file:
                     save({**snapshot, "format": FORMAT, "log": self.log_text}, file)
@@ -183,15 +185,15 @@ class RunFiles:
                 raise
 
     def select(self, path):
-        """From now on, the files are those of the run whose checkpoint is at ``path``. Reads and locks nothing."""
+        """Switches to the files of the run whose checkpoint is at ``path``. Reads and locks nothing."""
         self.folder = Path(path).parent
         self.stem = Path(path).name.removesuffix(".pt")
 
     def open_checkpoint(self, path):
         """Selects the run whose checkpoint is at ``path``, takes its lock, and returns the checkpoint.
 
-        Raises InputError if there is no such file, if another process is writing that run, and if the file is damaged
-        or not a checkpoint.
+        Raises InputError if the file does not exist, is damaged or is not a checkpoint, or if another process is
+        writing that run.
         """
         path = Path(path)
         if path.suffix != ".pt":
@@ -217,15 +219,15 @@ class RunFiles:
 
 
 def is_edited_since(log, saved):
-    """Whether someone has changed a log since its first bytes ``saved`` were written into a checkpoint."""
+    """Whether someone has changed a log after its first bytes, ``saved``, were written to a checkpoint."""
     if not log.startswith(saved):
         return True
-    *lines, _ = log.removeprefix(saved).decode(errors="replace").split("\n")  # a killed run may cut off the last one
+    *lines, _ = log.removeprefix(saved).decode(errors="replace").split("\n")  # a killed run may cut off the last line
     return not all(line.startswith(("#", *RESULT_STARTS)) for line in lines)
 
 
 def writable_folder(name):
-    """The folder called ``name``, which may not exist yet. Raises InputError when nothing can be written there."""
+    """The folder called ``name``, which need not exist yet. Raises InputError if it cannot be written to."""
     folder = Path(os.path.expanduser(name))
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -237,11 +239,11 @@ def writable_folder(name):
 
 
 def lock_file(path):
-    """The lock at ``path``, acquired; the file's first line is the number of this process. Raises Timeout where another
-    process has it.
+    """Acquires the lock at ``path`` and returns it. The file's first line is the PID of this process. Raises Timeout if
+    another process has the lock.
 
-    The lock is flock's, which ends with the process. On file systems without flock it is the file itself: filelock then
-    takes over the lock of a process of this machine that has died.
+    It is a flock, which ends with the process. On file systems without flock, the existence of the file is the lock,
+    and filelock takes over the lock of a dead process on this machine.
     """
     if has_flock(path.parent):
         lock = FileLock(path, timeout=0)
@@ -254,7 +256,7 @@ def lock_file(path):
             raise
     else:
         lock = SoftFileLock(path, timeout=0)
-        lock.acquire()  # writes the number of this process, and more
+        lock.acquire()  # writes the PID and more
     return lock
 
 
@@ -282,7 +284,7 @@ def first_line(path):
 
 
 class ErrorKeepingFile:
-    """A file for torch.save to write to. torch.save hides why a write failed; ``error`` keeps that OSError."""
+    """A file for torch.save to write to. torch.save hides why a write failed; ``error`` keeps the OSError."""
 
     def __init__(self, file):
         self.file = file
@@ -300,7 +302,7 @@ class ErrorKeepingFile:
 
 
 def save(snapshot, file):
-    """torch.save to ``file``. Raises the OSError of a write that fails."""
+    """torch.save to ``file``. If a write fails, raises its OSError."""
     output = ErrorKeepingFile(file)
     try:
         torch.save(snapshot, output)
@@ -311,13 +313,13 @@ def save(snapshot, file):
 
 
 def read_checkpoint(path, fix="name another one"):
-    """The checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``fix``, for a file that is damaged,
-    and for one that is no checkpoint or an earlier version's.
+    """Reads the checkpoint at ``path``, a dict with FIELDS. Raises InputError, with ``fix``, if the file is damaged, is
+    not a checkpoint or comes from an earlier version.
     """
     check_archive(path, fix)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a zip file of something else
+    except Exception as error:  # a zip file with other contents
         raise InputError(f"{path} is no checkpoint of these scripts: {fix}") from error
     fields = checkpoint if isinstance(checkpoint, dict) else {}
     if "log_bytes" in fields or fields.get("format") in range(FORMAT):
@@ -331,7 +333,7 @@ def read_checkpoint(path, fix="name another one"):
 
 
 def check_archive(path, fix):
-    """Raises InputError where the checkpoint file ``path``, a zip archive, is not as torch.save wrote it."""
+    """Raises InputError if the checkpoint file ``path``, a zip archive, differs from what torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -340,7 +342,7 @@ def check_archive(path, fix):
         if error.errno == errno.EINVAL:  # a damaged offset
             raise InputError(f"{path} is damaged: {fix}") from error
         raise InputError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except Exception as error:  # whatever zipfile raises on damaged bytes
+    except Exception as error:  # zipfile may raise anything on damaged bytes
         raise InputError(f"{path} is truncated, damaged or no checkpoint: {fix}") from error
     # torch.save writes attributes of 0, which no checksum covers: an entry that a flipped bit calls a folder would be
     # read as arbitrary numbers.

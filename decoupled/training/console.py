@@ -1,5 +1,5 @@
-"""What a run prints, and how it reacts to signals. On a terminal it shows its first lines, a bar for each epoch and
-evaluation, and the remaining time; elsewhere it prints result lines only.
+"""What a run prints, and how it reacts to signals. On a terminal it shows its first lines, a progress bar for each
+epoch and evaluation, and the time left; elsewhere it prints result lines only.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-READING_DELAY = 1.0  # seconds; reading images that takes longer is announced
-SHOWN_AT_START = ("# device: ", "# processes: ", "# train: ", "# test: ")  # lines of the log
-PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes on a signal that this process has received, too
-LATEST_EPOCHS = 5  # the remaining time is estimated from that many epochs
+READING_DELAY = 1.0  # seconds after which a slow reading of images is announced
+SHOWN_AT_START = ("# device: ", "# processes: ", "# train: ", "# test: ")  # lines of the log to show
+PASSED_ON_WITHIN = 2.0  # seconds within which torchrun may repeat a signal that this process has already received
+LATEST_EPOCHS = 5  # number of epochs from which the time left is estimated
 
 EPOCH_BAR = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}"
 EVALUATION_BAR = "{desc}: {percentage:3.0f}%|{bar}|"
-COUNTER = "{desc}: {n_fmt} mini-batches, {rate_fmt}{postfix}"  # for an epoch of unknown length
+COUNTER = "{desc}: {n_fmt} mini-batches, {rate_fmt}{postfix}"  # for epochs of unknown length
 
 
 def is_first_process():
@@ -31,19 +31,19 @@ def is_first_process():
 
 
 def warn(message):
-    """Prints a warning on stderr, in one line."""
+    """Prints a one-line warning on stderr."""
     if is_first_process():
         print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr, flush=True)
 
 
 class Console:
-    """What one process prints; nothing with ``quiet``."""
+    """The output of one process; nothing with ``quiet``."""
 
     def __init__(self, quiet=False):
         self.quiet = quiet
         self.bar = None
         self.epoch_name = ""
-        self.epochs_to_follow = 0  # after this one
+        self.epochs_to_follow = 0  # after the current epoch
         self.accuracies = ""  # running train top-1 of each head
         self.epoch_seconds = deque(maxlen=LATEST_EPOCHS)
 
@@ -71,7 +71,7 @@ class Console:
 
     @contextlib.contextmanager
     def reading(self):
-        """Within the block, images are read: says so if that takes longer than READING_DELAY."""
+        """Says so if reading images inside the block takes longer than READING_DELAY."""
         timer = threading.Timer(READING_DELAY, self.show, ["reading images"])
         timer.daemon = True
         if self.on_terminal:
@@ -84,8 +84,8 @@ class Console:
     # Epochs
 
     def begin_epoch(self, epoch, epochs, module_index=0, num_modules=None):
-        """Epoch ``epoch`` of ``epochs`` begins or continues. With ``num_modules``, it is that of the module
-        ``module_index``, and modules are trained one after the other.
+        """Epoch ``epoch`` of ``epochs`` begins or continues. With ``num_modules``, modules are trained one after the
+        other, and it is an epoch of module ``module_index``.
         """
         self.epoch_name = f"epoch {epoch}/{epochs}"
         if num_modules:
@@ -95,7 +95,7 @@ class Console:
         self.accuracies = ""
 
     def end_epoch(self, seconds):
-        """The epoch is over, evaluation included, after ``seconds``."""
+        """The epoch, including its evaluation, has ended after ``seconds``."""
         self.epoch_seconds.append(seconds)
         line = f"{self.epoch_name}: {seconds:.1f} s"
         if self.epochs_to_follow:
@@ -103,7 +103,7 @@ class Console:
         self.show(line)
 
     def training(self, rest, batches, done, batch_size):
-        """Iterates over ``rest``, the remaining mini-batches of ``batches`` after the first ``done``, with a bar."""
+        """Iterates over ``rest``, the mini-batches of ``batches`` after the first ``done``, with a progress bar."""
         if not self.on_terminal:
             yield from rest
             return
@@ -124,7 +124,7 @@ class Console:
             self.bar.set_postfix_str(postfix, refresh=False)
 
     def evaluation(self, batches):
-        """Returns an iterable over ``batches``, with a bar."""
+        """Returns an iterable over ``batches`` with a progress bar."""
         if not self.on_terminal:
             return batches
         self.open_bar(batches, f"{self.epoch_name}, evaluation", len(batches), bar_format=EVALUATION_BAR)
@@ -134,7 +134,7 @@ class Console:
         self.bar = tqdm(batches, name, total, leave=False, dynamic_ncols=True, **style)
 
     def show_accuracies(self, meters):
-        """From now on, the bar shows the running train top-1 of ``meters``. Waits for the device."""
+        """Makes the bar show the running train top-1 of ``meters``. Waits for the device."""
         if not self.on_terminal:
             return
         values = [meter.top1 for meter in meters if getattr(meter, "count", 0) and hasattr(meter, "top1")]
@@ -142,8 +142,8 @@ class Console:
         self.accuracies = f"top-1 {' '.join(f'{value:.1f}' for value in values)} %" if values else ""
 
     def time_left(self, fraction, estimate=None):
-        """How long the rest of the run takes, after a ``fraction`` of this epoch. An epoch counts as long as the latest
-        ones took on average or, in the first epoch, as ``estimate`` seconds. Empty if unknown.
+        """The text for the time left after a ``fraction`` of this epoch; empty if unknown. An epoch is assumed to take
+        as long as the latest ones on average or, in the first epoch, ``estimate`` seconds.
         """
         seconds = statistics.mean(self.epoch_seconds) if self.epoch_seconds else estimate
         if not seconds:
@@ -156,8 +156,8 @@ class Console:
             self.bar.close()
 
     def stopped(self, message, checkpoint):
-        """Prints on stderr, terminal or not, ``message`` and where the run is saved; ``checkpoint`` is None if it is
-        not.
+        """Prints ``message`` and where the run is saved on stderr, terminal or not. ``checkpoint`` is None if it is not
+        saved.
         """
         self.close()
         if self.quiet:
@@ -169,8 +169,8 @@ class Console:
 
 
 class Signals:
-    """Within the block, the first SIGINT or SIGTERM does not end the process: ``received`` is its number, and 0 before
-    it. A second one ends the process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
+    """Inside the block, the first SIGINT or SIGTERM does not end the process. ``received`` is its number, 0 before. A
+    second signal ends the process at once, with exit code 128 + its number. Prints nothing with ``quiet``.
 
     A job queue may signal all processes, and torchrun passes its own signal on to its workers: under torchrun, a signal
     right after the first one is the same signal.
@@ -183,7 +183,7 @@ class Signals:
         self.handlers_before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers_before[number] = signal.signal(number, self.handle)
         return self
@@ -210,7 +210,7 @@ class Signals:
 
 
 class IgnoreBrokenPipe:
-    """A text ``stream`` that drops all further output when its reader is gone, as after ``| head``."""
+    """A text ``stream`` that discards all further output once its reader is gone, as after ``| head``."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -232,14 +232,14 @@ class IgnoreBrokenPipe:
             self.redirect_to_nowhere()
 
     def redirect_to_nowhere(self):
-        """Drops what is buffered, too: Python flushes it at exit, which would fail again."""
+        """Discards buffered output as well: Python flushes it at exit, which would fail again."""
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextlib.contextmanager
 def broken_pipes_ignored():
-    """Within the block, the process goes on when the reader of its stdout or stderr is gone."""
+    """Lets the process continue, inside the block, after the reader of its stdout or stderr is gone."""
     stdout = sys.stdout
     stderr = sys.stderr
     if stdout is not None:  # None if it is closed: print then does nothing

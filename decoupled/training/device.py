@@ -12,7 +12,7 @@ from decoupled.errors import InputError
 def pick_device(name, setting="--device "):
     """The torch.device called ``name``. "auto" is CUDA if available, else MPS, else the CPU.
 
-    Raises InputError for a device that this machine does not have. In the message, ``setting`` is how it was set.
+    Raises InputError for a device that this machine does not have. ``setting`` says in the message how it was chosen.
     """
     if name == "auto":
         name = best_device()
@@ -43,10 +43,10 @@ def best_device():
 def keep_freed_memory():
     """Lets the process keep the memory of freed CPU tensors, in huge pages, for the tensors of the next step.
 
-    By default glibc returns the largest blocks to the kernel at once, and each step pays for mapping and clearing them
-    again. On two cores, the DGL step of learning_curves processes 465 images/s with this and 407 without in fp32. In
-    bf16, whose blocks are half as large, it makes no difference (benchmarks/throughput.py, with and without
-    --plain-malloc). Has no effect on results, nor with other C libraries.
+    By default, glibc returns the largest blocks to the kernel immediately, and each step pays for mapping and clearing
+    them again. On two cores, the DGL step of learning_curves processes 465 images/s with this and 407 without in fp32.
+    In bf16, whose blocks are half as large, it makes no difference (benchmarks/throughput.py, with and without
+    --plain-malloc). It does not affect results, and has no effect with other C libraries.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first large allocation
     if platform.libc_ver()[0] != "glibc":
@@ -72,5 +72,7 @@ def choose_kernels(device, deterministic):
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing here reads such memory
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # filling new memory takes time, and nothing here reads it uninitialized
+        )
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first matrix product

@@ -13,7 +13,7 @@ from decoupled.errors import one_line
 
 
 def environment(device, half):
-    """The lines of a log that say how and where it was made: command, versions, commit, device and precision."""
+    """The first lines of a log: command, versions, commit, device and precision."""
     packages = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "numpy"))
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return [
@@ -34,14 +34,14 @@ def commit():
     """The git commit of this package and, if the script is in another repository, also that of the script. "unknown"
     outside a repository.
 
-    A "+" follows if tracked files differ from the commit, or if git does not track the script.
+    A "+" follows if tracked files differ from the commit or if git does not track the script.
     """
     package = Path(__file__).resolve()
     script = Path(sys.argv[0]).resolve()
     package_root = top_folder(package.parent) if tracks_files_in(package.parent) else None
     script_root = top_folder(script.parent)
     if script_root != package_root and not tracks_files_in(script.parent):
-        script_root = None  # the folder lies in a repository, but is not part of it
+        script_root = None  # the folder is inside a repository, but not part of it
     if script_root is None:
         return commit_of(package_root, package)
     if script_root == package_root:

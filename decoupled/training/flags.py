@@ -20,8 +20,8 @@ from decoupled.training.device import keep_freed_memory
 
 EXIT_CTRL_C = 130
 
-MAX_NAME_BYTES = 160  # file names have at most 255; script, time and suffix need the rest
-FLOAT_MAX = 3.4e38  # the largest fp32 number, as optimizers compute in fp32
+MAX_NAME_BYTES = 160  # file names have at most 255 bytes; script, time and suffix need the rest
+FLOAT_MAX = 3.4e38  # the largest fp32 number: optimizers compute in fp32
 INTEGER_MAX = 2**63 - 1
 
 # The messages of PyTorch's allocators when memory runs out. On the CPU they are in an ordinary RuntimeError.
@@ -31,14 +31,15 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def start(main, keep_memory=True):
-    """Runs the function ``main`` of a script. InputError, too little memory and a full disk end the script with a
-    one-line message and exit code 2; Ctrl-C ends it with a one-line message and 130. Other errors show a traceback.
+    """Runs the function ``main`` of a script. InputError, too little memory or a full disk end the script with a
+    one-line message and exit code 2, Ctrl-C with a one-line message and exit code 130. Other errors show a
+    traceback.
 
     ``keep_memory``: see decoupled.training.device.keep_freed_memory.
     """
     if keep_memory:
         keep_freed_memory()
-    # A run that resumes during an evaluation rightly steps its schedules before any optimizer.
+    # A run that resumes during an evaluation correctly steps its schedules before any optimizer.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by DistributedDataParallel
     with broken_pipes_ignored():
@@ -57,13 +58,13 @@ def start(main, keep_memory=True):
 
 
 def fail(message):
-    """Exits for bad input, with one line on stderr."""
+    """Exits with one line on stderr and the exit code for bad input."""
     print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
 def shortage(error):
-    """The message for an exception that means too little memory or a full disk; None for any other exception."""
+    """The message for an exception caused by too little memory or a full disk; None for any other exception."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}: free some space, then --resume: the last checkpoint is intact"
     out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -78,7 +79,7 @@ def shortage(error):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default of a flag, if it has one, to its help text."""
+    """Adds the default of a flag, if there is one, to its help text."""
 
     def _get_help_string(self, action):
         has_default = not (
@@ -93,7 +94,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose description keeps its line breaks and whose errors are one line. Flags may be spelled
+    """An argument parser that keeps line breaks in its description and prints errors in one line. Flags may be spelled
     with "-" or "_".
     """
 
@@ -105,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self.as_declared(words), namespace)
 
     def as_declared(self, words):
-        """``words`` with each flag spelled as it was declared. Words after "--" are not flags."""
+        """``words`` with each flag spelled as declared. Words after "--" are not flags."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
         spelled = []
         for position, word in enumerate(words):
@@ -119,14 +120,14 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
     def add_dropped(self, *flags, why):
-        """Adds flags of the released scripts that have no effect here. Using one is an error, which says ``why``."""
+        """Adds flags of the released scripts that have no effect here. Using one is an error that says ``why``."""
         for flag in flags:
             self.add_argument(
                 flag, action=DroppedFlag, const=why, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
 
     def error(self, message):
-        if not is_first_process():  # all processes of torchrun meet the same error
+        if not is_first_process():  # all processes of torchrun have the same error
             sys.exit(EXIT_BAD_INPUT)
         fail(f"{message} (--help lists the flags)")
 
@@ -142,7 +143,7 @@ class DroppedFlag(argparse.Action):
 
 
 def integer(least, most=INTEGER_MAX):
-    """An argparse type: an integer from ``least`` to ``most``."""
+    """An argparse type: an integer between ``least`` and ``most``."""
 
     def convert(text):
         try:
@@ -158,7 +159,7 @@ def integer(least, most=INTEGER_MAX):
     return convert
 
 
-WIDTH = integer(1, 2**13)  # channels; the weights of wider layers would not fit in memory
+WIDTH = integer(1, 2**13)  # number of channels; the weights of wider layers would not fit into memory
 LAYERS = integer(0, 1000)
 
 
@@ -177,7 +178,7 @@ def number(*, least=-math.inf, above=-math.inf, below=FLOAT_MAX):
             value = math.nan
         if value >= least and above < value < below:
             return value
-        limits = []  # the message has those that were set, and the largest float only if it is exceeded
+        limits = []  # the message has the limits that were set, and the largest float only if it is exceeded
         if least > -math.inf:
             limits.append(f"≥ {least:g}")
         if above > -math.inf:
@@ -209,9 +210,11 @@ def run_name(text):
 
 
 def parser(doc, *, epochs, batch_size, lr=0.1, test_batch_size=1000, seed=1, distributed=False, own_data=False):
-    """A parser with the flags that all CIFAR experiments share. With ``distributed``, it also has those for training
-    modules in several processes. With ``own_data``, --workers replaces the flags that choose a data set. ``doc`` is the
-    docstring of the script, which adds its own groups of flags.
+    """A parser with the flags that all CIFAR experiments share. ``doc`` is the docstring of the script, which adds its
+    own groups of flags.
+
+    With ``distributed``, there are also the flags for training modules in several processes. With ``own_data``,
+    --workers replaces the flags that choose a data set.
     """
     parser = Parser(doc)
     group = parser.add_argument_group("training")
@@ -241,13 +244,13 @@ def add_workers(parser):
         type=integer(0, 1024),
         default=0,
         metavar="N",
-        help="processes that read samples; 0: the process that trains does",
+        help="processes that read samples; 0: the training process reads them",
     )
 
 
 def add_datasets(parser):
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images")
+    group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set; folder: your own images")
     group.add_argument(
         "--data-dir", type=path, default="data", metavar="DIR", help="where the data set is, or is downloaded to"
     )
@@ -268,7 +271,7 @@ def add_seed(group, seed):
 def add_device(parser):
     group = parser.add_argument_group("device and precision")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    group.add_argument("--no-cuda", dest="device", action="store_const", const="cpu", help="same as --device cpu")
     group.add_argument(
         "--half",
         action="store_true",
@@ -278,7 +281,7 @@ def add_device(parser):
     group.add_argument(
         "--deterministic",
         action="store_true",
-        default=argparse.SUPPRESS,  # in the log only if it is given, as logs of earlier versions do not have it
+        default=argparse.SUPPRESS,  # in the log only if given, because logs of earlier versions do not have it
         help="deterministic CUDA kernels (slower)",
     )
     return group
@@ -291,10 +294,10 @@ def add_processes(parser, title):
         type=number(above=0, below=1e7),
         default=TIMEOUT,
         metavar="SECONDS",
-        help="seconds to wait for another process",
+        help="seconds to wait for another process before giving up",
     )
     group.add_argument(
-        "--backend", choices=("nccl", "gloo"), help="of torch.distributed (default: nccl on CUDA, else gloo)"
+        "--backend", choices=("nccl", "gloo"), help="backend of torch.distributed (default: nccl on CUDA, else gloo)"
     )
     return group
 
@@ -304,7 +307,7 @@ def add_stages(group):
         "--modules-per-stage",
         type=integers,
         metavar="N,N,…",
-        help="modules of each stage, lowest first (default: balanced by FLOPs)",
+        help="number of modules of each stage, lowest first (default: balanced by FLOPs)",
     )
     group.add_argument(
         "--queue",
@@ -316,9 +319,9 @@ def add_stages(group):
 
 
 def add_log(parser, *names):
-    """Adds the flags for log and checkpoint. ``names`` are other names of --log-dir, which --help lists first."""
+    """Adds the flags for log and checkpoint. ``names`` are other names for --log-dir, listed first by --help."""
     group = parser.add_argument_group("log and checkpoint")
-    group.add_argument("--name", type=run_name, default="", help="part of the log's name")
+    group.add_argument("--name", type=run_name, default="", help="added to the names of log and checkpoint")
     group.add_argument(
         *names,
         "--log-dir",
@@ -341,7 +344,7 @@ def add_log(parser, *names):
         type=path,
         const="newest",
         metavar="CHECKPOINT",
-        help="checkpoint to continue (without one: the newest of this script and --name in --log-dir; auto: the same, "
-        "or a new run if there is none)",
+        help="resume this checkpoint; without a name, the newest of this script and --name in --log-dir; with auto, "
+        "the same, or a new run if there is none",
     )
     return group

@@ -21,24 +21,24 @@ ROOT = Path(__file__).resolve().parents[2]  # the repository: checkpoints name s
 
 def load(checkpoint, *, script=None, build=None, classes=None, device="cpu"):
     """The trained network in the file ``checkpoint``, in eval mode on ``device``. It maps inputs like those of the run
-    (images: prepared as the checkpoint's InputForm says) to a list of logits (B, classes), one for each head.
+    (images: prepared as the checkpoint's InputForm says) to a list of logits (B, classes), one per head.
 
-    ``build(args, classes)`` makes the network, from the run's arguments and the number of classes; then the weights are
-    loaded. By default ``build`` comes from the script of this repository that made the checkpoint. Any other script
-    runs only if you name it (``script``). Warns if the script has changed since.
+    ``build(args, classes)`` makes the network from the run's arguments and the number of classes, and the weights are
+    loaded into it. By default, ``build`` comes from the script in this repository that made the checkpoint. Any other
+    script runs only if you name it (``script``). Warns if the script has changed since.
 
     ``classes`` is needed only if the checkpoint has no InputForm, which names the classes. Raises InputError if the
-    file is not a checkpoint, if the script is missing or has no ``build``, and if the network does not match the
+    file is not a checkpoint, if the script is missing or has no ``build``, or if the network does not match the
     weights.
     """
     return rebuild(read(checkpoint), checkpoint, script=script, build=build, classes=classes, device=device)
 
 
 def read(path):
-    """The checkpoint at ``path``: a dict, see decoupled.training.checkpoint. Raises InputError as ``load`` does."""
+    """Reads the checkpoint at ``path``: a dict, see decoupled.training.checkpoint. Raises InputError like ``load``."""
     path = Path(path)
     if not path.is_file() or path.suffix == ".log":
-        raise InputError(f"{path} is no checkpoint: name the .pt file beside a run's log")
+        raise InputError(f"{path} is not a checkpoint: name the .pt file beside a run's log")
     return read_checkpoint(path)
 
 
@@ -53,7 +53,7 @@ def input_form(saved, path):
 
 
 def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu"):
-    """As ``load``, for the checkpoint ``saved``, which was read from ``path``."""
+    """Like ``load``, for the checkpoint ``saved``, which was read from ``path``."""
     args = argparse.Namespace(**saved["arguments"])
     if classes is None:
         classes = count_classes(saved, path)
@@ -61,7 +61,7 @@ def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu")
     states = saved["state"].get("net", [])
     if len(states) != 1:
         raise InputError(f"{path} has no network: its script must call it net in run.epochs(net=…)")
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not affected
         if build is None:
             script = find_script(saved["script"]) if script is None else named_script(script)
             warn_if_changed(script, saved, path)
@@ -78,15 +78,18 @@ def rebuild(saved, path, *, script=None, build=None, classes=None, device="cpu")
 
 
 def count_classes(saved, path):
-    """The number of classes of the checkpoint ``saved``, read from ``path``. Raises InputError if it does not say."""
+    """The number of classes of the checkpoint ``saved``, read from ``path``. Raises InputError if the checkpoint does
+    not have it.
+    """
     if not saved["data"]:
         raise InputError(f"{path} does not say how many classes its network has: pass their number (classes=)")
     return len(input_form(saved, path).classes)
 
 
 def find_script(name):
-    """The path of the script that a checkpoint calls ``name``, FOLDER/SCRIPT.py in this repository. A checkpoint may
-    come from anywhere, so it cannot choose any other file. Raises InputError if the repository has no such script.
+    """The path of the script that a checkpoint calls ``name``, FOLDER/SCRIPT.py in this repository. Because a
+    checkpoint may come from anywhere, it cannot choose any other file. Raises InputError if the repository has no
+    such script.
     """
     path = ROOT / name
     in_repository = (ROOT / "pyproject.toml").is_file() and re.fullmatch(r"[\w-]+/[\w-]+\.py", name)
@@ -99,7 +102,7 @@ def find_script(name):
 
 
 def named_script(path):
-    """The path of the script that the caller names. Raises InputError where there is none."""
+    """The path of the script named by the caller. Raises InputError if it does not exist."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no script {path}: name the one that builds the network")
@@ -107,7 +110,7 @@ def named_script(path):
 
 
 def warn_if_changed(script, saved, path):
-    """Warns where ``script`` is not the one that made the checkpoint ``saved``, read from ``path``."""
+    """Warns if ``script`` is not the one that made the checkpoint ``saved``, read from ``path``."""
     if hashlib.sha256(script.read_bytes()).hexdigest() != saved["script_sha256"]:
         warnings.warn(
             f"{script} is not, or no longer, the script that made {path}: its network may compute something else",
@@ -116,8 +119,8 @@ def warn_if_changed(script, saved, path):
 
 
 def build_with_script(path, args, classes):
-    """The network that ``build(args, classes)`` in the script at ``path`` returns. Raises InputError if the script has
-    no ``build``.
+    """Calls ``build(args, classes)`` of the script at ``path`` and returns the network. Raises InputError if the script
+    has no ``build``.
     """
     with imports_from(path.parent):
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -130,8 +133,8 @@ def build_with_script(path, args, classes):
 
 @contextlib.contextmanager
 def imports_from(folder):
-    """Within the block, ``import`` looks in ``folder`` first, as in a script there, even for names that are already in
-    sys.modules. Afterwards sys.path and sys.modules are as before.
+    """Makes ``import`` look in ``folder`` first inside the block, as for a script there, even for names that are
+    already in sys.modules. Restores sys.path and sys.modules afterwards.
     """
     names = {path.stem for path in folder.glob("*.py")}
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}

@@ -1,5 +1,5 @@
 """A training run, in one process or several, that can stop and resume after any mini-batch. It takes care of seed,
-device, precision, log and checkpoint. The algorithm stays in the script.
+device, precision, log and checkpoint; the algorithm stays in the script.
 
 run = Run(flags.parser(__doc__, epochs=50, batch_size=128).parse_args())
 for epoch in run.epochs(net=net, optimizers=optimizers, schedules=schedules, train=train, test=test, meters=meters):
@@ -29,9 +29,9 @@ from decoupled.training.environment import environment
 from decoupled.training.state import State
 from decoupled.training.steps import Steps, warn_if_half_is_slow
 
-CHECK_LOSSES_EVERY = 100  # mini-batches: each check waits for the device
+CHECK_LOSSES_EVERY = 100  # in mini-batches; each check waits for the device
 
-FREE_ON_RESUME = (  # arguments of any script that may differ when a run resumes
+FREE_ON_RESUME = (  # arguments of all scripts that may differ when a run resumes
     "resume",
     "save_every",
     "log_dir",
@@ -53,13 +53,15 @@ SAVE = 1
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """How far a run has progressed."""
 
-    module_index: int = 0  # the module in training, from 0; always 0 unless modules are trained one after the other
+    module_index: int = 0  # the module being trained, from 0; always 0 unless modules are trained one after the other
     epoch: int = 0  # the epoch in progress or, between epochs, the last one, from 1; 0 before training
     within_epoch: bool = False  # whether that epoch is still in progress
-    batch: int = 0  # the number of its latest mini-batch, from 1, as soon as its step begins; 0 before the first
-    seconds: float = 0.0  # how long that epoch had taken when it was saved
+    batch: int = (
+        0  # the number of its latest mini-batch, from 1, counted as soon as its step begins; 0 before the first
+    )
+    seconds: float = 0.0  # how long that epoch had taken when the checkpoint was saved
 
 
 class Run:
@@ -86,14 +88,14 @@ class Run:
         self.processes = Processes(pick_device(args.device), **existing(args, "backend", "timeout"))
         self.mesh = Mesh(self.processes, stages or self.processes.size)
         self.device = self.processes.device
-        self.stage = None  # this process's Stage, if the modules are spread over several
-        self.train = None  # the mini-batches for training that ``data`` has returned, or their Outline
+        self.stage = None  # this process's Stage, if the modules are spread over several processes
+        self.train = None  # the training mini-batches that `data` returned, or their Outline
         self.console = Console(quiet=self.processes.rank > 0)
         self.signals = Signals(quiet=self.processes.rank > 0)
         self.described = []  # comments of the script for the first lines of the log
         self.num_modules = None  # a number if modules are trained one after the other
         self.position = Position()
-        # What this replica multiplies its loss by, as shares of a mini-batch differ in size; None with one replica
+        # Factor for this replica's loss, because shares of a mini-batch differ in size; None with one replica
         self.loss_weight = None
         self.steps = Steps(self.device, args.half, loss_scale)
         if args.half:
@@ -117,8 +119,8 @@ class Run:
         """(train, test, number of classes) of the data set that the flags choose, on the run's device; ``options`` are
         those of decoupled.data.datasets.load.
 
-        For data of your own, ``load`` is a function that returns these three: see decoupled.data.batches. If the
-        modules are spread over several processes, those above the lowest get Outlines instead of train and test.
+        For your own data, ``load`` is a function that returns these three: see decoupled.data.batches. If the modules
+        are spread over several processes, those above the lowest stage get Outlines instead of train and test.
         """
         if load is None:
             names = ("dataset", "data_dir", "batch_size", "test_batch_size", "train_samples", "validation", "seed")
@@ -129,8 +131,8 @@ class Run:
         return self.train, test, classes
 
     def prepare(self, net, cuda_graphs=True):
-        """Moves ``net`` to the run's device, in channels-last memory, and returns it. With --compile, compiles each of
-        its modules, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
+        """Moves ``net`` to the run's device, in channels-last memory, and returns it. With --compile, compiles each
+        module, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
         """
         return self.steps.prepare(net, self.args.compile, cuda_graphs)
 
@@ -138,8 +140,8 @@ class Run:
         """Keeps the modules of ``net`` that this process trains, and prepares them. Returns a Stage, or an object of
         its subclass ``kind``.
 
-        ``example`` is a batch of the network's inputs, of any shape and dtype: stages learn from it what they send to
-        each other. By default it is that of the training data that ``data`` has returned.
+        ``example`` is a batch of the network's inputs, of any shape and dtype, from which stages learn what they send
+        to each other. By default, it comes from the training data that ``data`` returned.
         """
         net = self.steps.prepare(net, compiled=False)  # with --compile, only the modules that stay are compiled, below
         if self.mesh.stages > 1:
@@ -159,7 +161,7 @@ class Run:
         return stage
 
     def example_input(self, example):
-        """``example``, by default that of the training data, on the run's device."""
+        """``example``, or by default that of the training data, on the run's device."""
         if example is None:
             if self.train is None or self.train.example is None:
                 raise InputError("several stages need an example of the network's inputs: run.distribute(net, example)")
@@ -178,26 +180,26 @@ class Run:
         return self.steps.autocast()
 
     def step(self, loss, optimizer, clip=None):
-        """zero_grad, backward and step of one module; with its own loss scale in fp16.
+        """zero_grad, backward and step of one module, with its own loss scale in fp16.
 
-        With ``clip``, a gradient with a greater norm is scaled down to it. Does nothing if all parameters of the module
-        are frozen. Raises InputError for an optimizer that was not given to ``epochs``: a resumed run would silently
+        With ``clip``, a gradient with a larger norm is scaled down to it. Does nothing if all parameters of the module
+        are frozen. Raises InputError for an optimizer that was not passed to ``epochs``: a resumed run would silently
         continue without its state.
         """
         if not self.state.has(optimizer):
             raise InputError(
-                "run.step takes an optimizer that run.epochs does not know: give it to run.epochs, too (optimizers=…)"
+                "run.step got an optimizer that run.epochs does not know: pass it to run.epochs as well (optimizers=…)"
             )
         self.steps.step(loss, optimizer, self.batch, self.loss_weight, clip)
 
     def scaler(self, optimizer):
-        """The loss scale of the module that ``optimizer`` trains; a no-op except in fp16. The first call numbers the
-        module.
+        """The loss scale of the module that ``optimizer`` trains; it has no effect except in fp16. The first call
+        numbers the module.
         """
         return self.steps.learner(optimizer).scaler
 
     def watch(self, loss, n):
-        """Notes the loss of module ``n`` for ``check_losses``. For modules that are trained without ``step``."""
+        """Records the loss of module ``n`` for ``check_losses``. For modules that are trained without ``step``."""
         self.steps.watch(loss, n, self.batch)
 
     def latest_losses(self):
@@ -222,13 +224,13 @@ class Run:
         num_modules=None,
         **further_state,
     ):
-        """Yields the remaining epochs, from 1. With ``num_modules``, a number, trains so many modules one after
-        the other, each for all epochs, and yields (module_index, epoch), module_index from 0.
+        """Yields the remaining epochs, from 1. With ``num_modules``, a number, trains that many modules one after the
+        other, each for all epochs, and yields (module_index, epoch), with module_index from 0.
 
-        The arguments are the state of the run, which is saved in checkpoints and restored by --resume. Each is an
-        object with state_dict and load_state_dict, or a list of them, one for each module. Those with a method
-        ``begin``, such as ``train`` and ``meters``, have it called when an epoch begins. The counts of ``meters`` are
-        summed over all processes.
+        The arguments are the state of the run, saved in checkpoints and restored by --resume. Each is an object with
+        state_dict and load_state_dict, or a list of them, one for each module. If they have a method ``begin``, as
+        ``train`` and ``meters`` do, it is called at the start of each epoch. The counts of ``meters`` are summed over
+        all processes.
 
         Checkpoints are written before the first epoch, after each epoch, every --save-every minutes within an epoch,
         and when a signal stops the run.
@@ -289,13 +291,13 @@ class Run:
         return name
 
     def progress(self, batches, resumes=False):
-        """Iterates over the rest of this epoch's ``batches`` and shows a bar on a terminal. After each mini-batch, the
-        run may save or stop.
+        """Iterates over the rest of this epoch's ``batches``, with a progress bar on a terminal. After each mini-batch,
+        the run may save or stop.
 
         ``batches`` need a method ``rest()``, which iterates over the remaining mini-batches of the epoch, and must be
-        given to ``epochs``, which starts their epochs and saves their position. For iterables without it,
-        ``resumes=True`` asserts that they continue from the restored state themselves. Otherwise raises InputError, as
-        a resumed run would silently train on some images twice.
+        passed to ``epochs``, which starts their epochs and saves their position. For iterables without ``rest()``,
+        ``resumes=True`` asserts that they continue from the restored state themselves. Otherwise raises InputError,
+        because a resumed run would silently train on some images twice.
 
         PyTorch's random numbers in a step, such as those of dropout, depend only on the seed and the position.
         """
@@ -322,14 +324,14 @@ class Run:
         self.check_losses()
 
     def check_is_saved(self, batches):
-        """Raises InputError where ``batches`` are not part of the run's state: no epoch of theirs would begin, and a
-        resumed run would not find their place.
+        """Raises InputError if ``batches`` are not part of the run's state: their epochs would never begin, and a
+        resumed run would not find its place in them.
         """
         images = images_of(batches)
         if not self.state.has(images):
             raise InputError(
-                f"run.progress({type(images).__name__}) iterates over what run.epochs does not know: give it to "
-                "run.epochs, too (train=…)"
+                f"run.progress({type(images).__name__}) got mini-batches that run.epochs does not know: "
+                "pass them to run.epochs as well (train=…)"
             )
 
     def seed_of_batch(self):
@@ -340,10 +342,12 @@ class Run:
 
     def evaluation(self, batches):
         """Iterates over all of ``batches``. A run that stops here repeats the whole evaluation when it resumes. Raises
-        InputError for the images that the run trains on, whose position in training would be lost.
+        InputError for the images in training, whose position would be lost.
         """
         if any(images_of(batches) is images for images in self.state.get("train")):
-            raise InputError("run.evaluation cannot take the images in training: use train.without_augmentation()")
+            raise InputError(
+                "run.evaluation cannot iterate over the images in training: use train.without_augmentation()"
+            )
         for number, mini_batch in enumerate(self.console.evaluation(batches)):
             yield mini_batch
             # Replicas agree on whether to stop, so all must ask: not after a last mini-batch that is too small to give
@@ -368,15 +372,15 @@ class Run:
         request = self.common_request()
         if request == GO_ON:
             return
-        if self.position.within_epoch:  # otherwise end_epoch has just saved
+        if self.position.within_epoch:  # otherwise, end_epoch has just saved
             self.check_losses()
             self.save()
         if request != SAVE:
             self.stop(signal_number=request)
 
     def common_request(self):
-        """The request that all processes follow after this mini-batch. Replicas agree on one; between stages, that of
-        the lowest stage travels up with the mini-batch.
+        """The request that all processes follow after this mini-batch. Replicas agree on one; between stages, the
+        lowest stage's request travels up with the mini-batch.
         """
         if self.stage is not None:
             return self.stage.take_request()
@@ -386,7 +390,7 @@ class Run:
         saved_in = self.files.path(".pt") if self.saves_checkpoints else None
         self.console.stopped(f"{self.script}: stopped after {self.position_name()}", saved_in)
         self.state.close()
-        self.processes.wait()  # when one process ends, torchrun ends the others
+        self.processes.wait()  # torchrun ends the other processes as soon as one has ended
         self.processes.close()
         sys.exit(128 + signal_number)
 
@@ -403,7 +407,9 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def input_form(self):
-        """The fields of the test images' InputForm, which say how to prepare images for the network; {} without one."""
+        """The fields of the test images' InputForm, which describe how to prepare images for the network; {} without
+        one.
+        """
         for test in self.state.get("test"):
             if getattr(test, "form", None) is not None:
                 return test.form._asdict()
@@ -443,7 +449,7 @@ class Run:
 
     def check_same_run(self, saved, path):
         """Raises InputError if the checkpoint ``saved`` is from another script, or from a run with other arguments.
-        Only ``free_on_resume`` may differ, and --epochs may grow.
+        Only those in ``free_on_resume`` may differ, and --epochs may grow.
         """
         if saved["script"] != self.script:
             raise InputError(
@@ -501,7 +507,7 @@ class Run:
         self.processes.remember_checkpoint(self.files.path(".pt"))
 
     def environment_lines(self):
-        """The lines of the log that say how and where this run was made."""
+        """The lines of the log that describe how and where this run was made."""
         lines = environment(self.device, self.args.half)
         if self.stage is not None:
             lines.append(f"# processes: {self.processes}, modules {self.stage}")
@@ -528,14 +534,14 @@ class Run:
 
 
 def file_sha256(path):
-    """The SHA-256 of the file at ``path``, in hexadecimal; "" where there is none, as in a notebook."""
+    """The SHA-256 of the file at ``path``, in hexadecimal; "" if it does not exist, as in a notebook."""
     if not Path(path).is_file():
         return ""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def images_of(batches):
-    """The images that ``batches``, perhaps a stage's inputs, come from."""
+    """The images that ``batches``, possibly a stage's inputs, come from."""
     return getattr(batches, "batches", batches)
 
 
@@ -547,5 +553,5 @@ def require_one_process(script):
 
 
 def existing(args, *names):
-    """{name: value} of the arguments called ``names``, without those that this script does not have."""
+    """{name: value} of the arguments called ``names`` that this script has."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

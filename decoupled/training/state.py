@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from decoupled.errors import InputError, last_line
 from decoupled.parallel.mesh import all_reduce_meters
 
-SCHEDULE_HYPERPARAMETERS = (  # of PyTorch's schedules: what they keep while they step
+SCHEDULE_HYPERPARAMETERS = (  # attributes of PyTorch's schedules that change as they step
     "base_lrs",
     "T_0",
     "T_max",
@@ -26,8 +26,8 @@ class State:
     """The ``objects`` of a run: {name: an object with state_dict and load_state_dict, or a list of them, one for each
     module}. The loss scales of all optimizers, from ``scaler(optimizer)``, are added as "scalers".
 
-    "net" is the network. "meters" count this replica's images only. With a ``stage``
-    (decoupled.parallel.stages.Stage), the lists and the network are the part of the whole that this process trains.
+    "net" is the network. "meters" count this replica's images only. With a ``stage`` (decoupled.parallel.stages.Stage),
+    the lists and the network are the part that this process trains.
     """
 
     def __init__(self, objects, scaler, mesh, stage=None):
@@ -42,7 +42,7 @@ class State:
             else:
                 self.objects[name] = [value]
         optimizers = [value for value in self.all_objects() if isinstance(value, Optimizer)]
-        # In this order, from the lowest module up, ``scaler`` numbers the modules.
+        # `scaler` numbers the modules in this order, from the lowest up.
         self.objects["scalers"] = [scaler(optimizer) for optimizer in optimizers]
 
     def all_objects(self):
@@ -57,13 +57,13 @@ class State:
         return any(value is mine for mine in self.all_objects())
 
     def begin_epoch(self):
-        """Calls ``begin`` of all objects that have it, such as images and meters."""
+        """Calls ``begin`` of all objects that have this method, such as images and meters."""
         for value in self.all_objects():
             if hasattr(value, "begin"):
                 value.begin()
 
     def close(self):
-        """Calls ``close`` of all objects that have it."""
+        """Calls ``close`` of all objects that have this method."""
         for value in self.all_objects():
             if hasattr(value, "close"):
                 value.close()
@@ -96,8 +96,8 @@ class State:
         return whole
 
     def restore(self, saved, path):
-        """Restores all objects from ``saved``, which ``gather`` returned and the file ``path`` holds. Raises InputError
-        if it does not fit, as after a change of the script.
+        """Restores all objects from ``saved``, which ``gather`` returned and which was read from the file ``path``.
+        Raises InputError if it does not fit, for example after a change of the script.
         """
         try:
             for name, values in self.objects.items():
@@ -121,15 +121,17 @@ class State:
 
 
 def load_quietly(value, state):
-    """``value.load_state_dict(state)`` without a warning for parameters of other stages, which are on meta."""
+    """``value.load_state_dict(state)`` without a warning for parameters of other stages, which are on the meta
+    device.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         value.load_state_dict(state)
 
 
 def check_same_schedule(new, saved, path):
-    """Raises InputError if the ``saved`` state of a schedule has other hyperparameters than the ``new`` one, as when
-    --epochs has grown: loading it would silently restore the old ones.
+    """Raises InputError if the ``saved`` state of a schedule has other hyperparameters than the ``new`` schedule, as
+    when --epochs has grown: loading the state would silently restore the old ones.
     """
     for name, value in new.items():
         before = saved.get(name, value)
@@ -141,7 +143,7 @@ def check_same_schedule(new, saved, path):
 
 
 def check_same_lambdas(schedule, path):
-    """Raises InputError if the functions of ``schedule``, a restored LambdaLR, do not give its saved rates: functions
+    """Raises InputError if the functions of ``schedule``, a restored LambdaLR, do not return the saved rates: functions
     are not saved, and other ones would silently change the rate.
     """
     rates = zip(schedule.lr_lambdas, schedule.base_lrs, schedule.get_last_lr(), strict=True)

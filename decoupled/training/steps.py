@@ -1,5 +1,5 @@
 """Training steps of modules: mixed precision with a loss scale for each module, compilation, and a check that losses
-stay finite.
+are finite.
 """
 
 import logging
@@ -24,7 +24,7 @@ def warn_if_half_is_slow(device):
 
 
 def has_bf16_instructions(cpuinfo="/proc/cpuinfo"):
-    """Whether this CPU has bf16 instructions. True where the system does not tell, as on macOS and Windows."""
+    """Whether this CPU has bf16 instructions. True if the system does not say, as on macOS and Windows."""
     try:
         words = Path(cpuinfo).read_text().split()
     except OSError:
@@ -33,11 +33,11 @@ def has_bf16_instructions(cpuinfo="/proc/cpuinfo"):
 
 
 def allocate_momentum(optimizer):
-    """Sets the momentum buffers of ``optimizer`` to zero if it is SGD with momentum. This does not change its first
-    step, to the bit.
+    """Sets the momentum buffers of ``optimizer`` to zero if it is SGD with momentum. Its first step stays the same to
+    the bit.
 
-    Otherwise, PyTorch's fused SGD allocates uninitialized buffers in its first step. If that step is skipped because
-    the fp16 gradients overflow, the buffers are never filled, and the next step adds to whatever was in the memory.
+    Otherwise, PyTorch's fused SGD would allocate uninitialized buffers in its first step. If that step is skipped
+    because fp16 gradients overflow, the buffers are never filled, and the next step adds to whatever was in the memory.
     """
     if not isinstance(optimizer, SGD):
         return
@@ -52,9 +52,9 @@ def allocate_momentum(optimizer):
 
 
 def check_compiler(device):
-    """Compiles a small function. Raises InputError if that fails: now, not in the first step."""
+    """Compiles a small function. Raises InputError if that fails, now and not only in the first step."""
     logging_before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # a failing compiler logs pages
+    logging.disable(logging.WARNING)  # a failing compiler logs many pages
     try:
         torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
     except Exception as error:  # a missing or outdated compiler can raise anything
@@ -68,7 +68,7 @@ def check_compiler(device):
 
 
 def compile_modules(net, cuda_graphs):
-    """Compiles each module of ``net`` in place, to CUDA graphs with ``cuda_graphs``."""
+    """Compiles each module of ``net`` in place; with ``cuda_graphs``, to CUDA graphs."""
     # All modules share one forward function. PyTorch compiles a function at most 8 times by default, and then silently
     # runs it uncompiled. Each module needs its own, for training, for evaluation, and for a shorter last mini-batch.
     limit = torch._dynamo.config.recompile_limit
@@ -83,8 +83,8 @@ def compile_modules(net, cuda_graphs):
 def compile_to_cuda_graphs(module):
     """Compiles ``module`` to CUDA graphs: one launch for its forward pass, one for its backward pass.
 
-    There is one graph for each size of mini-batch, so a shorter last one has its own. All graphs share one memory pool,
-    and a replay overwrites the outputs of the previous one. So outputs are copied: the module above, meters and the
+    Each size of mini-batch has its own graph, so a shorter last one does, too. All graphs share one memory pool, and a
+    replay overwrites the outputs of the previous one. Outputs are therefore copied: the module above, meters and the
     process above may read them later. Gradients are not copied: ``Steps.step`` uses them before the next replay, and
     zero_grad drops them. A module's backward pass and step must come before any other forward pass.
     """
@@ -104,7 +104,7 @@ def parameters_of(optimizer):
 
 
 def learns(optimizer):
-    """Whether any of the parameters of ``optimizer`` are not frozen."""
+    """Whether any parameter of ``optimizer`` is not frozen."""
     return any(parameter.requires_grad for parameter in parameters_of(optimizer))
 
 
@@ -116,7 +116,7 @@ class Learner(NamedTuple):
 
 
 class WatchedLoss(NamedTuple):
-    """The ``loss`` of module ``n`` in mini-batch number ``batch``, still on the device, to be checked later."""
+    """The ``loss`` of module ``n`` in mini-batch ``batch``, still on the device, to be checked later."""
 
     batch: int
     n: int
@@ -133,7 +133,7 @@ class Steps:
         self.device = device
         self.half = half
         self.loss_scale = loss_scale
-        self.modules_below = 0  # how many modules below those of this process learn in other processes
+        self.modules_below = 0  # how many modules below this process's learn in other processes
         self.learners = {}  # id of an optimizer → Learner
         self.cuda_graphs = False  # whether modules are compiled to CUDA graphs
         self.watched = []  # a WatchedLoss for each step since the last check
@@ -144,8 +144,8 @@ class Steps:
         return torch.autocast(self.device.type, dtype, enabled=self.half)
 
     def prepare(self, net, compiled, cuda_graphs=True):
-        """Moves ``net`` to the device, in channels-last memory, and returns it. With ``compiled``, compiles each of its
-        modules, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
+        """Moves ``net`` to the device, in channels-last memory, and returns it. With ``compiled``, compiles each
+        module, on CUDA to CUDA graphs unless ``cuda_graphs`` is False.
         """
         net.to(self.device, memory_format=torch.channels_last)
         if compiled:
@@ -167,18 +167,18 @@ class Steps:
         return self.learners[id(optimizer)]
 
     def new_scaler(self):
-        """A new loss scale; a no-op except in fp16."""
+        """A new loss scale; it has no effect except in fp16."""
         enabled = self.half and self.device.type == "cuda"
         if self.loss_scale is None:
             return torch.amp.GradScaler(self.device.type, enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled, init_scale=self.loss_scale)
 
     def step(self, loss, optimizer, batch=0, weight=None, clip=None):
-        """zero_grad, backward and step of one module, through its own loss scale. None of these if all its parameters
-        are frozen.
+        """zero_grad, backward and step of one module, with its own loss scale. Does nothing if all its parameters are
+        frozen.
 
-        ``weight``, if given, multiplies the loss; ``clip``, if given, is the largest norm of the gradient, which is
-        then no longer scaled. ``batch`` is the number of the mini-batch, for the check of losses.
+        ``weight``, if given, multiplies the loss; ``clip``, if given, is the maximum norm of the unscaled gradient.
+        ``batch`` is the number of the mini-batch, for the check of losses.
         """
         n, scaler = self.learner(optimizer)
         if not learns(optimizer):
@@ -191,7 +191,7 @@ class Steps:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
         scaler.step(optimizer)
-        scaler.update(self.loss_scale)  # a constant loss scale is set again, so that overflows do not lower it
+        scaler.update(self.loss_scale)  # set a constant loss scale again, so that overflows do not lower it
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # from here on, replays may overwrite the module's memory
         self.watch(loss, n, batch)
@@ -199,16 +199,16 @@ class Steps:
     # Losses
 
     def watch(self, loss, n, batch=0):
-        """Notes the loss of module ``n`` in mini-batch number ``batch``, for ``check`` and ``latest``."""
+        """Records the loss of module ``n`` in mini-batch ``batch``, for ``check`` and ``latest``."""
         self.watched.append(WatchedLoss(batch, n, loss.detach()))
 
     def latest(self, batch):
-        """The losses noted in mini-batch number ``batch``: a list of numbers. Waits for the device once."""
+        """The losses recorded in mini-batch ``batch``: a list of numbers. Waits for the device once."""
         losses = [watched.loss for watched in self.watched if watched.batch == batch]
         return torch.stack(losses).tolist() if losses else []
 
     def check(self, epoch, checkpoint):
-        """Raises InputError, which names module, epoch and mini-batch, if a loss noted since the last check is not
+        """Raises an InputError that names module, epoch and mini-batch if a loss recorded since the last check is not
         finite. Waits for the device.
         """
         if not self.watched:
