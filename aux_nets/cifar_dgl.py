@@ -7,9 +7,9 @@ auxiliary network: the paper's Sec. 5.2, Table 1.
     torchrun --nproc-per-node 2 aux_nets/cifar_dgl.py --type_aux cnn
 
 Every module takes its step on each mini-batch, on the detached representation
-from the module below (Algorithm 1). With torchrun each process trains one or
-several of the modules, at the same time and with the same results. With
---block_size 6 the whole network is one module, which is back-propagation.
+from the module below (Algorithm 1). With torchrun, each process trains one or
+more of the modules, all at the same time, with the same results. With
+--block_size 6, the whole network is one module: back-propagation.
 
 With CNN, MLP and MLP-SR auxiliaries, the paper's test top-1 of the last head is
 92.2, 90.6 and 91.2 %. A training image costs 11.5, 2.7 and 2.8 GFLOP, an epoch
@@ -31,13 +31,16 @@ def parse_args():
     parser = flags.parser(__doc__, epochs=50, batch_size=128, distributed=True)
     group = parser.add_argument_group("network")
     group.add_argument(
-        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary network of each module but the last"
+        "--type_aux", choices=AUXILIARIES, default="mlp-sr", help="auxiliary network of all modules except the last"
     )
     group.add_argument(
-        "--block_size", type=flags.integer(1), default=1, help="layers per module; the last one has what remains"
+        "--block_size", type=flags.integer(1), default=1, help="layers per module; the last module has the remainder"
     )
     group.add_argument(
-        "--channels", type=flags.WIDTH, default=128, help="channels of the first layer; layers 2 and 4 double them"
+        "--channels",
+        type=flags.WIDTH,
+        default=128,
+        help="channels of the first layer; layers 2 and 4 double the number",
     )
     group.add_argument("--depth", type=flags.integer(1, 1000), default=6, help="number of layers")
     group = parser.add_argument_group("schedule")
@@ -48,7 +51,7 @@ def parse_args():
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     return layerwise_cnn(
         channels=args.channels,
         depth=args.depth,
@@ -68,7 +71,7 @@ def main():
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
         for module in stage.modules_here
     ]
-    # By default at epochs 16, 31, 46, …
+    # By default in epochs 16, 31, 46, …
     schedules = [StepLR(optimizer, step_size=args.lr_step, gamma=0.2) for optimizer in optimizers]
     meters = [Meter() for _ in stage.modules_here]
 
@@ -84,7 +87,7 @@ def main():
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
                 representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, if another process has it
+            stage.send(representation, labels)  # to the module above, if another process trains it
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

@@ -4,12 +4,12 @@
     python ddg_comparison/cifar_backprop.py
     python ddg_comparison/cifar_backprop.py --checkpointing --splits 8
 
-The paper has 93.53 % for ResNet-110 after 300 epochs. With --checkpointing
-(Chen et al. 2016, arXiv 1604.06174, by torch.utils.checkpoint) only the
+The paper reports 93.53 % for ResNet-110 after 300 epochs. With --checkpointing
+(Chen et al. 2016, arXiv 1604.06174; torch.utils.checkpoint), only the
 representations between K parts are kept, and the backward pass recomputes all
-parts but the last: the same steps with less memory and up to a third more
-computation, the alternative to weigh DGL against. A training image costs 1.52
-GFLOP, an epoch 76 TFLOP.
+parts except the last: the same steps with less memory and up to a third more
+computation. For saving memory, this is the alternative to DGL. A training image
+costs 1.52 GFLOP, an epoch 76 TFLOP.
 """
 
 from contextlib import nullcontext
@@ -29,11 +29,11 @@ def parse_args():
     parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01)
     group = parser.add_argument_group("network")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="depth of the ResNet, 6n+2")
-    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first blocks")
+    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first third of the blocks")
     group.add_argument(
         "--checkpointing",
         action="store_true",
-        help="keep only the representations between parts and recompute the others",
+        help="keep only the representations between parts, and recompute the other activations in the backward pass",
     )
     group.add_argument(
         "--splits", type=flags.integer(1), metavar="K", help="number of parts for --checkpointing (default: 2)"
@@ -47,7 +47,7 @@ def parse_args():
         metavar="EPOCH",
         help="epochs at which the learning rate drops 10× (default: 150 225)",
     )
-    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
+    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, which DDG's authors use")
     args = parser.parse_args()
     if args.splits is None:
         args.splits = 2 if args.checkpointing else 1
@@ -61,9 +61,8 @@ def parse_args():
 
 
 def forward_without_activations(part, representation):
-    """part(representation), without keeping the activations in ``part``: the backward pass recomputes them.
-
-    Batch norm's running statistics count the mini-batch once.
+    """Runs part(representation) without keeping the activations in ``part``: the backward pass recomputes them. Batch
+    norm's running statistics count the mini-batch once.
     """
 
     def contexts():
@@ -74,7 +73,7 @@ def forward_without_activations(part, representation):
 
 
 def build(args, classes):
-    """The network that the flags describe: with --checkpointing in parts, otherwise one."""
+    """Builds the network that the flags describe: in parts with --checkpointing, otherwise in one piece."""
     return chained_resnet(args.depth, args.splits, classes, width=args.channels)
 
 
@@ -88,7 +87,7 @@ def main():
     schedule = MultiStepLR(optimizer, milestones, gamma=0.1)
     meter = Meter()
 
-    *lower_parts, last_part = net  # without --checkpointing there is one part
+    *lower_parts, last_part = net  # without --checkpointing, there is one part
     for epoch in run.epochs(net=net, optimizers=optimizer, schedules=schedule, train=train, test=test, meters=meter):
         net.train()
         for images, labels in run.progress(train):
@@ -96,7 +95,9 @@ def main():
             with run.autocast():
                 for part in lower_parts:
                     representation = forward_without_activations(part, representation)  # (B, C, s, s)
-                logits = last_part(representation)  # (B, classes); its backward comes next, so it keeps its activations
+                logits = last_part(
+                    representation
+                )  # (B, classes); its backward pass comes next, so it keeps its activations
             loss = F.cross_entropy(logits.float(), labels)
             run.step(loss, optimizer)  # zero_grad, backward, step
             meter.update(loss, logits, labels)

@@ -4,30 +4,30 @@ CIFAR-10, the second row of the paper's Table 2.
     python ddg_comparison/cifar_ddg.py
 
 DDG (Huo, Gu, Yang, Huang; ICML 2018; arXiv 1804.10574) splits a network into K
-modules, here counted from 0. In iteration t the mini-batch x_t passes all of
-them, with their weights w^t. Then each module takes a step by the gradient of
-an earlier mini-batch x_s, s = t − (K−1−k):
+modules, here counted from 0. In iteration t, the mini-batch x_t passes through
+all of them, with their weights w^t. Then each module takes a step with the
+gradient of an earlier mini-batch x_s, s = t − (K−1−k):
 
     w_k^(t+1) = w_k^t − lr · ∂f(x_s; w^s)/∂w_k    and  w_k^t while s < 0
 
 (momentum and weight decay as in SGD, with the current weights). The module also
 passes the gradient with respect to its inputs down to the module below, which
 uses it in the next iteration. The activations and weights in these gradients
-are those of iteration s. So each module keeps the graph of its forward pass,
-built on a copy of its weights, since the optimizer changes the weights
-themselves in place: module k keeps K−1−k mini-batches, and one more within an
-iteration. Running the forward pass again, with w^t, would be a different
-method: Features Replay (Huo, Gu, Huang; NeurIPS 2018; arXiv 1807.04511), which
-needs less memory and more computation.
+are those of iteration s. Each module therefore keeps the graph of its forward
+pass, built on a copy of its weights because the optimizer changes the weights
+in place. Module k keeps K−1−k mini-batches, plus one within an iteration.
+Running the forward pass again, with w^t, would be a different method: Features
+Replay (Huo, Gu, Huang; NeurIPS 2018; arXiv 1807.04511), which needs less memory
+and more computation.
 
-Mini-batches stay in flight across the end of an epoch: the first steps of the
-next epoch use their gradients, at that epoch's learning rate. A checkpoint
+Mini-batches stay in flight when an epoch ends: the first steps of the next
+epoch use their gradients, with that epoch's learning rate. A checkpoint
 contains their inputs and weights, from which a resumed run rebuilds the graphs.
-The last K−1 mini-batches of a run update only the upper modules.
+The last K−1 mini-batches of a run only update the upper modules.
 
-The paper has 93.41 % for ResNet-110 in 2 modules after 300 epochs, as DDG's
-authors report. A training image costs 1.52 GFLOP, an epoch 76 TFLOP: as much as
-back-propagation. With one module this is back-propagation.
+The paper quotes 93.41 % for ResNet-110 in 2 modules after 300 epochs from DDG's
+authors. A training image costs 1.52 GFLOP, an epoch 76 TFLOP: as much as in
+back-propagation. With one module, this is back-propagation.
 """
 
 from collections import deque
@@ -51,7 +51,7 @@ def parse_args():
     parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01)
     group = parser.add_argument_group("network")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="depth of the ResNet, 6n+2")
-    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first blocks")
+    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first third of the blocks")
     group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="number of modules")
     group = parser.add_argument_group("schedule")
     group.add_argument(
@@ -62,15 +62,15 @@ def parse_args():
         metavar="EPOCH",
         help="epochs at which the learning rate drops 10× (default: 150 225)",
     )
-    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
+    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, which DDG's authors use")
     return parser.parse_args()
 
 
 class MiniBatch(NamedTuple):
-    """A mini-batch x_s that has passed a module forward and waits for its gradient."""
+    """A mini-batch x_s that has passed forward through a module and waits for its gradient."""
 
     inputs: Tensor  # (B, C, h, w), from the module below
-    weights: dict  # copies of the module's weights w_k^s by name; empty in the last module, which steps at once
+    weights: dict  # copies of the module's weights w_k^s by name; empty in the last module, which steps immediately
     output: Tensor  # with its graph: (B, C', h', w') or, in the last module, the loss
 
 
@@ -91,20 +91,20 @@ class InFlight:
         self.loss = None
 
     def copy_weights(self):
-        """Copies of the module's weights for a forward pass: later steps do not change them, and the backward pass
-        reaches the module's own weights through them. Without delay none are needed.
+        """Copies of the module's weights for a forward pass. Later steps do not change them, and the backward pass
+        reaches the module's own weights through them. Without delay, none are needed.
         """
         if self.delay == 0:
             return {}
         return {name: weight.clone() for name, weight in self.module.named_parameters()}
 
     def state_dict(self):
-        """What ``load_state_dict`` builds the graphs from."""
+        """The tensors from which ``load_state_dict`` rebuilds the graphs."""
         batches = []
         for batch in self.batches:
             weights = {name: weight.detach() for name, weight in batch.weights.items()}
             batches.append((batch.inputs.detach(), weights))
-        # The last module, which has no batches between iterations, makes its own gradient
+        # The last module has no mini-batches between iterations and computes its own gradient
         return {"batches": batches, "gradient": self.gradient if batches else None}
 
     def load_state_dict(self, state):
@@ -146,13 +146,13 @@ def forward(in_flight, inputs, labels):
 
 
 def delayed_step(in_flight, optimizer):
-    """One module's step by the gradient of x_s, the oldest of its mini-batches in flight, through its graph of
-    iteration s.
+    """One step of a module with the gradient of x_s, its oldest mini-batch in flight, through the graph of iteration s.
 
-    Returns the gradient with respect to the module's inputs, (B, C, h, w), for the module below; None in the lowest.
+    Returns the gradient with respect to the module's inputs, (B, C, h, w), for the module below; None in the lowest
+    module.
     """
     delayed = in_flight.batches.popleft()
-    # In fp16 each module has its own loss scale; the gradients passed down are unscaled
+    # In fp16, each module has its own loss scale; the gradients passed down are unscaled
     scaler = in_flight.run.scaler(optimizer)
     # Of shape (1,): an fp16 gradient divided by a scalar would stay fp16
     scale = scaler.scale(torch.ones(1, device=delayed.output.device))
@@ -168,7 +168,7 @@ def delayed_step(in_flight, optimizer):
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     return chained_resnet(args.depth, args.splits, classes, width=args.channels)
 
 
@@ -179,7 +179,7 @@ def main():
     net = run.prepare(build(args, classes), cuda_graphs=False)  # several mini-batches are in flight
     for module in net:
         if not list(module.parameters()):
-            raise InputError(f"--splits {args.splits} leaves a module without weights to learn: choose fewer")
+            raise InputError(f"--splits {args.splits} leaves a module without trainable weights: choose fewer")
     optimizers = [
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=args.nesterov, fused=True)
         for module in net
@@ -201,12 +201,12 @@ def main():
         net.train()
         for images, labels in run.progress(train):
             representation = images
-            # The modules run one after the other here. On K devices their backward passes would run at the same time:
-            # all that a module needs from another one in the same iteration is the representation from below.
+            # Here, the modules run one after the other. On K devices, their backward passes would run at the same time:
+            # within an iteration, a module needs only the representation from below.
             for k, (in_flight, optimizer) in enumerate(zip(queues, optimizers, strict=True)):
                 representation = forward(in_flight, representation, labels)  # x_t, with w_k^t
                 if len(in_flight.batches) > in_flight.delay:  # s = t − (K−1−k) ≥ 0
-                    gradient_below = delayed_step(in_flight, optimizer)  # by the gradient of x_s
+                    gradient_below = delayed_step(in_flight, optimizer)  # with the gradient of x_s
                     if k > 0:
                         queues[k - 1].gradient = gradient_below  # for the next iteration of the module below
             loss = queues[-1].loss

@@ -5,10 +5,10 @@ paper's Table 2.
     torchrun --nproc-per-node 2 ddg_comparison/cifar_dgl.py
 
 Every module takes its step on each mini-batch, on the detached representation
-from the module below (Algorithm 1); all but the last learn from an MLP-SR
-auxiliary. With torchrun each process trains one or several of the modules, at
-the same time and with the same results. The paper has 93.5 ± 0.1 % for
-ResNet-110 in 2 modules after 300 epochs. With one module this is
+from the module below (Algorithm 1). All except the last have an MLP-SR
+auxiliary. With torchrun, each process trains one or more of the modules, all at
+the same time, with the same results. The paper reports 93.5 ± 0.1 % for
+ResNet-110 in 2 modules after 300 epochs. With one module, this is
 back-propagation. A training image costs 1.51 GFLOP, an epoch 76 TFLOP.
 """
 
@@ -26,7 +26,7 @@ def parse_args():
     parser = flags.parser(__doc__, epochs=300, batch_size=128, lr=0.01, distributed=True)
     group = parser.add_argument_group("network")
     group.add_argument("--depth", type=flags.integer(1, 2000), default=110, help="depth of the ResNet, 6n+2")
-    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first blocks")
+    group.add_argument("--channels", type=flags.WIDTH, default=16, help="channels of the first third of the blocks")
     group.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="number of modules")
     group = parser.add_argument_group("schedule")
     group.add_argument(
@@ -37,12 +37,12 @@ def parse_args():
         metavar="EPOCH",
         help="epochs at which the learning rate drops 10× (default: 150 225)",
     )
-    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, as DDG's authors use")
+    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum, which DDG's authors use")
     return parser.parse_args()
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     return decoupled_resnet(args.depth, args.splits, classes, width=args.channels)
 
 
@@ -71,7 +71,7 @@ def main():
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
                 representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, if another process has it
+            stage.send(representation, labels)  # to the module above, if another process trains it
         with run.autocast():
             scores = evaluate(stage.heads, run.evaluation(stage.inputs(test)))
         for n, (meter, score) in enumerate(zip(*stage.gather(meters, scores), strict=True), start=1):

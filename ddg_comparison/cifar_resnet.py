@@ -24,8 +24,8 @@ def conv3(in_channels, channels, stride=1):
 class Block(nn.Module):
     """Basic block: conv, BN, ReLU, conv, BN, plus the shortcut, ReLU.
 
-    (B, in_channels, h, w) → (B, channels, h/stride, w/stride). Where the number of channels grows, stride is 2 and the
-    shortcut takes every second pixel and appends channels of zeros ("option A", no parameters).
+    (B, in_channels, h, w) → (B, channels, h/stride, w/stride). Where the number of channels grows, the stride is 2, and
+    the shortcut takes every second pixel and appends channels of zeros ("option A", no parameters).
     """
 
     def __init__(self, in_channels, channels):
@@ -57,7 +57,7 @@ def pieces(depth, width=16):
     layers = [
         conv3(3, width),
         nn.BatchNorm2d(width),
-        nn.ReLU(),  # not in place: where a module starts with it, its input belongs to the module below
+        nn.ReLU(),  # not in place: if a module starts with it, its input belongs to the module below
     ]
     in_channels = width
     for stage in range(STAGES):
@@ -110,14 +110,14 @@ def chained_resnet(depth, splits, classes, width=16):
 
 @contextmanager
 def frozen_statistics(module):
-    """Inside the block batch norm normalizes by the batch, as in training, but does not update its running statistics:
-    for the second forward pass of a batch.
+    """Inside the block, batch norm normalizes with batch statistics, as in training, but does not update its running
+    statistics. For the second forward pass of a mini-batch.
     """
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-        norm.num_batches_tracked = None  # then batch norm does not count
+        norm.num_batches_tracked = None  # then batch norm does not update them
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""ResNets of bottlenecks (He et al. 2016) for DGL on ImageNet (paper, Sec. 5.5), split into K modules."""
+"""ResNets with bottlenecks (He et al. 2016) for DGL on ImageNet (paper, Sec. 5.5), split into K modules."""
 
 from greedy_vgg import check_image_size, with_auxiliaries
 from torch import nn
@@ -44,8 +44,8 @@ def pieces(arch, width=64):
 
 
 def initialize(net):
-    """Initializes ``net``, auxiliaries included, as published, and returns it: convolutions (which have no biases)
-    Kaiming normal by fan-out, the weights of the auxiliaries' BN1d from U(0, 1), everything else as PyTorch does.
+    """Initializes ``net``, including auxiliaries, as published, and returns it: convolutions (without biases) Kaiming
+    normal by fan-out, the weights of the auxiliaries' BN1d from U(0, 1), everything else as in PyTorch.
     """
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -56,12 +56,12 @@ def initialize(net):
 
 
 def greedy_resnet(arch="resnet152", splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
-    """resnet50, resnet101 or resnet152 in ``splits`` modules of pieces grouped as by split_evenly, for images
-    (B, 3, image_size, image_size).
+    """resnet50, resnet101 or resnet152 in ``splits`` modules of pieces grouped by split_evenly, for images (B, 3,
+    image_size, image_size).
 
-    The first of ResNet-152's two published modules has 26 of the 51 pieces: the stem, stages 1 and 2 and 14 blocks of
-    stage 3. Its auxiliary reads 1,024 channels at 14×14 (the released code takes them for 7×7, and so pools to 2×2
-    instead of 4×4). Other arguments as in greedy_vgg. Raises InputError for more splits than pieces and for images that
+    The first of ResNet-152's two published modules has 26 of the 51 pieces: the stem, stages 1 and 2, and 14 blocks of
+    stage 3. Its auxiliary reads 1,024 channels at 14×14. (The released code assumes 7×7, and therefore pools to 2×2
+    instead of 4×4.) Other arguments as in greedy_vgg. Raises InputError for more splits than pieces and for images that
     are too small.
     """
     check_image_size(image_size, arch)

@@ -11,9 +11,10 @@ CLASSIFIERS = tuple(models.list_models(module=models))
 def greedy_torchvision(arch, splits=2, classes=1000, image_size=224, convs=3, hidden_layers=3):
     """torchvision's ``arch`` in ``splits`` modules, for images (B, 3, image_size, image_size).
 
-    It is initialized as in torchvision. All modules but the last have an MLP-SR auxiliary with ``convs`` 1×1
-    convolutions and ``hidden_layers``; the last keeps the network's own head. GoogLeNet and Inception go without their
-    auxiliary heads. Raises InputError for more splits than the network has cuts, and for images that it cannot take.
+    It is initialized as in torchvision. All modules except the last have an MLP-SR auxiliary with ``convs`` 1×1
+    convolutions and ``hidden_layers``; the last keeps the network's own head. GoogLeNet and Inception are used without
+    their auxiliary heads. Raises InputError for more splits than the network allows, and for an image size that it does
+    not accept.
     """
     settings = {"num_classes": classes}
     if arch in ("googlenet", "inception_v3"):

@@ -38,8 +38,8 @@ def layers(arch, width=64):
 
 
 def classifier(shape, classes, hidden):
-    """The last module's head: 2×2 max pool, Linear, ReLU, Linear, ReLU, Linear; no dropout. It flattens images of
-    224×224 to 512 × 7 × 7 = 25,088.
+    """The last module's head: 2×2 max pool, Linear, ReLU, Linear, ReLU, Linear; no dropout. It flattens 224×224 images
+    to 512 × 7 × 7 = 25,088 features.
     """
     channels, height, width = shape
     features = channels * (height // 2) * (width // 2)
@@ -54,7 +54,7 @@ def classifier(shape, classes, hidden):
 
 
 def initialize(net):
-    """Initializes ``net``, auxiliaries included, as published, and returns it: convolutions Kaiming normal by fan-out,
+    """Initializes ``net``, including auxiliaries, as published, and returns it: convolutions Kaiming normal by fan-out,
     Linear N(0, .01), BN weights 1, all biases 0.
     """
     for layer in net.modules():
@@ -78,7 +78,7 @@ def check_image_size(image_size, arch):
 
 
 def with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_layers):
-    """A DecoupledNetwork of ``bodies``, not initialized yet: the last has the head ``make_last_head(shape)`` for its
+    """A DecoupledNetwork of ``bodies``, not yet initialized: the last has the head ``make_last_head(shape)`` for its
     output's shape (C, h, w), the others have MLP-SR auxiliaries.
     """
     modules = []
@@ -92,11 +92,11 @@ def with_auxiliaries(bodies, make_last_head, classes, image_size, convs, hidden_
 
 def greedy_vgg(arch="vgg13", block_size=1, classes=1000, image_size=224, convs=3, hidden_layers=3, width=64):
     """vgg11, vgg13, vgg16 or vgg19 with ``block_size`` convolutions per module, for images (B, 3, image_size,
-    image_size). The last module has what remains.
+    image_size). The last module has the remainder.
 
-    Auxiliaries have ``convs`` 1×1 convolutions and ``hidden_layers``. One module is back-propagation. ``width`` is the
-    number of channels of the first layer; all others are proportional to it. Raises InputError for an impossible block
-    size and for images too small for five halvings.
+    Auxiliaries have ``convs`` 1×1 convolutions and ``hidden_layers``. With one module, training is back-propagation.
+    ``width`` is the number of channels of the first layer; all others are proportional to it. Raises InputError for an
+    impossible block size and for images too small for five halvings.
     """
     check_image_size(image_size, arch)
     blocks = group_layers(layers(arch, width), block_size)

@@ -8,7 +8,7 @@ rows of the paper's Table 3, on the schedule of imagenet_dgl.py.
 
 DIR has train/ and val/; -b is the mini-batch of all processes together. The
 paper's top-1 / top-5 (%) after 50 epochs: vgg13_bn 66.6 / 87.5, vgg19_bn 69.7 /
-89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier,
+89.7, resnet152 74.4 / 92.1. torchvision's VGG has dropout in its classifier;
 the greedy one has none.
 """
 
@@ -33,7 +33,7 @@ def parse_args():
 
 
 def build(args, classes):
-    """torchvision's network, initialized as in torchvision, as the only module. Raises InputError for images too small
+    """torchvision's network, initialized as in torchvision, as a single module. Raises InputError for images too small
     for five halvings.
     """
     check_image_size(args.image_size, args.arch)

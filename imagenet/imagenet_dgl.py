@@ -9,10 +9,10 @@
         --block_size 8 --half --dynamic-loss-scale -j 8 --stages 2
 
 DIR has train/ and val/. Every module takes its step on each mini-batch, on the
-detached representation from the module below (Algorithm 1); all but the last
-learn from an MLP-SR auxiliary. Processes share each mini-batch of -b images.
-With --stages K they are divided into K groups, each of which trains some of the
-modules at the same time as the others and shares the mini-batch.
+detached representation from the module below (Algorithm 1). All except the last
+have an MLP-SR auxiliary. Processes share each mini-batch of -b images. With
+--stages K, they form K groups that work at the same time: each trains some of
+the modules, and its processes share the mini-batch.
 The paper's top-1 / top-5 (%) of the last head after 50 epochs:
 
     vgg13 --block_size 1     10 modules   64.4 / 85.8
@@ -21,8 +21,8 @@ The paper's top-1 / top-5 (%) of the last head after 50 epochs:
     vgg19 --block_size 8      2 modules   70.8 / 90.2
     resnet152 (--splits 2)    2 modules   74.5 / 92.0
 
-Any other classifier of torchvision is split into --splits modules of about
-equal FLOPs (decoupled.decouple).
+Any other torchvision classifier is split into --splits modules of about equal
+FLOPs (decoupled.decouple).
 """
 
 import imagenet_flags
@@ -61,7 +61,7 @@ def parse_args():
         why="the network is --arch, split by --block_size (VGG) or --splits (ResNet)",
     )
     parser.add_dropped(
-        "--start_epoch", "--resume_epoch", "--resume_feat", why="--resume continues where its checkpoint was saved"
+        "--start_epoch", "--resume_epoch", "--resume_feat", why="--resume continues where the checkpoint was saved"
     )
     args = imagenet_flags.parse(parser)
     if args.arch in STAGES:
@@ -82,7 +82,7 @@ def parse_args():
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     settings = {"classes": classes, "image_size": args.image_size, "convs": args.nlin, "hidden_layers": args.mlp}
     if args.arch in STAGES:
         return greedy_vgg(args.arch, args.block_size, width=args.channels, **settings)
@@ -112,7 +112,7 @@ def main():
                 run.step(loss, optimizer)
                 representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, if another process has it
+            stage.send(representation, labels)  # to the module above, if another process trains it
         run.mesh.broadcast_buffers(stage.modules_here)
         heads = stage.ensembles() if args.ensemble else stage.heads
         with run.autocast():

@@ -1,4 +1,4 @@
-"""What the ImageNet scripts share: flags, the setup of a run, SGD, and progress lines."""
+"""Shared by the ImageNet scripts: flags, the setup of a run, SGD, and progress lines."""
 
 import time
 from typing import NamedTuple
@@ -21,12 +21,12 @@ APEX = "https://github.com/NVIDIA/apex"
 
 
 def parser(doc, archs, default, distributed=False):
-    """The parser of an ImageNet script with the docstring ``doc`` and the networks ``archs``: the flags of the released
-    scripts and ours; with ``distributed``, those of a script that spreads modules over several processes too.
+    """A parser for an ImageNet script with the docstring ``doc`` and the networks ``archs``: the flags of the released
+    scripts and ours. With ``distributed``, also the flags for scripts that spread modules over several processes.
     """
     parser = flags.Parser(doc)
     parser.add_argument(
-        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, which have one folder per class"
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, each with one folder per class"
     )
 
     group = parser.add_argument_group("training")
@@ -60,7 +60,7 @@ def parser(doc, archs, default, distributed=False):
         "--fused-sgd",
         choices=("torch", "apex", "none"),
         default="torch",
-        help="torch: PyTorch's fused step; apex: NVIDIA's apex; none: no fused step",
+        help="implementation of SGD: PyTorch's fused step, NVIDIA's apex, or no fused step",
     )
     flags.add_seed(group, 1)
 
@@ -73,18 +73,26 @@ def parser(doc, archs, default, distributed=False):
         metavar="N",
         help="processes that read images, per training process",
     )
-    group.add_argument("--image-size", type=integer(1, 4096), metavar="S", help="side of the crops (default: 224)")
+    group.add_argument(
+        "--image-size",
+        type=integer(1, 4096),
+        metavar="S",
+        help="height and width of the crops, in pixels (default: 224)",
+    )
     group.add_argument(
         "--large_size_images",
         type=int,
         choices=(0, 1),
-        help="0: crops of 112 pixels, as in the released scripts; 1: of 224",
+        help="0: crops of 112×112 pixels; 1: 224×224 (a flag of the released scripts)",
     )
     group.add_argument(
-        "--train-samples", type=integer(1), metavar="N", help="only N training images, evenly spaced, for quick looks"
+        "--train-samples",
+        type=integer(1),
+        metavar="N",
+        help="use only N training images, evenly spaced, for a quick look",
     )
     group.add_argument(
-        "--val-samples", type=integer(1), metavar="N", help="only N images of val/, evenly spaced, for quick looks"
+        "--val-samples", type=integer(1), metavar="N", help="use only N images of val/, evenly spaced, for a quick look"
     )
 
     group = flags.add_device(parser)
@@ -102,7 +110,7 @@ def parser(doc, archs, default, distributed=False):
     group.add_argument(
         "--local-batch-norm",
         action="store_true",
-        help="batch norm over each replica's share alone: faster, but results then depend on the world size",
+        help="batch norm over each replica's share only: faster, but results then depend on the world size",
     )
     if distributed:
         group.add_argument(
@@ -110,7 +118,7 @@ def parser(doc, archs, default, distributed=False):
             type=integer(1),
             default=1,
             metavar="K",
-            help="spread the modules over K stages of N/K processes, which share each mini-batch",
+            help="spread the modules over K stages of N/K processes each, which share every mini-batch",
         )
         flags.add_stages(group)
     else:
@@ -131,14 +139,14 @@ def parser(doc, archs, default, distributed=False):
 
 
 def parse(parser):
-    """The arguments. Flags that would have no effect are errors. Fills in ``static_loss_scale`` (None if dynamic) and
-    ``image_size``.
+    """Parses the arguments. Flags that would have no effect are errors. Fills in ``static_loss_scale`` (None if
+    dynamic) and ``image_size``.
     """
     args = parser.parse_args()
     if args.image_size and args.large_size_images is not None:
         parser.error("--large_size_images and --image-size both set the size: leave one out")
     if args.debug and args.resume:
-        parser.error("--debug 1 leaves no checkpoint to --resume: leave one out")
+        parser.error("--debug 1 writes no checkpoint to --resume: leave one out")
     if not args.half and (args.dynamic_loss_scale or args.static_loss_scale is not None):
         parser.error("a loss scale is for mixed precision: add --half")
     processes = launched().size
@@ -160,8 +168,8 @@ def parse(parser):
 
 
 def sgd(args, module):
-    """SGD over the parameters of ``module``, as --fused-sgd says. Raises InputError if NVIDIA's apex is asked for but
-    missing.
+    """SGD over the parameters of ``module``, as selected by --fused-sgd. Raises InputError if NVIDIA's apex is
+    requested but missing.
     """
     settings = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.wd}
     if args.fused_sgd != "apex":
@@ -178,17 +186,17 @@ def sgd(args, module):
 
 
 class Setup(NamedTuple):
-    """What an ImageNet script begins with."""
+    """What an ImageNet script starts with."""
 
     run: Run
     train: object  # images and labels for training, from imagenet_folders.load
-    val: object  # those for evaluation
+    val: object  # images and labels for evaluation
     stage: Stage  # this process's modules of the network
-    modules: list[nn.Module]  # stage.modules_here as a step calls them: with replicas, each in DistributedDataParallel
+    modules: list[nn.Module]  # stage.modules_here; with replicas, each is wrapped in DistributedDataParallel
 
 
 def setup(args, build):
-    """The run, the images and the network ``build(args, classes)`` of a script with the arguments ``args``."""
+    """Sets up the run, the images and the network ``build(args, classes)`` of a script with the arguments ``args``."""
     run = Run(
         args,
         distributed=True,
@@ -229,7 +237,7 @@ def setup(args, build):
 
 
 def log_progress(run, batches, total):
-    """Yields ``batches``, an epoch of ``total`` mini-batches, and prints a line after every --print-freq of them: the
+    """Yields ``batches``, an epoch of ``total`` mini-batches. After every --print-freq of them, prints a line with the
     loss of each module here, images per second, and the share of the time spent waiting for images.
     """
     images = 0
@@ -242,7 +250,9 @@ def log_progress(run, batches, total):
         _, labels = batch
         images += len(labels) * run.mesh.replicas
         if run.batch % run.args.print_freq == 0:
-            losses = " ".join(f"{loss:.4f}" for loss in run.latest_losses())  # of this process's share and modules
+            losses = " ".join(
+                f"{loss:.4f}" for loss in run.latest_losses()
+            )  # losses of this process's share and modules
             seconds = time.perf_counter() - line_started
             speed = f"{images / seconds:.1f} images/s, {100 * waited / seconds:.0f} % of the time waiting for images"
             run.console.write(f"epoch {run.epoch}, batch {run.batch} of {total}: loss {losses}, {speed}")

@@ -1,9 +1,9 @@
 """ImageNet, or any image folders DIR/{train,val}/<class>/<image>: read by worker processes as uint8, normalized on the
 training device.
 
-An image's place in the epoch, its crop and its flip are drawn from the seed, the epoch and the image's number alone. So
-they do not depend on the number of workers or processes, and a run that resumes in the middle of an epoch continues
-with the same images.
+An image's place in the epoch, its crop and its flip depend only on the seed, the epoch and the image's index. The
+number of workers or processes does not matter, and a run that resumes in the middle of an epoch continues with the same
+images.
 """
 
 import os
@@ -22,17 +22,17 @@ from decoupled.data.loader import Loader
 
 MEAN = (0.485, 0.456, 0.406)  # of each channel, in [0, 1]
 STD = (0.229, 0.224, 0.225)
-SIZES = 1000  # of files that a fingerprint has: asking for all would take minutes on a network file system
+SIZES = 1000  # number of files whose size a fingerprint has: all would take minutes on a network file system
 LAYOUT = "image folders are {train,val}/<class>/<image>"
 
 
 class Images(Dataset):
-    """``images[index]`` is the image number ``index``, as ``transform`` changes it, and its label: uint8 (3,
-    image_size, image_size), int64 ().
+    """``images[index]`` is image number ``index``, after ``transform``, and its label: uint8 (3, image_size,
+    image_size), int64 ().
     """
 
     def __init__(self, samples, transform):
-        # One block of memory: workers share it, where a list would be copied
+        # One block of memory, which workers share; a list would be copied
         self.paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
         self.labels = torch.tensor([label for _, label in samples])
         self.transform = transform
@@ -41,7 +41,7 @@ class Images(Dataset):
         return len(self.labels)
 
     def decode(self, index):
-        """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, where it cannot be used."""
+        """The image as stored: uint8 (3, h, w). Raises InputError, naming the file, if it cannot be used."""
         return v2.functional.pil_to_tensor(read_image(os.fsdecode(self.paths[index])))
 
     def __getitem__(self, index):
@@ -70,8 +70,8 @@ class ImageBatches(Loader):
 
 
 def fingerprint(folder, samples):
-    """Guards a resumed run against other images: a checksum of the names, relative to ``folder``, and labels of
-    ``samples``, and of the sizes of SIZES of their files, which change when images are resized or compressed anew.
+    """Guards a resumed run against other images: a checksum of the names (relative to ``folder``) and labels of
+    ``samples``, and of the sizes of SIZES of their files, which change when images are resized or recompressed.
     """
     lines = [f"{Path(path).relative_to(folder)} {label}" for path, label in samples]
     lines += [str(size(path)) for path, _ in samples[:: -(-len(samples) // SIZES)]]
@@ -79,7 +79,7 @@ def fingerprint(folder, samples):
 
 
 def size(path):
-    """The size of a file in bytes; 0 where that cannot be found out, which reading the image will report."""
+    """The size of a file in bytes, or 0 if it cannot be determined; reading the image will report the reason."""
     try:
         return os.path.getsize(path)
     except OSError:
@@ -104,12 +104,12 @@ def load(
     min_share=1,
     limit=None,
 ):
-    """Returns (train, val, number of classes): ImageBatches of folder/train, cropped and mirrored at random, and of
-    folder/val, cropped in the center.
+    """Returns (train, val, number of classes): ImageBatches of folder/train, randomly cropped and mirrored, and of
+    folder/val, center-cropped.
 
-    ``batch_size`` is that of all ``processes`` together, each of which must get at least ``min_share`` images of it; an
-    epoch of training has at most ``limit`` mini-batches. Raises InputError for missing or bad folders, for more samples
-    than there are, and for batches too small for the processes or batch norm.
+    ``batch_size`` is the total of all ``processes``, each of which must get at least ``min_share`` images; a training
+    epoch has at most ``limit`` mini-batches. Raises InputError for missing or bad folders, for more samples than
+    available, and for batches too small for the processes or batch norm.
     """
     folder = Path(folder)
     train = list_images(folder / "train", LAYOUT)
@@ -147,7 +147,7 @@ def load(
 
 
 def spread(samples, count, flag):
-    """``count`` of the samples, evenly spaced, so that they are of many classes; all samples for None.
+    """``count`` of the samples, evenly spaced to include many classes; all samples if ``count`` is None.
 
     Raises InputError if there are fewer.
     """
@@ -159,8 +159,8 @@ def spread(samples, count, flag):
 
 
 def check_batches(count, batch_size, needed):
-    """Raises InputError where a mini-batch would have fewer images than ``needed``: as many as the processes need, and
-    two for batch norm.
+    """Raises InputError if a mini-batch would have fewer than ``needed`` images: enough for all processes, and two for
+    batch norm.
     """
     if count < batch_size:
         raise InputError(f"{count} training images are fewer than one batch of {batch_size}: choose a smaller -b")

@@ -3,11 +3,11 @@ curves of the paper's Sec. 5.3, Figs. 3 and 4.
 
     python learning_curves/cifar_sequential_greedy.py
 
-One module after the other is trained for all epochs, with its own learning rate
-schedule. The finished modules below are frozen, batch norm statistics included:
-they only take a forward pass, without their heads. After 50 epochs each the
-authors' published log has test top-1 78.55 / 85.77 / 88.28 / 89.13 % for heads
-1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
+Modules are trained one after the other, each for all epochs and with its own
+learning rate schedule. Finished modules are frozen, including their batch norm
+statistics: they only run forward, without their heads. After 50 epochs per
+module, the authors' published log has test top-1 78.55 / 85.77 / 88.28 /
+89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
 """
 
 import torch
@@ -53,7 +53,7 @@ def main():
     ):
         frozen = net[:module_index]
         module = net[module_index]
-        net.eval()  # the frozen modules normalize with their final statistics and leave them alone
+        net.eval()  # frozen modules normalize with their final statistics and do not update them
         module.train()
         for images, labels in run.progress(train):
             representation = images  # (B, 3, 32, 32)
