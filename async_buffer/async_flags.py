@@ -1,4 +1,4 @@
-"""What cifar_buffer.py, the simulation, and cifar_buffer_distributed.py share: flags, network, options of buffers."""
+"""Shared by cifar_buffer.py (the simulation) and cifar_buffer_distributed.py: flags, network, buffer options."""
 
 import torch
 from asynchronous_cnn import DOWNSAMPLING, asynchronous_cnn, module_list
@@ -9,10 +9,13 @@ from decoupled.training.flags import integer
 
 
 def parser(doc):
-    """The parser of a script with the docstring ``doc``: the flags that both scripts have, except those of buffers."""
+    """A parser for a script with the docstring ``doc``: the flags that both scripts have, except those for buffers."""
     parser = flags.parser(doc, epochs=50, batch_size=128)
     add_name(
-        parser, "--epochs", "--nepochs", help="own epochs of each module, after which it only passes representations on"
+        parser,
+        "--epochs",
+        "--nepochs",
+        help="epochs that each module learns, after which it only passes representations on",
     )
     add_name(parser, "--batch-size", "--batch_size", help="images per step; a last, smaller mini-batch is dropped")
     group = parser.add_argument_group("learning")
@@ -21,9 +24,11 @@ def parser(doc):
         type=integer(1),
         default=15,
         metavar="N",
-        help="own epochs of a module until its learning rate falls to a fifth",
+        help="a module's learning rate drops 5× every this many of its epochs",
     )
-    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: evaluate the ensembles of heads")
+    group.add_argument(
+        "--ensemble", type=int, choices=(0, 1), default=1, help="1: also evaluate ensembles of heads; 0: do not"
+    )
     group = parser.add_argument_group("network")
     group.add_argument("--ncnn", type=integer(2, 1000), default=6, metavar="N", help="number of modules")
     group.add_argument(
@@ -35,7 +40,7 @@ def parser(doc):
         default=(1, 3),
         help="modules, from 0, after which height and width are halved (default: [1,3])",
     )
-    group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how they are halved")
+    group.add_argument("--ds-type", choices=DOWNSAMPLING, default="maxpool", help="how height and width are halved")
     group.add_argument(
         "--mlp",
         type=flags.LAYERS,
@@ -54,23 +59,21 @@ def parser(doc):
         "--width_aux",
         type=flags.WIDTH,
         metavar="C",
-        help="channels of these convolutions in the first head, doubled at each down-sampling (default: 256)",
+        help="channels of the first head's convolutions, doubled at each down-sampling (default: 256)",
     )
     group.add_argument(
         "--avg_size",
         type=integer(1),
         default=16,
         metavar="S",
-        help="window of the first head's average pooling, halved at each down-sampling (default: 16, to 2x2)",
+        help="window of the first head's average pooling, halved at each down-sampling (default: 16, for 2x2)",
     )
-    group.add_argument(
-        "--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm, neither in bodies nor in heads"
-    )
+    group.add_argument("--bn", type=int, choices=(0, 1), default=1, help="0: no batch norm in bodies and heads")
     return parser
 
 
 def add_name(parser, flag, name, help):
-    """Gives ``flag`` a second ``name``, that of the released script, and another help text."""
+    """Gives ``flag`` a second ``name``, its name in the released script, and another help text."""
     action = parser._option_string_actions[flag]
     action.option_strings.append(name)
     action.help = help
@@ -78,20 +81,25 @@ def add_name(parser, flag, name, help):
 
 
 def add_buffers(group):
-    """Adds the flags that say how buffers are stored and read."""
+    """Adds the flags for storing and reading buffers."""
     group.add_argument(
         "--buffer-sampling",
         choices=SAMPLING,
         default=SAMPLING[0],
-        help="which of the least-read mini-batches is read: the newest or the oldest",
+        help="among the least-read mini-batches, read the newest (priority_lifo) or the oldest (fifo)",
     )
     group.add_argument(
         "--max-buffer-reuse",
         type=integer(1),
         metavar="R",
-        help="a mini-batch is read at most R times (default: no limit)",
+        help="read each mini-batch at most R times (default: no limit)",
     )
-    group.add_argument("--buffer-device", choices=("same", "cpu"), default="same", help="where buffers are stored")
+    group.add_argument(
+        "--buffer-device",
+        choices=("same", "cpu"),
+        default="same",
+        help="store buffers on the training device or in main memory",
+    )
     group.add_argument(
         "--compress",
         type=int,
@@ -102,7 +110,7 @@ def add_buffers(group):
 
 
 def check_network(parser, args):
-    """Refuses a flag that would have no effect: the log would claim what the run did not do."""
+    """Raises an error for a flag that would have no effect: the log would claim something that the run did not do."""
     if args.width_aux and not args.nlin:
         parser.error("--width_aux has no effect without --nlin")
     if args.nlin and args.width_aux is None:
@@ -110,7 +118,7 @@ def check_network(parser, args):
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     heads = {
         "pool": args.avg_size,
         "hidden_layers": args.mlp,
@@ -123,9 +131,9 @@ def build(args, classes):
 
 
 def buffer_options(args, device):
-    """The options of make_buffers that the flags describe, for a run on ``device``."""
+    """The options for make_buffers that the flags describe, for a run on ``device``."""
     dtype = torch.float32
-    if args.half:  # autocast's type, in which modules hand over their representations
+    if args.half:  # autocast's dtype, which representations have
         dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     return {
         "device": device,

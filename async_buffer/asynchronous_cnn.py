@@ -1,4 +1,4 @@
-"""The network of the asynchronous experiments (Sec. 5.6): every module is one layer with an MLP head of its own."""
+"""The network of the asynchronous experiments (Sec. 5.6): every module is one layer with its own MLP head."""
 
 import argparse
 
@@ -21,11 +21,11 @@ def module_list(text):
 
 
 def make_body(in_channels, out_channels, downsampling=None, batch_norm=True):
-    """A module's body, [down-sampling by 2,] 3×3 convolution without bias, BN, ReLU: (B, in_channels, h, w) →
-    (B, out_channels, h or h/2, …). Without batch norm the convolution has a bias.
+    """A module's body: [down-sampling by 2,] 3×3 convolution without bias, BN, ReLU: (B, in_channels, h, w) → (B,
+    out_channels, h or h/2, …). Without batch norm, the convolution has a bias.
 
-    ``downsampling`` is maxpool, avgpool, stride (of the convolution) or psi (the invertible space-to-depth, which
-    quadruples the channels first).
+    ``downsampling`` is maxpool, avgpool, stride (of the convolution) or psi (the invertible space-to-depth, which first
+    quadruples the channels).
     """
     layers = []
     stride = 1
@@ -44,10 +44,10 @@ def make_body(in_channels, out_channels, downsampling=None, batch_norm=True):
 
 
 def make_head(channels, pooled, classes, *, hidden_layers=3, convs=0, conv_channels=256, batch_norm=True):
-    """A module's head, average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant width
+    """A module's head: average pool to ``pooled`` (h', w'), ``hidden_layers`` × [Linear, BN, ReLU] of constant width
     h'·w'·C, Linear: (B, C, h, w) → (B, classes). Without hidden layers, BN follows the pooling.
 
-    With ``convs``, that many [3×3 convolution without bias, BN, ReLU] of ``conv_channels`` come first, at full height
+    With ``convs``, that many [3×3 convolution without bias, BN, ReLU] with ``conv_channels`` come first, at full height
     and width; C is then their number of channels.
     """
     layers = []
@@ -85,19 +85,19 @@ def asynchronous_cnn(
     batch_norm=True,
     **head_options,
 ):
-    """A network of ``depth`` modules. The one *after* each module in ``down`` (from 0) halves height and width and
+    """A network of ``depth`` modules. The module *after* each one in ``down`` (from 0) halves height and width and
     doubles the channels: one module later than in the other experiments, as in the released code.
 
-    ``pool`` is the window of the first head's average pooling. With each halving, the window is halved and the heads'
-    ``conv_channels`` are doubled, too. Without ``batch_norm`` there is none, neither in bodies nor in heads.
+    ``pool`` is the window of the first head's average pooling. Each down-sampling also halves the window and doubles
+    the heads' ``conv_channels``. Without ``batch_norm`` there is none in bodies and heads.
 
-    Raises InputError when a module in ``down`` does not exist or has none after it, when the size cannot be halved so
-    often, and when the window does not fit.
+    Raises InputError if a module in ``down`` does not exist or is the last, if the size cannot be halved that often, or
+    if the window does not fit.
     """
     check_down(down, depth, input_shape)
     check_window(pool, down, input_shape)
     _, height, width = input_shape
-    pooled = (height // pool, width // pool)  # the same for every head: window and size are halved together
+    pooled = (height // pool, width // pool)  # the same for every head, as window and size are halved together
     modules = []
     shape = input_shape
     for index in range(depth):
@@ -127,7 +127,7 @@ def check_down(down, depth, input_shape):
 
 
 def check_window(pool, down, input_shape):
-    """Raises InputError unless a pooling window ``pool`` divides the size and can be halved as often as that."""
+    """Raises InputError unless a pooling window ``pool`` divides the size and can be halved as often as the size."""
     _, height, width = input_shape
     smallest = 2 ** len(down)
     fitting = []

@@ -1,5 +1,5 @@
-"""The results of the runs of cifar_buffer.py: the numbers behind the paper's Figs. 5 and 6 (Sec. 5.6), and beside them
-the results of cifar_buffer_distributed.py. The runs are rows of results/rows.csv.
+"""Results of cifar_buffer.py: the numbers behind the paper's Figs. 5 and 6 (Sec. 5.6), and results of
+cifar_buffer_distributed.py for comparison. The runs are rows of results/rows.csv.
 """
 
 import re
@@ -16,7 +16,7 @@ from decoupled.training import run as runs
 
 VARIED = ("buffer", "noise", "layer_noise", "seed")  # arguments that the figures vary
 
-# Arguments that say where a run was made, not what it is
+# Arguments that say where a run was made and do not affect results
 FLAGS_OF_PLACE = (*runs.FREE_ON_RESUME, "name", "device")
 
 COLUMNS = (
@@ -46,12 +46,12 @@ class LoggedRun(NamedTuple):
 
 
 def read_runs(folder):
-    """A list with the LoggedRun of every log of cifar_buffer.py in ``folder``."""
+    """A list with a LoggedRun for every log of cifar_buffer.py in ``folder``."""
     found = []
     for path in sorted(Path(folder).glob("*.log")):
         try:
             frame = read_log(path)
-        except InputError:  # no epoch is finished yet
+        except InputError:  # no epoch has finished yet
             continue
         arguments = frame.attrs["arguments"]
         if "own_epoch" not in frame or not set(VARIED) <= set(arguments):
@@ -65,11 +65,10 @@ def read_runs(folder):
 def results(folder):
     """A data frame with a row for each complete log in ``folder``. Columns:
 
-    setting                     arguments that no figure varies, where they differ from the defaults, and the data set
+    setting                     arguments that no figure varies, if they differ from the defaults, and the data set
     buffer, noise, layer_noise, seed, slow_down
     test_top1, ensemble_top1    in % after the last epoch, of the last head and of the ensemble of all heads
-    staleness, reuse            means over the run: of the slow module; of the last module when none or the lowest is
-                                slow
+    staleness, reuse            means over the run, of the slow module; of the last module if none or the lowest is slow
     skipped                     turns, of all modules
     log                         file name
     """
@@ -102,7 +101,7 @@ def result(run):
 
 
 def setting_of(run):
-    """The arguments of a LoggedRun that no figure varies, where they differ from the defaults, and its data set."""
+    """The arguments of a LoggedRun that no figure varies, if they differ from the defaults, and its data set."""
     defaults = vars(cifar_buffer.parse_args([]))
     words = []
     for name, value in run.arguments.items():
@@ -116,8 +115,8 @@ def setting_of(run):
 
 
 def table(frame):
-    """Means over seeds of the final accuracies, their standard deviation (``spread``) and the number of seeds, for each
-    setting of a data frame from ``results``.
+    """For each setting in a data frame from ``results``: means over seeds of the final accuracies, their standard
+    deviation (``spread``) and the number of seeds.
     """
     slow_module = frame["layer_noise"].where(frame["noise"] > 0, "-").astype(str)
     groups = frame.assign(module=slow_module).groupby(["setting", "buffer", "module", "slow_down"])
@@ -134,7 +133,7 @@ def table(frame):
 
 
 class SlowModule(NamedTuple):
-    """Which module of a run was slow, and how."""
+    """Which module of a run was slow, and how it was slowed down."""
 
     how: str  # "real" or "simulated"
     module: int | None  # None: none was slow
@@ -152,11 +151,11 @@ def slow_module_of(arguments):
 
 
 def side_by_side(folder, module):
-    """A data frame with a row for each run in ``folder``, simulated or in real time with a process for each module, in
-    which ``module`` or none is slow. The logs are .txt files, so that no other table includes them.
+    """A data frame with a row for each run in ``folder`` in which ``module`` or none is slow, either simulated or in
+    real time with one process per module. The logs are .txt files, so that no other table includes them.
 
-    Columns: how ("simulated", "real"), slow_down, log, staleness and reuse of what ``module`` learned from, means over
-    the run.
+    Columns: how ("simulated", "real"), slow_down, log, and the means over the run of staleness and reuse of what
+    ``module`` learned from.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.txt")):
@@ -179,8 +178,8 @@ def side_by_side(folder, module):
 
 
 def paces(folder, epoch):
-    """A data frame of images/s in ``epoch``, a row for each module and a column for each slow-down factor of the runs
-    in real time in ``folder``, the .txt logs of ``side_by_side``.
+    """A data frame of images/s in ``epoch`` of the real-time runs in ``folder`` (see ``side_by_side``), with a row for
+    each module and a column for each slow-down factor.
     """
     columns = {}
     for path in sorted(Path(folder).glob("*.txt")):

@@ -55,15 +55,20 @@ def parse_args(argv=None):
     group.add_argument(
         "--layer_noise", type=integer(0), default=0, metavar="MODULE", help="the slow module, counted from 0"
     )
-    group.add_argument("--layer-sequence", choices=SEQUENCES, default="random", help="whose turn is next")
+    group.add_argument(
+        "--layer-sequence",
+        choices=SEQUENCES,
+        default="random",
+        help="draw the module of each turn at random, or take turns in order",
+    )
     async_flags.add_buffers(group)
-    parser.add_dropped("-j", "--workers", why="the images are on the training device, and no worker reads them")
-    parser.add_dropped("--prog", why="a terminal shows a progress bar, anything else none")
-    parser.add_dropped("--decay", why="the rate falls by --epochdecay")
-    parser.add_dropped("--debug_parameters", why="the log begins with all parameters of the run and the network")
+    parser.add_dropped("-j", "--workers", why="images are on the training device, and no workers read them")
+    parser.add_dropped("--prog", why="a progress bar is shown on terminals only")
+    parser.add_dropped("--decay", why="--epochdecay sets when the learning rate drops")
+    parser.add_dropped("--debug_parameters", why="every log begins with all arguments and the network")
     args = parser.parse_args(argv)
 
-    # A flag that would have no effect is refused: the log would claim what the run did not do.
+    # A flag that would have no effect is an error: the log would claim something that the run did not do.
     if args.layer_noise >= args.ncnn:
         parser.error(f"--layer_noise {args.layer_noise}: the modules are 0 to {args.ncnn - 1}")
     if args.noise and args.layer_sequence == "sequential":
@@ -77,7 +82,7 @@ def parse_args(argv=None):
 
 
 def draw_weights(args):
-    """How likely each module is drawn, relative to the others; None when the modules take turns in order."""
+    """The relative probability of drawing each module; None if the modules take turns in order."""
     if args.buffer == 0 or args.layer_sequence == "sequential":
         return None
     weights = [1.0] * args.ncnn
@@ -86,7 +91,7 @@ def draw_weights(args):
 
 
 def forward_only(run, module, representation):
-    """The representation (B, C, s, s) that a module makes after its last epoch, with fixed batch norm statistics."""
+    """The representation (B, C, s, s) that a module computes after its last epoch, with fixed batch norm statistics."""
     with run.autocast(), torch.no_grad():
         return module.eval().body(representation)
 
@@ -112,7 +117,7 @@ def main():
 
     state = {"net": net, "optimizers": optimizers, "schedules": schedules, "train": images, "test": test}
     state |= {"buffers": buffers, "turns": turns, "tallies": tallies}
-    for epoch in run.epochs(**state):  # over when the slowest module has finished an epoch of its own
+    for epoch in run.epochs(**state):  # ends when the slowest module has finished its own epoch
         net.train()
         for n in run.progress(turns.until(epoch), resumes=True):  # one turn of module n
             tally = tallies[n]
@@ -121,7 +126,7 @@ def main():
                 tally.frozen += 1
                 continue
             sample = images.read() if n == 0 else buffers[n - 1].read()
-            if sample is None:  # every mini-batch in the buffer was read as often as allowed
+            if sample is None:  # every mini-batch in the buffer has been read as often as allowed
                 tally.skipped += 1
                 continue
             if turns.learns(n):
@@ -133,7 +138,7 @@ def main():
                 staleness = turns.learned[n - 1] - sample.step if n > 0 else None
                 tally.add(loss, logits, sample.labels, staleness, sample.uses)
                 turns.learned[n] += 1
-                if turns.learned[n] % len(images) == 0:  # an epoch of this module is over
+                if turns.learned[n] % len(images) == 0:  # an epoch of this module has ended
                     schedules[n].step()
             else:
                 tally.frozen += 1

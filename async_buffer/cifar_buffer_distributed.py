@@ -4,16 +4,16 @@ the paper's Sec. 5.6. Each process has one module or several consecutive ones.
     torchrun --nproc-per-node 6 async_buffer/cifar_buffer_distributed.py \\
         --buffer 30 --slow 3:1.5
 
-Each process learns at its own pace. What the process below sends goes into a
-replay buffer when it arrives. The process learns from the buffer, and from the
-same mini-batches again while the process below is slow: no process waits for
+Each process learns at its own pace. Mini-batches that arrive from the process
+below go into a replay buffer. The process learns from the buffer, several times
+from the same mini-batches if the process below is slow: no process waits for
 another. --slow slows a process down, and --turn makes all others equally fast:
 together they measure in real time what cifar_buffer.py simulates for Fig. 5.
 
-All processes meet when the slowest has finished an epoch, to evaluate, and when
-the run is saved or stopped; everything that was sent is then in the buffers. A
-resumed run continues from there. What a process learns from depends on which
-process was faster, so no two runs are equal.
+All processes meet to evaluate, when the slowest has finished an epoch, and when
+the run is saved or stopped. By then, everything that was sent is in the buffers,
+and a resumed run continues from there. What a process learns from depends on
+which process was faster, so no two runs are equal.
 """
 
 import argparse
@@ -51,20 +51,20 @@ def parse_args(argv=None):
         "--modules-per-stage",
         type=flags.integers,
         metavar="N,N,…",
-        help="modules of each process, from the image up (default: balanced by FLOPs)",
+        help="number of modules of each process, lowest first (default: balanced by FLOPs)",
     )
     group.add_argument(
         "--turn",
         type=number(least=0),
         default=0.0,
         metavar="MS",
-        help="a turn takes at least MS milliseconds, so that all processes are equally fast",
+        help="make each turn take at least MS milliseconds, so that all processes are equally fast",
     )
     group.add_argument(
         "--slow",
         type=rank_and_factor,
         metavar="RANK:FACTOR",
-        help="a turn of process RANK takes FACTOR times as long as it would",
+        help="make each turn of process RANK take FACTOR times as long",
     )
     group = parser.add_argument_group("replay")
     group.add_argument(
@@ -81,7 +81,7 @@ def parse_args(argv=None):
 
 
 def make_buffer(args, run, stage):
-    """The replay buffer of this process; None in the lowest."""
+    """The replay buffer of this process; None in the lowest process."""
     if stage.lowest:
         return None
     options = async_flags.buffer_options(args, run.device)
@@ -91,8 +91,8 @@ def make_buffer(args, run, stage):
 
 
 def buffers_by_module(stage, buffer, device):
-    """What a checkpoint saves as the buffer of each module of this process: ``buffer`` for the lowest. The others learn
-    from the module below in the same turn, as in Algorithm 1, and need none: theirs is an empty HandOver.
+    """The buffers that a checkpoint saves for the modules of this process: ``buffer`` for the lowest. The others learn
+    from the module below in the same turn, as in Algorithm 1, and need none, so theirs is an empty HandOver.
     """
     buffers = [HandOver(device) for _ in stage.modules_here]
     if buffer is not None:
@@ -109,7 +109,9 @@ def slow_down(args, rank):
 
 
 def forward_only(run, modules, representation):
-    """The representation (B, C, s, s) that ``modules`` make after their last epoch. Batch norm statistics are fixed."""
+    """The representation (B, C, s, s) that ``modules`` compute after their last epoch. Batch norm statistics are
+    fixed.
+    """
     with run.autocast(), torch.no_grad():
         for module in modules:
             representation = module.eval().body(representation)
@@ -132,7 +134,7 @@ def main():
         SGD(module.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, fused=True)
         for module in stage.modules_here
     ]
-    # Steps in epochs of these modules' own
+    # Steps in these modules' own epochs
     schedules = [StepLR(optimizer, step_size=args.epochdecay, gamma=0.2) for optimizer in optimizers]
     pace = Pace(stage.modules_per_stage, len(train), args.epochs)
     stream = ImageStream(train) if stage.lowest else train  # above the lowest process, train is an Outline
@@ -141,7 +143,7 @@ def main():
     stage.connect(pace, stream, buffer, args.batch_size, min_seconds=args.turn / 1000, slow_down=factor)
     tallies = [Tally() for _ in stage.modules_here]
 
-    # An epoch of the log is over when the slowest process has finished an epoch of its own.
+    # An epoch of the log ends when the slowest process has finished its own epoch.
     for epoch in run.epochs(
         net=stage,
         optimizers=optimizers,
@@ -154,8 +156,8 @@ def main():
     ):
         stage.train()
         for _ in run.progress(stage.turns(epoch), resumes=True):  # one turn of this process
-            sample, staleness = stage.read()  # in the lowest process the next images, else from the replay buffer
-            if sample is None:  # nothing to do: no turn of the tallies, but the time is in stage.idle_seconds
+            sample, staleness = stage.read()  # the next images in the lowest process, elsewhere from the replay buffer
+            if sample is None:  # nothing to do: not counted as a turn, but the time counts in stage.idle_seconds
                 continue
             representation = sample.representation
             labels = sample.labels
@@ -169,7 +171,7 @@ def main():
                     tally.turns += 1
                     tally.add(loss, logits, labels, staleness, sample.uses)
                 pace.learned += 1
-                if pace.learned % pace.length == 0:  # an epoch of these modules is over
+                if pace.learned % pace.length == 0:  # an epoch of these modules has ended
                     for schedule in schedules:
                         schedule.step()
             else:

@@ -2,7 +2,7 @@
 
 
 class Noticeboard:
-    """The notes of all ``processes`` (decoupled.parallel.processes.Processes). A restart begins without any."""
+    """The notes of all ``processes`` (decoupled.parallel.processes.Processes). After a restart there are none."""
 
     def __init__(self, processes):
         self.store = processes.store
@@ -28,7 +28,7 @@ class Noticeboard:
         self.store.add(self.own_heartbeat_name, 1)
 
     def heartbeat_counts(self):
-        """How often each process has called ``beat``; an empty list until all have."""
+        """How often each process has called ``beat``; an empty list until every process has."""
         if not self.store.check(self.heartbeat_names):
             return []
         return [int(count) for count in self.store.multi_get(self.heartbeat_names)]

@@ -21,14 +21,14 @@ class Sample(NamedTuple):
     representation: torch.Tensor  # (B, C, h, w), channels-last, detached
     labels: torch.Tensor  # (B,)
     uses: int  # how often it had been read before
-    step: int  # number of steps the module that wrote it had taken
+    step: int  # number of steps that the module that wrote it had taken
 
 
 class PlainStorage:
-    """Memory for ``capacity`` representations (B, C, h, w), channels-last and in their own ``dtype``. Reading from the
-    same ``device`` copies nothing.
+    """Memory for ``capacity`` representations (B, C, h, w), channels-last and with their own ``dtype``. Reading from
+    the same ``device`` copies nothing.
 
-    ``pinned``: in page-locked main memory, which a GPU reads and writes asynchronously, in the order of its other work.
+    ``pinned``: in page-locked main memory, which a GPU reads and writes asynchronously, in order with its other work.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned):
@@ -38,7 +38,7 @@ class PlainStorage:
         self.values = torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
 
     def tensors(self):
-        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        """{name: tensor} of everything that is stored; the first dimension counts slots."""
         return {"values": self.values}
 
     def write(self, slot, representation):
@@ -49,11 +49,12 @@ class PlainStorage:
 
 
 class QuantizedStorage:
-    """As PlainStorage, with each value in ``bits`` (8 or 4) bits: affine over the range of its channel in its
-    mini-batch. Not the online vector quantization of the authors' later paper (arXiv 2106.06401).
+    """Like PlainStorage, with ``bits`` (8 or 4) bits per value: affine quantization over the range of the value's
+    channel in its mini-batch. This is not the online vector quantization of the authors' later paper (arXiv
+    2106.06401).
 
-    A value is off by at most half a step, 1 / (2^bits − 1) of that range. The smallest value of a channel, which after
-    a ReLU is mostly 0, is exact.
+    The error of a value is at most half a step, a step being 1 / (2^bits − 1) of that range. The smallest value of a
+    channel, which after a ReLU is mostly 0, is exact.
     """
 
     def __init__(self, capacity, batch_size, shape, *, dtype, device, pinned, bits):
@@ -70,7 +71,7 @@ class QuantizedStorage:
         self.scale = torch.zeros(capacity, channels, device=device, pin_memory=pinned)
 
     def tensors(self):
-        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        """{name: tensor} of everything that is stored; the first dimension counts slots."""
         return {"values": self.values, "least": self.least, "scale": self.scale}
 
     def write(self, slot, representation):
@@ -78,7 +79,7 @@ class QuantizedStorage:
         least = values.amin((0, 1, 2))
         most = values.amax((0, 1, 2))
         scale = (most - least) / (2**self.bits - 1)
-        nonzero_scale = scale.clamp(min=torch.finfo().tiny)  # a constant channel is all 0
+        nonzero_scale = scale.clamp(min=torch.finfo().tiny)  # a constant channel becomes all 0
         codes = ((values - least) / nonzero_scale).round_().to(torch.uint8).flatten()
         if self.bits == 4:
             low, high = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
@@ -102,17 +103,18 @@ class Slot:
     """The bookkeeping of one slot: what was written there last."""
 
     index: int
-    uses: int = 0  # reads since it was written
-    step: int = 0  # of the writer
+    uses: int = 0  # number of reads since it was written
+    step: int = 0  # number of steps that the writer had taken
     written: int = -1  # number of the write, from 0; -1: never
 
 
 class ReplayBuffer:
-    """At most ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their
-    labels; a write overwrites the oldest.
+    """Up to ``capacity`` mini-batches of representations (B, C, h, w) = (``batch_size``, *``shape``) with their labels;
+    a write overwrites the oldest.
 
-    A read takes, among the slots with the fewest uses, the newest (``sampling`` "priority_lifo", the paper's) or the
-    oldest ("fifo"), and counts one use. A slot used ``max_reuse`` times is not read again until it is overwritten.
+    A read takes, among the slots with the fewest uses, the newest (``sampling`` "priority_lifo", as in the paper) or
+    the oldest ("fifo"), and counts as one use. A slot that was used ``max_reuse`` times is not read again until it is
+    overwritten.
 
     Memory for values of ``dtype``, or of ``bits`` bits each, is allocated once, on ``storage_device``; reads return
     tensors on ``device``. They are valid until the next write, because they may be views of the stored memory.
@@ -152,7 +154,7 @@ class ReplayBuffer:
 
     @property
     def filled(self):
-        """The slots that have been written: the first ones, and after ``capacity`` writes all."""
+        """The slots that have been written: all of them after ``capacity`` writes."""
         return self.slots[: self.writes]
 
     def write(self, representation, labels, step=0):
@@ -168,7 +170,7 @@ class ReplayBuffer:
         self.writes += 1
 
     def read(self):
-        """A Sample, or None when no slot may be read."""
+        """A Sample, or None if no slot may be read."""
         slot = self.choose()
         if slot is None:
             return None
@@ -177,7 +179,7 @@ class ReplayBuffer:
         return sample
 
     def choose(self):
-        """The Slot that the next read takes; None when no slot may be read."""
+        """The Slot for the next read, or None if no slot may be read."""
         if self.writes == 0:
             return None
         fewest = min(slot.uses for slot in self.filled)
@@ -189,16 +191,16 @@ class ReplayBuffer:
         return min(least_read, key=lambda slot: slot.written)
 
     def tensors(self):
-        """{name: tensor} of all that is stored; the first dimension counts slots."""
+        """{name: tensor} of everything that is stored; the first dimension counts slots."""
         return {**self.storage.tensors(), "labels": self.labels}
 
     @property
     def nbytes(self):
-        """Bytes of all slots, labels included."""
+        """Bytes of all slots, including labels."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def state_dict(self):
-        """Everything as it is stored, without the tensors of slots that have not been written."""
+        """Everything as stored, without the tensors of slots that have not been written."""
         self.wait()
         filled = len(self.filled)
         tensors = {}
@@ -224,14 +226,14 @@ class ReplayBuffer:
         return latest - writes_since
 
     def wait(self):
-        """Waits for the GPU to finish with main memory before the CPU reads or writes it."""
+        """Waits until the GPU has finished with main memory, before the CPU reads or writes it."""
         if self.storage.pinned:
             torch.cuda.synchronize(self.device)
 
 
 class HandOver:
-    """The buffer between two modules of synchronous DGL (``--buffer 0``): one mini-batch, not copied, which is read
-    once right after it was written.
+    """The buffer between two modules of synchronous DGL (``--buffer 0``): a single mini-batch, not copied, which is
+    read once right after it was written.
     """
 
     nbytes = 0
@@ -258,15 +260,16 @@ class HandOver:
 
 
 def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=None, **options):
-    """(a buffer for each of the representations' ``shapes`` (C, h, w), lines for the log about the memory they take).
+    """Returns (a buffer for each of the representations' ``shapes`` (C, h, w), lines for the log about the memory they
+    need).
 
-    Raises InputError, before anything is allocated, when there is not enough free memory.
+    Raises InputError, before anything is allocated, if there is not enough free memory.
     """
     if capacity == 0:
         return [HandOver(options["device"]) for _ in shapes], ["buffers: none, synchronous"]
 
     def size(shape, bits):
-        """Bytes of a buffer, which is not allocated."""
+        """The size in bytes of a buffer that is not allocated."""
         one_slot = ReplayBuffer(1, batch_size, shape, storage_device="meta", dtype=dtype, bits=bits, **options)
         return capacity * one_slot.nbytes
 
@@ -294,7 +297,7 @@ def make_buffers(capacity, batch_size, shapes, *, storage_device, dtype, bits=No
     options |= {"storage_device": storage_device, "dtype": dtype, "bits": bits}
     try:
         return [ReplayBuffer(capacity, batch_size, shape, **options) for shape in shapes], lines
-    except RuntimeError as error:  # others have taken the memory since, or it is not in one piece
+    except RuntimeError as error:  # other processes have taken the memory since, or it is fragmented
         raise InputError(
             f"the buffers' {readable(total)} cannot be allocated on {storage_device.type}: {WAYS_OUT}"
         ) from error
@@ -304,7 +307,7 @@ WAYS_OUT = "choose a smaller --buffer, --batch_size or --feature_size, --compres
 
 
 def check_memory(total, device):
-    """Raises InputError when there is not enough free memory for buffers of ``total`` bytes on ``device``, and as much
+    """Raises InputError unless there is enough free memory on ``device`` for buffers of ``total`` bytes, and as much
     again in main memory for checkpoints.
     """
     cpu = torch.device("cpu")

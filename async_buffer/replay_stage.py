@@ -20,17 +20,17 @@ from turns import check_epochs
 from decoupled import InputError
 from decoupled.parallel.stages import Stage
 
-# What an Outbox sends instead of a mini-batch, in the place of its step
+# What an Outbox sends instead of a mini-batch, in place of its step
 MEET = -1  # everything sent before this has arrived
 END = -2  # nothing will follow
 
-# A request, besides those of Run.pending_request, which are positive
+# A request, in addition to those of Run.pending_request, which are positive
 EPOCH_OVER = -3  # all processes have finished the epoch
 
-IDLE_SECONDS = 0.005  # pause of a process that has nothing to do
+IDLE_SECONDS = 0.005  # seconds that a process pauses if it has nothing to do
 HEARTBEAT_SECONDS = 1.0
-CLOSING_SECONDS = 3.0  # how long ``close`` waits for each thread
-FOREVER = timedelta(days=365)  # a process below may be as slow as it likes; heartbeats detect one that hangs
+CLOSING_SECONDS = 3.0  # seconds that `close` waits for each thread
+FOREVER = timedelta(days=365)  # a process below may be arbitrarily slow; heartbeats detect one that hangs
 
 
 class Traffic(NamedTuple):
@@ -43,8 +43,8 @@ class Traffic(NamedTuple):
 
 
 class Inbox(threading.Thread):
-    """Receives mini-batches of ``batch_size`` samples from process ``other`` and writes each into ``buffer`` as soon as
-    it arrives. ``tensor_format`` is that of the representations (decoupled.parallel.balance.TensorFormat).
+    """Receives mini-batches of ``batch_size`` samples from process ``other`` and writes each one to ``buffer`` as soon
+    as it arrives. ``tensor_format`` describes the representations (decoupled.parallel.balance.TensorFormat).
     """
 
     def __init__(self, buffer, tensor_format, batch_size, other, group):
@@ -56,8 +56,8 @@ class Inbox(threading.Thread):
         self.step = torch.zeros((), dtype=torch.int64)
         self.labels = torch.empty(batch_size, dtype=torch.int64)
         self.packed = tensor_format.empty(batch_size, "cpu")
-        self.lock = threading.Lock()  # of the buffer
-        self.met = threading.Event()  # MEET has arrived, or the thread has failed
+        self.lock = threading.Lock()  # guards the buffer
+        self.met = threading.Event()  # set when MEET has arrived or the thread has failed
         self.received = 0  # mini-batches
         self.newest_step = 0
         self.error = None
@@ -90,7 +90,7 @@ class Inbox(threading.Thread):
         distributed.irecv(tensor, self.other, group=self.group, tag=tag).wait()
 
     def wait_until_met(self, timeout):
-        """Returns when MEET has arrived. Raises RuntimeError when receiving fails or that takes more than ``timeout``
+        """Waits until MEET has arrived. Raises RuntimeError if receiving fails or takes more than ``timeout``
         seconds.
         """
         in_time = self.met.wait(timeout)
@@ -101,8 +101,8 @@ class Inbox(threading.Thread):
         self.met.clear()
 
     def read(self):
-        """(Sample, its staleness in steps of the process below), or (None, None) when the buffer has none to read. No
-        later write changes the Sample.
+        """(Sample, its staleness in steps of the process below), or (None, None) if the buffer has nothing to read.
+        Later writes do not change the Sample.
         """
         with self.lock:
             sample = self.buffer.read()
@@ -113,7 +113,7 @@ class Inbox(threading.Thread):
 
 
 class Outbox(threading.Thread):
-    """Sends the newest mini-batch to process ``other`` whenever the last one has been sent. ``put`` never waits: it
+    """Sends the newest mini-batch to process ``other`` whenever the previous one has been sent. ``put`` never waits: it
     replaces a mini-batch that has not been sent yet, which is dropped.
     """
 
@@ -129,7 +129,7 @@ class Outbox(threading.Thread):
         self.error = None
 
     def put(self, step, *tensors):
-        """Sends a mini-batch (step, labels, packed representation), or MEET or END in the place of the step, without
+        """Sends a mini-batch (step, labels, packed representation), or MEET or END in place of the step, without
         tensors.
         """
         with self.changed:
@@ -166,7 +166,7 @@ class Outbox(threading.Thread):
                 return
 
     def wait_until_empty(self, timeout):
-        """Returns when everything is sent. Raises RuntimeError when that fails or takes more than ``timeout``
+        """Waits until everything has been sent. Raises RuntimeError if that fails or takes more than ``timeout``
         seconds.
         """
 
@@ -185,7 +185,7 @@ class Pace:
     """The progress of this process's modules, which all learn in the same turns.
 
     learned            mini-batches that they have learned from, out of ``epochs`` × ``length``
-    frozen             turns since then, in which they only made representations
+    frozen             turns since then, in which they only computed representations
     modules_per_stage  a list with the number of modules in each process; a resumed run must have the same
     """
 
@@ -228,9 +228,9 @@ class Pace:
 
 
 class ReplayStage(Stage):
-    """A Stage that does not wait for the others while it learns. The processes meet only when the slowest has finished
-    an epoch, to evaluate, and when the run is saved or stopped: everything that was sent is then in the buffers.
-    Evaluation is that of Stage.
+    """A Stage that does not wait for others while it learns. The processes meet only to evaluate, when the slowest has
+    finished an epoch, and when the run is saved or stopped. By then, everything that was sent is in the buffers.
+    Evaluation is the same as in Stage.
 
     In a script, a turn is ``read``, a step of each module, and ``end_turn``. ``epoch_summary`` is the log's line about
     the latest epoch.
@@ -240,8 +240,8 @@ class ReplayStage(Stage):
         """Connects this process with those below and above. All processes must call this.
 
         images       the ImageStream that the lowest process learns from; the others do not use it
-        buffer       the replay buffer that the others learn from; None in the lowest
-        min_seconds  the least duration of a turn
+        buffer       the replay buffer that the others learn from; None in the lowest process
+        min_seconds  the minimum duration of a turn
         slow_down    factor by which a turn of this process takes longer
         """
         self.pace = pace
@@ -252,7 +252,7 @@ class ReplayStage(Stage):
         self.rank = self.processes.rank
         self.size = self.processes.size
         self.noticeboard = Noticeboard(self.processes)
-        self.learning = False  # whether this process is within its turns of an epoch
+        self.learning = False  # whether this process is taking turns in an epoch
         self.epoch = 0
         self.meetings = 0  # number of meetings so far
         self.epoch_summary = ""
@@ -277,7 +277,7 @@ class ReplayStage(Stage):
     # Turns
 
     def turns(self, epoch):
-        """Yields once for each turn of this process, until all processes have finished ``epoch`` of their own."""
+        """Yields once for each turn of this process, until all processes have finished their own ``epoch``."""
         if self.traffic_before is None:  # the run begins: a checkpoint's mini-batches are already in the buffer
             self.traffic_before = self.traffic()
             for thread in self.threads:
@@ -285,19 +285,21 @@ class ReplayStage(Stage):
         self.learning = True
         self.epoch = epoch
         self.seen_alive = {}
-        self.idle_seconds = 0.0  # in which there was nothing to do
+        self.idle_seconds = 0.0  # seconds without anything to do
         self.epoch_began = time.perf_counter()
         self.post_progress()
-        while self.learning:  # until take_request, called by Run.progress after each turn, finds the epoch over
+        while (
+            self.learning
+        ):  # until take_request, called by Run.progress after each turn, finds that the epoch has ended
             self.turn_began = time.perf_counter()
             yield
 
     def read(self):
-        """(Sample, its staleness in steps of the process below) for this turn: from the replay buffer, or in the lowest
-        process the next images, with staleness None.
+        """(Sample, its staleness in steps of the process below) for this turn: from the replay buffer or, in the lowest
+        process, the next images, with staleness None.
 
-        (None, None), after a short pause, when there is nothing to do: nothing has arrived yet, every mini-batch was
-        read as often as allowed, or the modules here and above have learned all their epochs.
+        Returns (None, None) after a short pause if there is nothing to do: nothing has arrived yet, every mini-batch
+        has been read as often as allowed, or the modules here and above have learned all their epochs.
         """
         sample = None
         staleness = None
@@ -319,8 +321,8 @@ class ReplayStage(Stage):
         return not self.noticeboard.has(*(f"done {rank}" for rank in above))
 
     def end_turn(self, representation, labels):
-        """Makes the turn last as long as it should, and then sends the mini-batch, ``representation`` (B, …) and
-        ``labels`` (B,), to the replay buffer of the process above, if there is one.
+        """Makes the turn last as long as it should, then sends the mini-batch, ``representation`` (B, …) and ``labels``
+        (B,), to the replay buffer of the process above, if there is one.
         """
         self.post_progress()
         taken = time.perf_counter() - self.turn_began
@@ -331,7 +333,7 @@ class ReplayStage(Stage):
             self.outbox.put(self.pace.learned, labels.cpu(), packed)
 
     def post_progress(self):
-        """Tells the others when this process has finished the epoch, or all its epochs."""
+        """Tells the others if this process has finished the epoch, or all its epochs."""
         if self.pace.learned >= self.epoch * self.pace.length:
             self.noticeboard.post(f"finished {self.epoch} {self.rank}")
         if not self.pace.learns:
@@ -340,8 +342,8 @@ class ReplayStage(Stage):
     # Meetings
 
     def take_request(self):
-        """As Stage.take_request, after a turn. Also shows that this process is alive, raises what its threads raised,
-        and meets the other processes when there is a request or the epoch is over.
+        """Like Stage.take_request, after a turn. Also shows that this process is alive, raises the exceptions of its
+        threads, and meets the other processes if there is a request or the epoch has ended.
         """
         if not self.learning:
             return super().take_request()
@@ -356,7 +358,7 @@ class ReplayStage(Stage):
         return request
 
     def next_request(self):
-        """EPOCH_OVER, what Run.pending_request asks for, or 0. The lowest process decides and tells the others."""
+        """EPOCH_OVER, the request of Run.pending_request, or 0. The lowest process decides and tells the others."""
         note = f"meeting {self.meetings}"
         if not self.lowest:
             return int(self.noticeboard.read(note) or 0)
@@ -368,7 +370,9 @@ class ReplayStage(Stage):
         return request
 
     def meet(self):
-        """Returns when all that was sent to this process is in its buffer, and all that it has sent has arrived."""
+        """Waits until everything that was sent to this process is in its buffer, and everything that it has sent has
+        arrived.
+        """
         timeout = self.processes.timeout.total_seconds()
         if self.outbox is not None:
             with self.processes.waiting(self.outbox.other):
@@ -382,13 +386,15 @@ class ReplayStage(Stage):
         self.seen_alive = {}
 
     def check_threads(self):
-        """Raises InputError when a thread of this process has failed."""
+        """Raises InputError if a thread of this process has failed."""
         for thread in self.threads:
             if thread.error is not None:
                 raise self.processes.lost(thread.other) from thread.error
 
     def check_heartbeats(self):
-        """Shows that this process is alive. Raises InputError when one has taken no turn for ``timeout`` seconds."""
+        """Shows that this process is alive. Raises InputError if another one has taken no turn for ``timeout``
+        seconds.
+        """
         now = time.monotonic()
         if now - self.last_beat < HEARTBEAT_SECONDS:
             return
@@ -412,14 +418,14 @@ class ReplayStage(Stage):
     # The log
 
     def traffic(self):
-        """The Traffic of this process since it began."""
+        """The Traffic of this process since the run began."""
         received = self.inbox.received if self.inbox else 0
         sent = self.outbox.sent if self.outbox else 0
         dropped = self.outbox.dropped if self.outbox else 0
         return Traffic(self.pace.learned, received, sent, dropped)
 
     def end_epoch(self):
-        """Ends the turns of this epoch, and sums them up for the log."""
+        """Ends the turns of this epoch and summarizes them for the log."""
         self.learning = False
         seconds = time.perf_counter() - self.epoch_began
         traffic = self.traffic()
@@ -428,7 +434,7 @@ class ReplayStage(Stage):
         self.epoch_summary = self.describe_epoch(seconds, Traffic(*differences))
 
     def describe_epoch(self, seconds, traffic):
-        """The log's line about an epoch of so many ``seconds`` with the Traffic ``traffic``."""
+        """The log's line about an epoch that took ``seconds``, with the Traffic ``traffic``."""
         speed = traffic.learned * self.batch_size / seconds
         line = (
             f"process {self.rank}, epoch {self.epoch}: {speed:.1f} images/s, "

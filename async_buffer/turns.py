@@ -1,5 +1,5 @@
-"""The bookkeeping of asynchronous learning (Sec. 5.6): whose turn it is, how far each module has come, and what it has
-learned from.
+"""The bookkeeping of asynchronous learning (Sec. 5.6): whose turn it is, how far each module has progressed, and what
+it has learned from.
 """
 
 import re
@@ -12,14 +12,15 @@ from decoupled import InputError
 from decoupled.networks.evaluation import Meter
 
 SEQUENCES = ("random", "sequential")
-WARM_UP = 2  # turns of each module, from the lowest up, before the first draw, so that no buffer is empty
+WARM_UP = 2  # turns of each module, lowest first, before the first random turn, so that no buffer is empty
 
 
 class Turns:
     """Decides whose turn is next in the simulation, and counts the mini-batches that each module has learned from.
 
-    ``weights``: a module is drawn with a probability proportional to its weight, by a random generator of its own;
-    None: the modules take turns in order. A module learns for ``epochs`` epochs of its own, of ``length`` mini-batches.
+    ``weights``: each module is drawn with a probability proportional to its weight, by a separate random generator;
+    None: the modules take turns in order. Each module learns for ``epochs`` of its own epochs of ``length``
+    mini-batches.
     """
 
     def __init__(self, modules, length, epochs, *, weights=None, warm_up=True, seed=0):
@@ -34,7 +35,7 @@ class Turns:
         self.frozen = [0] * modules  # turns after the module's last epoch, per module
 
     def until(self, epoch):
-        """Yields the module (from 0) of each turn, until the slowest module has finished ``epoch`` of its own."""
+        """Yields the module (from 0) of each turn, until the slowest module has finished its own ``epoch``."""
         while min(self.learned) < epoch * self.length:
             module = self.draw()
             if not self.learns(module):
@@ -52,11 +53,11 @@ class Turns:
         return torch.multinomial(self.weights, 1, generator=self.generator).item()
 
     def learns(self, module):
-        """Whether ``module`` has epochs of its own left."""
+        """Whether ``module`` has epochs left to learn."""
         return self.learned[module] < self.epochs * self.length
 
     def feeds(self, module):
-        """Whether a module above still learns from what ``module`` makes."""
+        """Whether a module above still learns from the representations of ``module``."""
         return any(self.learns(above) for above in range(module + 1, self.modules))
 
     def own_epochs(self, module):
@@ -81,13 +82,15 @@ class Turns:
 
 
 def check_epochs(before, now, frozen):
-    """Raises InputError when a run that has ``frozen`` a module after its last epoch resumes with other epochs."""
+    """Raises InputError if a run in which a module is ``frozen`` after its last epoch resumes with another number of
+    epochs.
+    """
     if now != before and frozen:
         raise InputError(f"a module has stopped learning after its epoch {before}: resume with --nepochs {before}")
 
 
 class ImageStream:
-    """What the lowest module reads: the training images' mini-batches, epoch after epoch, at its own pace."""
+    """What the lowest module reads: the mini-batches of the training images, epoch after epoch, at its own pace."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -117,8 +120,8 @@ class ImageStream:
 
 
 class Tally:
-    """What one module has done in an epoch of the log: its train loss and top-1 (a Meter), its turns, and the staleness
-    and reuse of the mini-batches that it has learned from.
+    """What one module has done in an epoch of the log: its training loss and top-1 (a Meter), its turns, and the
+    staleness and reuse of the mini-batches that it has learned from.
 
     Staleness is the number of steps that the module below has taken since it wrote a mini-batch; reuse is how often the
     mini-batch had been read before.
@@ -164,17 +167,17 @@ class Tally:
 
     @property
     def top1(self):
-        """Running train top-1 in %; nan when the module has learned nothing."""
+        """Running train top-1 in %; nan if the module has learned nothing."""
         return self.meter.top1 if self.meter.count else float("nan")
 
     def line(self, n, epoch):
-        """The log's line about module ``n``; with staleness and reuse if it has learned from a buffer."""
+        """The log's line about module ``n``, with staleness and reuse if it has learned from a buffer."""
         text = f"# module {n}, epoch {epoch}: turns {self.turns}, skipped {self.skipped}, frozen {self.frozen}"
         return text + mean_and_max("staleness", self.staleness) + mean_and_max("reuse", self.reuse)
 
 
 def mean_and_max(name, values):
-    """The part of a Tally's line for ``values``; empty when there are none."""
+    """The part of a Tally's line for ``values``; empty if there are none."""
     if not values:
         return ""
     return f", {name} mean {sum(values) / len(values):.4f} max {max(values)}"
@@ -189,8 +192,8 @@ TALLY = re.compile(  # earlier versions called a module a layer
 
 
 def read_tallies(comments):
-    """A data frame with a row for each line of a Tally among a log's ``comments``; staleness and reuse are nan where
-    the line has none.
+    """A data frame with a row for each of a log's ``comments`` that a Tally wrote; staleness and reuse are nan if the
+    line has none.
     """
     rows = []
     for comment in comments:

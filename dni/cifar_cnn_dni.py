@@ -5,7 +5,7 @@ methods that DGL is compared with in the paper's Sec. 5.1, Fig. 2.
     python dni/cifar_cnn_dni.py --dni              DNI
     python dni/cifar_cnn_dni.py --dni --context    cDNI
 
-In DNI each block learns from synthetic gradients; in cDNI the synthesizers also
+In DNI, each block learns from synthetic gradients; in cDNI, the synthesizers also
 see the labels. The CNN and the synthesizers are those of the DNI paper
 (Jaderberg et al. 2017, App. C.1).
 
@@ -13,8 +13,8 @@ After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and
 80.86 % (the last after 1,990), after 10 epochs 60.91, 35.52 and 49.05 %. A
 training image costs 0.31 GFLOP, an epoch 15 TFLOP, with --dni 1.03 and 51.
 
---half is not available on CUDA here: synthesizers learn the scale of the
-gradients, which changes with fp16's loss scale.
+--half is not available on CUDA: synthesizers learn the scale of the gradients,
+which changes with fp16's loss scale.
 """
 
 from dni_backbone import ConvSynthesizer, backbone
@@ -41,9 +41,9 @@ def parse_args():
     group.add_argument(
         "--sgd", action="store_true", help="SGD (lr 0.01, momentum 0.9, weight decay 1e-5) instead of Adam (lr 3e-5)"
     )
-    group = parser.add_argument_group("network and output")
+    group = parser.add_argument_group("network and printed losses")
     group.add_argument(
-        "--channels", type=flags.WIDTH, default=128, help="channels of every block and convolution of a synthesizer"
+        "--channels", type=flags.WIDTH, default=128, help="channels of all blocks and of the synthesizers' convolutions"
     )
     group.add_argument("--log-interval", type=flags.integer(1), default=10, help="mini-batches between printed losses")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ class Network(nn.Sequential):
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     return Network(args.channels, classes, synthetic=args.dni, context=args.context)
 
 
@@ -79,9 +79,9 @@ def main():
     args = parse_args()
     run = Run(args)
     if args.half and run.device.type == "cuda":
-        raise InputError("--half is fp16 on CUDA, and synthesizers cannot follow its loss scale: leave it out")
+        raise InputError("--half means fp16 on CUDA, and synthesizers cannot follow its loss scale: leave it out")
     train, test, classes = run.data()
-    net = run.prepare(build(args, classes), cuda_graphs=False)  # all blocks go forward before one backward
+    net = run.prepare(build(args, classes), cuda_graphs=False)  # all blocks run forward before one backward pass
     if args.sgd:
         optimizer = SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-5, fused=True)
     else:
@@ -94,10 +94,10 @@ def main():
             context = F.one_hot(labels, classes).float() if args.context else None
             optimizer.zero_grad()  # first: the forward pass already adds gradients
             with run.autocast(), dni.synthesizer_context(context):
-                # (B, classes); with --dni each interface back-propagates its synthetic gradient into the block below it
+                # (B, classes); with --dni, each interface back-propagates a synthetic gradient into the block below
                 logits = net(images)
             loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()  # with --dni: into the head, and in each interface the true gradient into the synthesizer
+            loss.backward()  # with --dni, through the head, and in each interface into its synthesizer
             optimizer.step()
             run.watch(loss, N)
             meter.update(loss, logits, labels)

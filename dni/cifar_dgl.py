@@ -6,9 +6,9 @@ DNI is compared with in Sec. 5.1, Fig. 2.
 
 Each of the three blocks of cifar_cnn_dni.py is a module. The auxiliaries of the
 first two are the network that synthesizes gradients in DNI, with a linear
-classifier on top, so that the two methods cost about the same. After 1,500
-epochs the authors' published log has test top-1 85.05 % for head 3, after 1 /
-10 / 100 epochs 39.11 / 61.46 / 77.40 %. A training image costs 1.02 GFLOP, an
+classifier on top, so that the two methods cost about the same. For head 3, the
+authors' published log has test top-1 85.05 % after 1,500 epochs, and 39.11 /
+61.46 / 77.40 % after 1 / 10 / 100. A training image costs 1.02 GFLOP, an
 epoch 51 TFLOP.
 """
 
@@ -26,9 +26,9 @@ from decoupled.training.run import Run
 
 def parse_args():
     parser = flags.parser(__doc__, epochs=1500, batch_size=256, lr=3e-5, test_batch_size=256, distributed=True)
-    group = parser.add_argument_group("network and output")
+    group = parser.add_argument_group("network and printed losses")
     group.add_argument(
-        "--channels", type=flags.WIDTH, default=128, help="channels of every block and convolution of an auxiliary"
+        "--channels", type=flags.WIDTH, default=128, help="channels of all blocks and of the auxiliaries' convolutions"
     )
     group.add_argument("--log-interval", type=flags.integer(1), default=10, help="mini-batches between printed losses")
     return parser.parse_args()
@@ -43,7 +43,7 @@ def auxiliary(channels, classes):
 
 
 def build(args, classes):
-    """The network that the flags describe."""
+    """Builds the network that the flags describe."""
     blocks, last_head = backbone(args.channels, classes)
     heads = [auxiliary(args.channels, classes), auxiliary(args.channels, classes), last_head]
     return DecoupledNetwork(map(DecoupledModule, blocks, heads))
@@ -67,7 +67,7 @@ def main():
                 run.step(loss, optimizer)  # zero_grad, backward, step: frees the module's graph before the next forward
                 representation = representation.detach()  # the module above sends no gradient back
                 meter.update(loss, logits, labels)
-            stage.send(representation, labels)  # to the module above, if another process has it
+            stage.send(representation, labels)  # to the module above, if another process trains it
             if run.batch % args.log_interval == 0:
                 losses = " ".join(f"{loss:.5f}" for loss in run.latest_losses())
                 run.console.write(f"epoch {epoch}, batch {run.batch} of {len(train)}, losses: {losses}")

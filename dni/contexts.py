@@ -14,10 +14,10 @@ _deferred = ContextVar("dni deferred back-propagation", default=None)
 
 @contextmanager
 def synthesizer_context(context):
-    """Passes ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; with
-    None they get no context.
+    """Passes ``context``, such as one-hot labels (B, classes), to every synthesizer that runs inside the block; None
+    means no context.
 
-    Contexts nest: the innermost applies, and the outer one is restored after the block, after an exception too.
+    Contexts nest: the innermost applies, and the outer one is restored after the block, even after an exception.
     """
     token = _context.set(context)
     try:
@@ -27,18 +27,18 @@ def synthesizer_context(context):
 
 
 def current_context():
-    """The context of this thread's innermost synthesizer_context; None outside of any."""
+    """The context of this thread's innermost synthesizer_context; None outside."""
     return _context.get()
 
 
 @contextmanager
 def defer_backward():
-    """Collects all calls of ``dni.backward`` inside the block, those of interfaces too, and back-propagates them in one
-    pass at its end.
+    """Collects all calls of ``dni.backward`` inside the block, including those of interfaces, and back-propagates them
+    together when the block ends.
 
-    Needed where gradients start from several tensors of one graph, such as a loss and the last hidden state of a
-    recurrent network: the first backward pass would free the graph that the second one needs. If an exception ends the
-    block, nothing is back-propagated. Raises RuntimeError when nested.
+    Needed if gradients start from several tensors of one graph, such as a loss and the last hidden state of a recurrent
+    network: the first backward pass would free the graph that the second one needs. If an exception ends the block,
+    nothing is back-propagated. Raises RuntimeError when nested.
     """
     if _deferred.get() is not None:
         raise RuntimeError("dni.defer_backward cannot be nested: the outer block back-propagates everything at its end")
@@ -54,10 +54,10 @@ def defer_backward():
 
 
 def backward(tensor, gradient=None):
-    """Back-propagates ``gradient`` (default: ones) from ``tensor`` of the same shape, immediately or, inside
-    defer_backward, at the end of the block.
+    """Back-propagates ``gradient`` (default: ones), of the same shape as ``tensor``, from ``tensor``: immediately or,
+    inside defer_backward, at the end of the block.
 
-    Inside defer_backward use it for the loss too. Raises RuntimeError for a tensor that requires no gradient, for
+    Inside defer_backward, use it for the loss as well. Raises RuntimeError for a tensor that requires no gradient, for
     different shapes, and inside a transform of torch.func, which allows no backward pass.
     """
     refuse_transforms()
@@ -65,7 +65,7 @@ def backward(tensor, gradient=None):
         raise RuntimeError("dni.backward: nothing to back-propagate into, the tensor does not require a gradient")
     if gradient is None:
         gradient = torch.ones_like(tensor)
-    gradient = gradient.to(tensor.dtype)  # under autocast the two may differ in precision
+    gradient = gradient.to(tensor.dtype)  # under autocast, the two may differ in precision
     if gradient.shape != tensor.shape:
         raise RuntimeError(
             f"dni.backward: a gradient of shape {tuple(gradient.shape)} for a tensor of shape {tuple(tensor.shape)}"
@@ -78,10 +78,10 @@ def backward(tensor, gradient=None):
 
 
 def refuse_transforms():
-    """Raises RuntimeError inside torch.func.grad, vmap and the like: they allow no backward pass, and hide whether the
+    """Raises RuntimeError inside torch.func.grad, vmap and the like, which allow no backward pass and hide whether the
     layers below require gradients.
     """
-    if torch._C._are_functorch_transforms_active():  # the check of torch.autograd.backward
+    if torch._C._are_functorch_transforms_active():  # the same check as in torch.autograd.backward
         raise RuntimeError(
             "dni back-propagates in the forward pass, which torch.func.grad, vmap and the like do not allow: call "
             "torch.func.functional_call and backward() outside of them, or put the interface into eval mode"

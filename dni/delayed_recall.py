@@ -6,12 +6,12 @@ Jaderberg et al. 2017, Sec. 3.1) tell earlier segments what later ones need.
     python dni/delayed_recall.py --output results/dni/delayed_recall.csv
 
 Every method learns from one stream of random bits per sample, until it has used
-as many FLOPs as the others, synthesizers included:
+as many FLOPs as the others, including synthesizers:
 
   truncation        segments of 3 steps
   long truncation   segments of 24: 8 times the activations, 1/8 the updates
   DNI               segments of 3, synthetic gradients of the hidden state
-  cDNI              DNI whose synthesizer's context is the bits yet to be recalled
+  cDNI              DNI; the synthesizer's context is the bits still to be recalled
 
 Each runs with each --lr and seed: 36 runs of about 9 s on one CPU core. The
 share of bits recalled (%, chance is 50) is counted before anything is learned
@@ -35,9 +35,9 @@ from decoupled.training.environment import environment
 
 
 class Method(NamedTuple):
-    segment_factor: int = 1  # its segments have this many times the length --segment
+    segment_factor: int = 1  # its segments are this many times as long as --segment
     synthetic: bool = False  # synthetic gradients at the end of a segment
-    context: bool = False  # the synthesizer sees the bits yet to be recalled
+    context: bool = False  # the synthesizer sees the bits still to be recalled
 
 
 METHODS = {
@@ -52,10 +52,12 @@ POINTS = 25  # of a curve
 def parse_args():
     parser = flags.Parser(__doc__)
     positive = flags.integer(1)
-    parser.add_argument("--delay", type=positive, default=8, help="steps from a bit to its recall")
-    parser.add_argument("--segment", type=positive, default=3, help="steps between updates")
+    parser.add_argument("--delay", type=positive, default=8, help="steps between reading a bit and recalling it")
+    parser.add_argument(
+        "--segment", type=positive, default=3, help="steps per segment, after which the weights are updated"
+    )
     parser.add_argument("--hidden", type=positive, default=64, help="units of the GRU")
-    parser.add_argument("--batch-size", type=positive, default=32, help="number of streams")
+    parser.add_argument("--batch-size", type=positive, default=32, help="number of streams of bits")
     parser.add_argument("--gflop", type=positive, default=40, help="GFLOP per run")
     parser.add_argument(
         "--methods",
@@ -82,7 +84,7 @@ def parse_args():
 
 
 class RecurrentNetwork(nn.Module):
-    """A GRU reads a bit per step, a linear layer recalls one."""
+    """A GRU that reads one bit per step, and a linear layer that recalls one."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -104,7 +106,9 @@ class RecurrentNetwork(nn.Module):
 
 
 def learn(method, lr, seed, args):
-    """Yields one run's curve: pairs of the GFLOP used so far and the % of bits recalled since the previous point."""
+    """Yields the curve of one run: pairs of the GFLOP used so far and the % of bits recalled since the previous
+    point.
+    """
     torch.manual_seed(seed)
     segment = args.segment * method.segment_factor
     network = RecurrentNetwork(args.hidden)
@@ -116,7 +120,7 @@ def learn(method, lr, seed, args):
     optimizer = Adam(parameters, lr=lr)
 
     def context(bits, start):
-        """Shows the synthesizer the bits (B, delay) to be recalled from step ``start`` of the segment on."""
+        """Shows the synthesizer the bits (B, delay) that are to be recalled from step ``start`` of the segment on."""
         wanted = bits[:, start : start + args.delay]
         return dni.synthesizer_context(2 * wanted - 1 if method.context else None)
 
@@ -140,9 +144,9 @@ def learn(method, lr, seed, args):
 
     stream = torch.Generator().manual_seed(seed)
     hidden = torch.zeros(args.batch_size, args.hidden)
-    # The bits read in the last `delay` steps, which are yet to be recalled, then those to be read in this segment
+    # The bits read in the last `delay` steps, which are still to be recalled, then those to be read in this segment
     bits = torch.randint(2, (args.batch_size, args.delay + segment), generator=stream).float()
-    flops = count_flops(lambda: step(hidden, bits))  # also the first update
+    flops = count_flops(lambda: step(hidden, bits))  # includes the first update
     updates = max(1, round(args.gflop * 1e9 / flops / POINTS))  # between two points
     for point in range(1, POINTS + 1):
         total_recalled = 0

@@ -1,5 +1,5 @@
 """The interfaces of the DNI paper (Jaderberg et al. 2017, Sec. 2): placed between two parts of a network, they let one
-part go on without waiting for the other.
+part continue without waiting for the other.
 
 Interfaces are active in training mode with gradients enabled. In eval mode and under torch.no_grad they are identities
 and train nothing. Triggers and messages are tensors (B, …) with B ≥ 1; anything else raises TypeError or ValueError.
@@ -76,10 +76,11 @@ class _TrueGradient(torch.autograd.Function):
 
 
 class UnidirectionalInterface(nn.Module):
-    """Base of ForwardInterface and BackwardInterface: a synthesizer that predicts a message and learns from real ones.
+    """Base class of ForwardInterface and BackwardInterface: a synthesizer that predicts a message and learns from real
+    ones.
 
-    ``synthesizer(trigger, context)`` returns the message; context is that of the enclosing dni.synthesizer_context, or
-    None.
+    ``synthesizer(trigger, context)`` returns the message. The context is that of the enclosing dni.synthesizer_context,
+    or None.
     """
 
     def __init__(self, synthesizer):
@@ -115,12 +116,12 @@ class UnidirectionalInterface(nn.Module):
 class ForwardInterface(UnidirectionalInterface):
     """Passes synthetic messages (activations) up, so that the receiver does not wait for the sender.
 
-    ``synthesizer(trigger, context)`` predicts the message from a trigger that is known earlier, such as the network's
-    input.
+    ``synthesizer(trigger, context)`` predicts the message from a trigger that is available earlier, such as the
+    network's input.
     """
 
     def forward(self, message, trigger):
-        """In training, sends the message and returns the synthetic one: the synthesizer runs once. In eval mode,
+        """In training, sends the message and returns the synthetic one; the synthesizer runs once. In eval mode,
         returns the message.
         """
         if not _is_active(self):
@@ -136,8 +137,8 @@ class BackwardInterface(UnidirectionalInterface):
     """
 
     def backward(self, trigger, factor=1):
-        """Back-propagates ``factor`` × the synthetic gradient from ``trigger`` into the layers below; does nothing if
-        ``trigger`` requires no gradient.
+        """Back-propagates ``factor`` times the synthetic gradient from ``trigger`` into the layers below. Does nothing
+        if ``trigger`` requires no gradient.
         """
         if not _is_active(self):
             return
@@ -147,10 +148,11 @@ class BackwardInterface(UnidirectionalInterface):
             self._teach_below(trigger, _synthesize(self.synthesizer, trigger), factor)
 
     def make_trigger(self, trigger):
-        """A copy of ``trigger`` that trains the synthesizer when the true gradient g comes back through it.
+        """Returns a copy of ``trigger`` that trains the synthesizer when the true gradient g comes back through it.
 
-        g passes on to ``trigger`` unchanged. The synthesizer's output s gets the gradient 2/B·(s − g), where B is the
-        length of the first dimension: that of the squared error, summed over features and averaged over samples.
+        g is passed on to ``trigger`` unchanged. The synthesizer's output s gets the gradient 2/B·(s − g), where B is
+        the length of the first dimension: the gradient of the squared error, summed over features and averaged over
+        samples.
         """
         if not _is_active(self):
             return trigger
@@ -158,8 +160,8 @@ class BackwardInterface(UnidirectionalInterface):
         return self._learning_trigger(trigger, _synthesize(self.synthesizer, trigger))
 
     def forward(self, trigger):
-        """Back-propagates the synthetic gradient into the layers below, and returns the detached trigger that trains
-        the synthesizer, which runs once for both.
+        """Back-propagates the synthetic gradient into the layers below, and returns the detached trigger, which trains
+        the synthesizer. The synthesizer runs once for both.
         """
         if not _is_active(self):
             return trigger
@@ -182,10 +184,11 @@ class BackwardInterface(UnidirectionalInterface):
 
 
 class BidirectionalInterface(nn.Module):
-    """Passes synthetic messages up and synthetic gradients down: complete unlock, neither part waits for the other.
+    """Passes synthetic messages up and synthetic gradients down: complete unlock, where neither part waits for the
+    other.
 
-    The backward synthesizer's trigger is the message: the synthetic one where it learns from the part above, the real
-    one where it teaches the part below.
+    The backward synthesizer's trigger is the message: the synthetic one when it learns from the part above, the real
+    one when it teaches the part below.
     """
 
     def __init__(self, forward_synthesizer, backward_synthesizer):
@@ -205,7 +208,7 @@ class BidirectionalInterface(nn.Module):
         self.backward_interface.backward(message)
 
     def forward(self, message, trigger):
-        """In training, sends, then receives: the forward synthesizer runs once. In eval mode, returns the message."""
+        """In training, sends, then receives; the forward synthesizer runs once. In eval mode, returns the message."""
         if not _is_active(self):
             return message
         received = self.forward_interface(message, trigger)

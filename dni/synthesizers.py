@@ -1,5 +1,5 @@
-"""A ready-made synthesizer. Any module can be one that is called as ``synthesizer(trigger, context)``, where context is
-None outside of synthesizer_context.
+"""A ready-made synthesizer. Any module that can be called as ``synthesizer(trigger, context)`` can be one; the context
+is None outside synthesizer_context.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 class BasicSynthesizer(nn.Module):
     """An MLP: trigger (…, trigger_dim) and, with context_dim, context (…, context_dim) → (…, output_dim).
 
-    The linear layers ``input_trigger`` and ``input_context`` (None without context_dim) map to hidden_dim; their sum
+    The linear layers ``input_trigger`` and ``input_context`` (None without context_dim) map to hidden_dim. Their sum
     goes through ``n_hidden`` linear ``layers``, each after a ReLU, the last to output_dim. With n_hidden=0, the input
     layers map to output_dim directly. Dimensions that are not given equal output_dim. The weights of the last layer
-    start at zero, its biases as PyTorch's default: an untrained synthesizer's message is small and the same for all
+    start at zero, its biases with PyTorch's default: an untrained synthesizer's message is small and the same for all
     triggers.
 
-    forward raises RuntimeError without the context that context_dim asks for, TypeError for a context of integers, and
+    forward raises RuntimeError if context_dim is set and there is no context, TypeError for a context of integers, and
     ValueError for a trigger or context of another width.
     """
 

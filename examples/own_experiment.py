@@ -1,11 +1,11 @@
-"""A network, data and an optimizer of one's own, trained as the experiments are.
+"""Your own network, data and optimizer, trained in the same way as the experiments.
 
     python examples/own_experiment.py --workers 2
     torchrun --nproc-per-node 2 examples/own_experiment.py --half
 
-scikit-learn's digits, moved and turned at random by worker processes, and a
-small CNN that decouple splits into three modules, trained by AdamW with warm-up
-and cosine annealing. docs/own_script.md explains the parts and has recipes for
+The data are scikit-learn's digits, randomly shifted and rotated by worker
+processes. decouple splits a small CNN into three modules, trained by AdamW with
+warm-up and cosine annealing. docs/own_script.md explains the parts and has recipes for
 more.
 """
 
@@ -53,7 +53,7 @@ def parse_args():
 
 
 def load_data(args, device):
-    """(train, test, number of classes). One fifth of the images are for the test."""
+    """Returns (train, test, number of classes). One fifth of the images are for testing."""
     count = args.images // 5
     shared = {"seed": args.seed, "workers": args.workers, "device": device}
     augmented = Digits(slice(count, args.images), v2.RandomAffine(degrees=15, translate=(0.1, 0.1)))
@@ -75,7 +75,7 @@ def build(args, classes):
 
 
 def schedule(optimizer, epochs):
-    """A rate that grows for WARM_UP epochs and then falls to 0 along a cosine."""
+    """A learning rate that rises for WARM_UP epochs and then falls to 0 along a cosine."""
     warm_up = LinearLR(optimizer, start_factor=0.1, total_iters=WARM_UP)
     cosine = CosineAnnealingLR(optimizer, T_max=max(1, epochs - WARM_UP))
     return SequentialLR(optimizer, [warm_up, cosine], milestones=[WARM_UP])
