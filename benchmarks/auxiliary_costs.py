@@ -46,10 +46,10 @@ from decoupled.training.environment import environment
 sys.path.append(str(Path(__file__).resolve().parent))
 from method_steps import ScaledOptimizer, autocast_on, dgl_step, sgd
 
-# Used like types of auxiliary networks:
+# Used like names of auxiliary networks:
 ALONE = ""  # a module without its auxiliary
 HEAD = "head"  # the auxiliary of the last module, the same for all types
-FIX = "name a folder that can be written"
+FIX = "name a writable folder"
 PAPER = {"mlp": 0.7, "mlp-sr": 4.0, "cnn": 200.0}  # Table 1: FLOPs of the auxiliary in % of the module's
 
 
@@ -61,9 +61,13 @@ def parse_args():
     parser.add_argument("--channels", type=flags.WIDTH, default=128, help="channels of the first layer")
     parser.add_argument("--depth", type=flags.integer(2, 1000), default=6, help="number of layers")
     parser.add_argument("--batch-size", type=flags.integer(2), default=128, help="images per step")
-    parser.add_argument("--repeats", type=flags.integer(1), default=5, help="rounds of measuring time")
-    parser.add_argument("--device", default="auto", help="where time is measured: auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--half", action="store_true", help="time in mixed precision: fp16 on CUDA, bf16 elsewhere")
+    parser.add_argument(
+        "--repeats", type=flags.integer(1), default=5, help="number of rounds in which time is measured"
+    )
+    parser.add_argument("--device", default="auto", help="device for measuring time: auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--half", action="store_true", help="measure time in mixed precision: fp16 on CUDA, bf16 elsewhere"
+    )
     parser.add_argument(
         "--output",
         type=flags.path,
@@ -87,7 +91,7 @@ def batch(batch_size, device="meta"):
 
 
 def network_costs(type_aux, batch_size=2, **settings):
-    """The frame of decoupled.analysis.costs.costs for ``network(type_aux, **settings)``, counted on meta."""
+    """The frame of decoupled.analysis.costs.costs for ``network(type_aux, **settings)``, counted on the meta device."""
     with torch.device("meta"):
         net = network(type_aux, **settings)
     images, _ = batch(batch_size)
@@ -95,8 +99,8 @@ def network_costs(type_aux, batch_size=2, **settings):
 
 
 def largest(frame):
-    """n of the module with the most FLOPs, the first one of equals, in a frame of auxiliary_costs. The last module,
-    which has the head, is left out.
+    """n of the module with the most FLOPs (the first, if several are equal) in a frame of auxiliary_costs. The last
+    module, which has the head, is left out.
     """
     return frame["module_mflop"]["mlp"].idxmax()
 
@@ -105,12 +109,13 @@ def largest(frame):
 
 
 def auxiliary_costs(channels=128, depth=6, batch_size=128):
-    """A pandas frame with a row for each (type_aux, n). That of the last module has the type "head". Columns:
+    """A pandas frame with a row for each (type_aux, n). The last module has the type "head". Columns:
+
     module_mflop     forward FLOPs of the module alone, in millions per image
-    auxiliary_mflop  those of its auxiliary network
+    auxiliary_mflop  forward FLOPs of its auxiliary network, in millions per image
     flops            the auxiliary's forward FLOPs in % of the module's
-    parameters       of the auxiliary, a number
-    parameters_share of the auxiliary, in % of the module's
+    parameters       number of parameters of the auxiliary
+    parameters_share the same in % of the module's
     memory           what the auxiliary adds to the peak of a training step, in % of the module alone
     """
     rows = {}
@@ -180,8 +185,8 @@ def module_steps(device, autocast, channels=128, depth=6, batch_size=128):
 
 
 def measure_seconds(steps, repeats, device):
-    """A Series by name: the seconds that each of ``steps``, {name: callable}, takes. It is the median over ``repeats``
-    rounds of all steps, after one to warm up.
+    """A Series by name: the seconds that each of ``steps``, {name: callable}, takes: the median over ``repeats`` rounds
+    of all steps, after a warm-up round.
     """
     rounds = []
     for _ in range(1 + repeats):
@@ -217,8 +222,8 @@ def auxiliary_flops(type_aux, n, channels=128, depth=6, **options):
 
 
 def definitions(frame, channels=128, depth=6):
-    """A pandas frame of what "FLOPs of the auxiliary relative to the module" can mean, in %: a row for each definition,
-    after one for the paper's numbers, and a column for each type.
+    """A pandas frame of possible meanings of "FLOPs of the auxiliary relative to the module", in %: a row for the
+    paper's numbers and one for each definition, and a column for each type.
 
     ``frame`` comes from auxiliary_costs with the same channels and depth.
     """
@@ -289,7 +294,7 @@ def decoupling_steps(device, autocast, half, type_aux="mlp-sr", channels=128, de
 
 
 def make_folder(folder):
-    """Makes the folder. Raises InputError if it cannot be made: call it before the work."""
+    """Makes the folder. Raises InputError if that fails: call this before the work."""
     with writing(folder, FIX):
         Path(folder).mkdir(parents=True, exist_ok=True)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from decoupled.errors import writing
 
-FIX = "name a file that can be written"
+FIX = "name a writable file"
 
 
 def check_output(path):
-    """Raises InputError if ``path`` cannot be written: call it before the work. None means no file."""
+    """Raises InputError if ``path`` cannot be written: call this before the work. None means no file."""
     if path:
         with writing(path, FIX):
             Path(path).open("a").close()

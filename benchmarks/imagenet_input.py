@@ -36,7 +36,7 @@ def parse_args():
     networks = (*STAGES, *BLOCKS)
     parser = flags.Parser(__doc__)
     parser.add_argument(
-        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, which have a folder per class"
+        "data", type=flags.path, metavar="DIR", help="folder with train/ and val/, each with one folder per class"
     )
     parser.add_argument(
         "-a",
@@ -47,7 +47,7 @@ def parse_args():
         help=f"network: {', '.join(networks)}",
     )
     parser.add_argument("--splits", type=flags.integer(1), default=2, metavar="K", help="modules")
-    parser.add_argument("--channels", type=flags.WIDTH, default=64, help="of the network's first convolution")
+    parser.add_argument("--channels", type=flags.WIDTH, default=64, help="channels of the network's first layer")
     parser.add_argument("-b", "--batch-size", type=flags.integer(2), default=256, help="images per step")
     parser.add_argument(
         "-j",
@@ -57,7 +57,9 @@ def parse_args():
         default=[4],
         help="numbers of workers to try (default: 4)",
     )
-    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of the crops")
+    parser.add_argument(
+        "--image-size", type=flags.integer(32), default=224, help="height and width of the crops, in pixels"
+    )
     parser.add_argument(
         "--samples",
         type=flags.integer(2),

@@ -37,7 +37,7 @@ def most_modules(args):
 
 
 def decoupled_network(args, splits):
-    """A DecoupledNetwork of ``splits`` modules, all with weights. Raises InputError if there is none."""
+    """A DecoupledNetwork of ``splits`` modules, all with weights. Raises InputError if that is impossible."""
     if args.network in BLOCKS:
         net = greedy_resnet(args.network, splits, args.classes, args.image_size)
     elif args.network == "cifar_resnet":
@@ -48,7 +48,9 @@ def decoupled_network(args, splits):
     else:
         net = layerwise_cnn(depth=LAYERS, block_size=math.ceil(LAYERS / splits), classes=args.classes)
     if len(net) != splits:
-        raise InputError(f"{args.network} has no {splits} modules of equally many layers: choose other --splits")
+        raise InputError(
+            f"{args.network} cannot be split into {splits} modules of the same length: choose other --splits"
+        )
     for module in net[:-1]:
         if not list(module.body.parameters()):
             raise InputError(
@@ -58,8 +60,8 @@ def decoupled_network(args, splits):
 
 
 def chained_parts(net):
-    """The parts of a network without auxiliaries, as a ModuleList: the bodies of the DecoupledNetwork ``net``, and in
-    the last part the head as well.
+    """The parts of a network without auxiliaries, as a ModuleList: the bodies of the DecoupledNetwork ``net``; the last
+    part includes the head.
     """
     *lower, last = net
     parts = nn.ModuleList(module.body for module in lower)
@@ -68,7 +70,7 @@ def chained_parts(net):
 
 
 def interfaced_parts(net, image_size, make_synthesizer=ConvSynthesizer):
-    """chained_parts for DNI: every part but the last ends with an interface."""
+    """chained_parts for DNI: every part except the last ends with an interface."""
     parts = chained_parts(net)
     shape = (3, image_size, image_size)
     for n, part in enumerate(parts[:-1]):

@@ -28,7 +28,7 @@ from cifar_resnet import frozen_statistics
 
 
 def autocast_on(device, half):
-    """A function that returns a context for forward passes on ``device``: with ``half`` mixed precision, fp16 on CUDA
+    """A function that returns a context for forward passes on ``device``. With ``half``, mixed precision: fp16 on CUDA
     and bf16 elsewhere.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
@@ -36,15 +36,17 @@ def autocast_on(device, half):
 
 
 def sgd(module, lr=1e-4, weight_decay=0.0):
-    """SGD with momentum, fused as in the scripts, except on meta and for FakeTensors, which have no such kernel."""
+    """SGD with momentum, fused as in the scripts, except on meta and for FakeTensors, for which there is no such
+    kernel.
+    """
     parameters = list(module.parameters())
     fused = not (parameters[0].is_meta or isinstance(parameters[0], FakeTensor))
     return SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused, foreach=False)
 
 
 class ScaledOptimizer:
-    """An optimizer with its own loss scale, as in the scripts. The scale is for fp16, so it is on only with ``half`` on
-    CUDA.
+    """An optimizer with its own loss scale, as in the scripts. The scale is for fp16, so it is used only with ``half``
+    on CUDA.
     """
 
     def __init__(self, optimizer, half=False):
@@ -61,14 +63,14 @@ class ScaledOptimizer:
         self.step()
 
     def step(self):
-        """Steps with the gradients that are there, which must be scaled."""
+        """Steps with the gradients that are already there, which must be scaled."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
 
 def backprop_step(net, optimizer, images, labels, autocast, checkpointing=False):
-    """Back-propagation through ``net``, a list of parts. With ``checkpointing`` only the representations between parts
-    are kept, and all parts but the last are computed again.
+    """Back-propagation through ``net``, a list of parts. With ``checkpointing``, only the representations between parts
+    are kept, and all parts except the last are recomputed.
     """
     *lower, last = net
     representation = images
@@ -81,7 +83,7 @@ def backprop_step(net, optimizer, images, labels, autocast, checkpointing=False)
 
 
 def run_checkpointed(part, inputs):
-    """part(inputs), whose activations are dropped and computed again in the backward pass. Batch norm's statistics are
+    """part(inputs), with activations that are dropped and recomputed in the backward pass. Batch norm's statistics are
     updated only once.
     """
 
@@ -93,7 +95,7 @@ def run_checkpointed(part, inputs):
 
 def dgl_step(modules, optimizers, inputs, labels, autocast):
     """Decoupled Greedy Learning (Algorithm 1) of consecutive ``modules``; the lowest one gets ``inputs``. Returns the
-    representation of the highest one, detached.
+    detached representation of the highest one.
     """
     representation = inputs
     for module, optimizer in zip(modules, optimizers, strict=True):
@@ -112,7 +114,7 @@ def sequential_step(net, optimizers, images, labels, autocast):
 
 
 def sequential_module_step(net, module_index, optimizer, images, labels, autocast):
-    """Sequential greedy learning: one module learns, those below it are frozen."""
+    """Sequential greedy learning: one module learns; those below it are frozen."""
     *frozen, module = net[: module_index + 1]
     net.eval()
     module.train()
@@ -161,8 +163,8 @@ def ddg_step(queues, optimizers, images, labels, autocast):
 
 
 def ddg_module_step(in_flight, optimizer, inputs, labels, autocast):
-    """One module's part of an iteration of DDG: the forward pass of this mini-batch, then the step by the gradient of
-    the oldest one in flight, if as many are. Returns the output, detached.
+    """One module's part of a DDG iteration: the forward pass of this mini-batch, then a step with the gradient of the
+    oldest one in flight, once enough are in flight. Returns the detached output.
     """
     output = forward(in_flight, inputs, labels, autocast)
     if len(in_flight.batches) > in_flight.delay:
@@ -171,12 +173,12 @@ def ddg_module_step(in_flight, optimizer, inputs, labels, autocast):
 
 
 def forward(in_flight, inputs, labels, autocast):
-    """Passes a mini-batch forward through one module and adds it to its mini-batches in flight. Returns the output,
-    detached.
+    """Passes a mini-batch forward through one module and adds it to the module's mini-batches in flight. Returns the
+    detached output.
     """
     inputs = inputs.detach().requires_grad_(not in_flight.is_lowest)
     weights = {}
-    if in_flight.delay > 0:  # copies, which later steps do not change; their gradient goes to the module's weights
+    if in_flight.delay > 0:  # copies, which later steps do not change; their gradients go to the module's weights
         weights = {name: weight.clone() for name, weight in in_flight.module.named_parameters()}
     with autocast():
         output = functional_call(in_flight.module, weights, inputs)
@@ -189,8 +191,8 @@ def forward(in_flight, inputs, labels, autocast):
 
 
 def delayed_step(in_flight, optimizer):
-    """One module's step by the gradient of the oldest of its mini-batches in flight. Returns the gradient with respect
-    to the module's inputs, for the module below; None in the lowest.
+    """One step of a module with the gradient of its oldest mini-batch in flight. Returns the gradient with respect to
+    the module's inputs, for the module below; None in the lowest module.
     """
     oldest = in_flight.batches.popleft()
     # Each module has its own loss scale; the gradients passed down are unscaled
@@ -198,7 +200,7 @@ def delayed_step(in_flight, optimizer):
     optimizer.zero_grad()
     scaled_gradient = (in_flight.gradient * scale).view_as(oldest.output).to(oldest.output.dtype)
     oldest.output.backward(scaled_gradient)
-    del scaled_gradient  # its memory must not count in the step
+    del scaled_gradient  # its memory must not count as part of the step
     gradient_below = None
     if not in_flight.is_lowest:
         gradient_below = oldest.inputs.grad / scale
@@ -207,8 +209,8 @@ def delayed_step(in_flight, optimizer):
 
 
 def dni_step(net, optimizer, images, labels, autocast, context=None):
-    """Decoupled neural interfaces (DNI): during the forward pass each interface back-propagates its synthetic gradient
-    into the part below. In cDNI the synthesizers also get the labels: ``context`` (B, classes).
+    """Decoupled neural interfaces (DNI): in the forward pass, each interface back-propagates its synthetic gradient
+    into the part below. In cDNI, the synthesizers also get the labels: ``context`` (B, classes).
     """
     optimizer.zero_grad()  # before the forward pass, which already adds gradients
     representation = images
@@ -221,7 +223,7 @@ def dni_step(net, optimizer, images, labels, autocast, context=None):
 
 
 def dni_part_step(part, optimizer, inputs, labels, autocast, is_first, is_last):
-    """One part of DNI. Its interface back-propagates into it in the forward pass; the gradient from above is for the
+    """One part of DNI. Its interface back-propagates into it in the forward pass; the gradient from above trains the
     synthesizer.
     """
     optimizer.zero_grad()

@@ -24,8 +24,8 @@ Columns:
   waits %       how much of the wall time the busiest process waits for
                 representations or for room in the queue
   MB, GB/s      traffic of the busiest link per mini-batch, and per second
-Numbers are medians over rounds. Each round measures every row, so that a drift of
-the machine affects all alike. benchmarks/module_parallel_paper.py computes what to
+Numbers are medians over rounds. Each round measures every row, so that changes in
+the machine's speed affect all rows alike. benchmarks/module_parallel_paper.py computes what to
 expect of more GPUs and other links.
 """
 
@@ -98,7 +98,7 @@ def parse_args():
         "--queue",
         type=flags.integer(1),
         default=2,
-        help="most mini-batches in flight between stages, as in the scripts",
+        help="max mini-batches in flight between stages, as in the scripts",
     )
     parser.add_argument("--half", action="store_true", help="bf16 mixed precision")
     parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the table to this file")
@@ -165,7 +165,7 @@ def script_sgd(module):
 
 
 def greedy(args, net, autocast, mesh):
-    """Runs DGL's steps of the modules of this process: a Result."""
+    """Runs DGL's steps of the modules of this process. Returns a Result."""
     stage = Stage(net, torch.zeros(2, 3, 32, 32), mesh, queue=args.queue, autocast=autocast)
     modules = mesh.data_parallel(stage.modules_here)
     optimizers = [ScaledOptimizer(script_sgd(module)) for module in stage.modules_here]
@@ -187,7 +187,8 @@ def greedy(args, net, autocast, mesh):
 
 class Part(nn.Module):
     """Consecutive modules with the head of the last one, as a stage of a pipeline. Autocast is inside, because the
-    schedule calls the part. Parts pass representations on as (B, h, w, C), which makes channels-last memory contiguous.
+    pipeline schedule calls the part. Parts pass representations on as (B, h, w, C), a contiguous view of
+    channels-last memory.
     """
 
     def __init__(self, modules, autocast, is_first=True, is_last=True):
@@ -213,7 +214,7 @@ def loss_of(logits, labels):
 
 
 def end_to_end(args, net, autocast, mesh):
-    """Runs back-propagation in one process, or in replicas: a Result."""
+    """Runs back-propagation in one process or in replicas. Returns a Result."""
     part = Part(net, autocast)
     (module,) = mesh.data_parallel([part])
     optimizer = script_sgd(part)
@@ -227,7 +228,7 @@ def end_to_end(args, net, autocast, mesh):
 
 
 def pipeline(args, net, autocast, mesh, row):
-    """Runs back-propagation in a pipeline, balanced by FLOPs: a Result."""
+    """Runs back-propagation in a pipeline balanced by FLOPs. Returns a Result."""
     net = without_lower_heads(net)
     surveyed = survey(net, torch.zeros(2, 3, 32, 32), autocast)
     lengths = balance(surveyed.flops, mesh.stages)
@@ -259,7 +260,7 @@ def without_lower_heads(net):
 
 
 def work(args, row):
-    """Runs one process of ``row``: a Result."""
+    """Runs one process of ``row``. Returns a Result."""
     torch.set_num_threads(row.threads)
     torch.manual_seed(1)
     processes = Processes(CPU)
@@ -282,7 +283,7 @@ def work(args, row):
 
 
 def measure(row, args):
-    """Runs ``row``: a list of the Results of its processes, by rank."""
+    """Runs ``row``. Returns a list of the Results of its processes, by rank."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -315,7 +316,7 @@ def share_waited(results):
 
 
 def greatest_sum(module_seconds, lengths):
-    """The sum of ``module_seconds`` in the process that has the most. ``lengths``: the number of modules in each."""
+    """The largest sum of ``module_seconds`` of any process. ``lengths``: the number of modules in each."""
     sums = []
     first = 0
     for length in lengths:

@@ -60,9 +60,11 @@ def parse_args():
     )
     parser.add_argument("--gpus", type=flags.integers, default=[2, 4, 8], metavar="G,G,…", help="numbers of GPUs")
     parser.add_argument("--batch-size", type=flags.integer(2), default=256, help="images per mini-batch, over all GPUs")
-    parser.add_argument("--image-size", type=flags.integer(32), default=224, help="side of an image")
     parser.add_argument(
-        "--queue", type=flags.integer(1), default=2, help="most mini-batches in flight between two modules"
+        "--image-size", type=flags.integer(32), default=224, help="height and width of the images, in pixels"
+    )
+    parser.add_argument(
+        "--queue", type=flags.integer(1), default=2, help="max mini-batches in flight between two modules"
     )
     parser.add_argument("--tflops", type=flags.number(above=0), default=60.0, help="TFLOP/s of a GPU")
     parser.add_argument("--output", type=flags.path, metavar="FILE", help="also write the tables to this file")
@@ -82,12 +84,12 @@ def parameter_bytes(module):
 
 
 def whole_network(net):
-    """The network that back-propagation trains: the bodies of ``net`` with its last head."""
+    """The network for back-propagation: the bodies of ``net`` with its last head."""
     return nn.Sequential(*(module.body for module in net), net[-1].auxiliary)
 
 
 def backprop_memory(net, images):
-    """The peak bytes of a back-propagation step of whole_network(net), weights included."""
+    """The peak bytes of a back-propagation step of whole_network(net), including weights."""
     whole = whole_network(net)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
@@ -101,7 +103,7 @@ def backprop_memory(net, images):
 
 
 def run_forward(module, inputs):
-    """(bytes that the graph of a forward pass keeps, output included; the output, detached)."""
+    """(bytes that the graph of a forward pass keeps, including the output; the output, detached)."""
     with LiveStorages() as memory:
         output = module(inputs.detach().requires_grad_())
         return memory.live, output.detach()
@@ -134,7 +136,7 @@ def representation_bytes(net, images):
 
 def dgl_memory(net, module_costs, sizes, queue):
     """Bytes of the fullest GPU in DGL with one module on each: weights, the peak of a step, and ``queue`` mini-batches
-    that wait on both sides. ``sizes`` come from representation_bytes.
+    waiting on both sides. ``sizes`` come from representation_bytes.
     """
     gpus = len(net)
     needed = []
@@ -152,7 +154,7 @@ class Demands(NamedTuple):
     batch_size: int
     dgl_flops: list  # of each module, per training image, with its auxiliary
     body_flops: list  # of each module's body in back-propagation, per training image; the last has the head
-    link_bytes: list  # of the representation between each two modules, per image
+    link_bytes: list  # of the representation between two neighboring modules, per image
     backprop_gradients: int  # bytes
     dgl_gradients: int  # bytes
 

@@ -1,4 +1,4 @@
-"""Compares the training steps of all methods on one network and one batch size:
+"""Compares the training steps of all methods on one network with one batch size:
 time, FLOPs, and memory on one device and on each of K devices.
 
     python benchmarks/step_costs.py
@@ -129,7 +129,7 @@ def ddg_device(args, net, k, inputs, labels):
     def step():
         output = method_steps.ddg_module_step(in_flight, optimizer, inputs, labels, autocast)
         if in_flight.delay > 0:
-            in_flight.gradient = torch.empty_like(output)  # stands in for what arrives from above
+            in_flight.gradient = torch.empty_like(output)  # stands in for the gradient from above
 
     return step
 
@@ -183,7 +183,9 @@ def parse_args():
     )
     parser.add_argument("--depth", type=flags.integer(1, 2000), help="layers of cifar_resnet, 6n+2 (default: 110)")
     parser.add_argument(
-        "--image-size", type=flags.integer(32), help="side of the images, for ImageNet networks (default: 224)"
+        "--image-size",
+        type=flags.integer(32),
+        help="height and width of the images, for ImageNet networks (default: 224)",
     )
     parser.add_argument(
         "--batch-size", type=flags.integer(2), help="images per step (default: 128; ImageNet networks: 32)"
@@ -194,7 +196,7 @@ def parse_args():
         nargs="+",
         default=[2, 4, "all"],
         metavar="K",
-        help="numbers of modules, or all (default: 2 4 all)",
+        help="numbers of modules K, or all for the largest possible one (default: 2 4 all)",
     )
     parser.add_argument(
         "--methods",
@@ -203,9 +205,14 @@ def parse_args():
         default=OTHERS,
         help="methods to compare with back-propagation (default: all)",
     )
-    parser.add_argument("--count", action="store_true", help="only count memory and FLOPs: run and time nothing")
     parser.add_argument(
-        "--budget", type=flags.number(above=0), metavar="GIB", help="find the largest batch that fits in this memory"
+        "--count", action="store_true", help="only count memory and FLOPs, without running or timing anything"
+    )
+    parser.add_argument(
+        "--budget",
+        type=flags.number(above=0),
+        metavar="GIB",
+        help="find the largest batch that fits into this much memory",
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -220,7 +227,7 @@ def parse_args():
     args = parser.parse_args()
     small = args.network in SMALL
     if args.depth and args.network != "cifar_resnet":
-        parser.error(f"--depth is of cifar_resnet: leave it out with {args.network}")
+        parser.error(f"--depth is for cifar_resnet: leave it out with {args.network}")
     if args.row and args.row[0] not in METHODS:
         parser.error(f"--row {' '.join(args.row)}: the method is one of {', '.join(METHODS)}")
     if args.image_size and small:
@@ -261,7 +268,7 @@ def prepare(net, device):
     """Moves ``net`` to ``device`` in channels-last memory, in train mode, and returns it."""
     if not isinstance(next(net.parameters()), FakeTensor):
         return net.to(device, memory_format=torch.channels_last).train()
-    # Module.to does not change FakeTensors. With another format than its weight, a gradient would be copied
+    # Module.to does not change FakeTensors. A gradient whose memory format differs from its weight's would be copied
     for module in net.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 4:
@@ -270,15 +277,17 @@ def prepare(net, device):
 
 
 def steps_to_settle(method, splits, k=0):
-    """The number of steps after which module ``k`` has all its lasting memory: momentum, and mini-batches in flight."""
+    """The number of steps after which module ``k`` has all its persistent memory: momentum, and mini-batches in
+    flight.
+    """
     if method.delayed:
         return splits - k
     return 1
 
 
 def peak_bytes(make_step, existing, earlier_steps, device):
-    """(peak memory in bytes of the step after ``earlier_steps`` others, that step). The tensors ``existing`` count. On
-    CUDA the allocator counts everything, so there must be no other tensors.
+    """(peak memory in bytes of a step after ``earlier_steps`` others, that step). The tensors ``existing`` count as
+    well. On CUDA the allocator counts everything, so there must be no other tensors.
     """
     if device.type == "cuda":
         step = make_step()
@@ -333,7 +342,7 @@ def device_peaks(args, method, splits):
 
 
 def count(args, method, splits):
-    """The Measured row as counted with FakeTensors, without computing."""
+    """The Measured row, counted with FakeTensors and without computing."""
     args = Namespace(**(vars(args) | {"device": "cpu"}))
     columns = {}
     devices = []
@@ -399,7 +408,7 @@ def largest(fits, guess):
 
 
 def measure(args, method, splits, guess):
-    """The Measured row by the clock and CUDA's allocator. It must run in its own process."""
+    """The Measured row according to the clock and CUDA's allocator. It must run in its own process."""
     device = pick_device(args.device)
     on_cuda = device.type == "cuda"
     columns = {}
@@ -455,8 +464,8 @@ def memory_size(device):
 
 
 def measure_in_process(args, name, splits, counted):
-    """What measure returns, run in its own process. Empty if nothing can be measured. ``counted``: the columns that
-    were counted.
+    """Runs ``measure`` in its own process and returns its result. Empty if nothing can be measured. ``counted``: the
+    columns that were counted.
     """
     device = pick_device(args.device)
     needed = counted.get("peak MiB", 0) * MIB
@@ -479,7 +488,7 @@ def measure_in_process(args, name, splits, counted):
 
 
 def describe_saving(peak, base):
-    """How ``peak`` compares with ``base``, in words."""
+    """Describes how ``peak`` compares with ``base``."""
     if math.isnan(peak) or math.isnan(base):
         return ""
     more = 100 * (peak / base - 1)
@@ -606,7 +615,9 @@ def main():
     check_output(args.output)
     with FakeTensorMode():
         for splits in args.splits:
-            decoupled_network(args, splits)  # raises InputError, before the work, if the network cannot be split so
+            decoupled_network(
+                args, splits
+            )  # raises InputError before the work if the network cannot be split like that
     publish(report(args, *make_tables(args)), args.output)
 
 

@@ -1,4 +1,4 @@
-"""Measures throughput and memory of training steps, and how near they come to the
+"""Measures throughput and memory of training steps, and how close they come to the
 speed of a large matrix product, for two networks. Needs no data set: the images
 are random.
 
@@ -6,13 +6,13 @@ are random.
     python benchmarks/throughput.py --half --network dni
 
 learning_curves compares DGL with sequential greedy learning and back-propagation.
-It shows how near each step comes to the machine's ceiling, that DGL's needs less
-memory than back-propagation's, that everything but the step (data, meters, log) is
-a small part of an epoch, and how much longer it takes to evaluate every head than
-the last one. dni compares back-propagation, DGL, DNI and cDNI. It shows that the
-FLOPs of DGL's step are those of its modules and no more, how near DGL comes to the
-ceiling compared with back-propagation, and that synthesizers run no more often than
-the method needs.
+It shows how close each step comes to the machine's ceiling, that DGL's step needs
+less memory than back-propagation's, that everything except the step (data, meters,
+log) is a small part of an epoch, and how much longer it takes to evaluate all heads
+than only the last one. dni compares back-propagation, DGL, DNI and cDNI. It shows
+that the FLOPs of DGL's step are exactly those of its modules, how close DGL comes to
+the ceiling compared with back-propagation, and that synthesizers run no more often
+than the method needs.
 
 Columns:
   images/s      median over the rounds
@@ -33,8 +33,8 @@ Rows, in a table for each network, are training steps on one batch that is alrea
 on the device. "stage n" trains module n on the frozen ones below; the mean over
 stages stands for sequential training as a whole (its peak is the largest).
 Evaluation includes its data and meters. Rows called "an epoch's" happen once per
-50,000 images. Each round measures every row, so that a drift of the machine affects
-all alike.
+50,000 images. Each round measures every row, so that changes in the machine's speed
+affect all rows alike.
 """
 
 import atexit
@@ -85,7 +85,7 @@ CHANNELS = 128  # of the dni network
 
 
 class Sizes(NamedTuple):
-    """How much is measured."""
+    """How much to measure."""
 
     train: int  # images
     test: int  # images
@@ -126,10 +126,14 @@ def parse_args():
     )
     parser.add_argument("--repeats", type=flags.integer(1), default=10, help="rounds")
     parser.add_argument(
-        "--plain-malloc", action="store_true", help="do not call decoupled.training.device.keep_freed_memory"
+        "--plain-malloc",
+        action="store_true",
+        help="let the C library return freed memory to the system after each step, instead of keeping it for the next",
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, only to check that everything runs: the numbers mean nothing"
+        "--smoke",
+        action="store_true",
+        help="tiny sizes, only to check that everything runs; the numbers are meaningless",
     )
     return parser.parse_args()
 
@@ -162,7 +166,7 @@ class Row(NamedTuple):
     net: nn.Module | None = None
 
 
-# The rows of learning_curves. Each of them has its own network.
+# The rows of learning_curves, each with its own network.
 
 
 def learning_curves_rows(setting, sizes):
@@ -310,8 +314,8 @@ def dni_greedy_row(setting):
 
 
 def settle(rows):
-    """Runs each row's step once. In the first step CUDA's libraries try kernels and allocate workspaces that they keep,
-    which must not count in the peak of any row.
+    """Runs each row's step once. In the first step, CUDA's libraries try kernels and allocate workspaces that they
+    keep, which must not count in the peak of any row.
     """
     for row in rows:
         row.step()
@@ -328,7 +332,7 @@ def matrix_product(half, device, sizes):
     product = torch.empty(side, side, device=device, dtype=dtype)
 
     def multiply():
-        # By default fp32 convolutions on CUDA use TF32, but matrix products do not
+        # By default, fp32 convolutions on CUDA use TF32, but matrix products do not
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
         torch.mm(left, right, out=product)
@@ -345,7 +349,7 @@ class Operation(NamedTuple):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the operations that run inside the block, backward passes included: ``operations``, a list of Operation.
+    """Counts the operations that run inside the block, including backward passes: ``operations``, a list of Operation.
 
     Bytes are those of the tensors that an operation reads and of its results, each tensor once and as if there were no
     caches; a tensor changed in place counts as read and written. Views and empty tensors cost nothing.
@@ -367,7 +371,7 @@ class Traffic(TorchDispatchMode):
             return result
         read = distinct_tensors((args, kwargs))
         written = distinct_tensors(result)
-        if func._schema.is_mutable and not written:  # it returns nothing, as fused optimizers do
+        if func._schema.is_mutable and not written:  # it returns nothing, like fused optimizers
             written = read
         flops = operator_flops(func, args, kwargs, result)
         self.operations.append(Operation(flops, num_bytes(read) + num_bytes(written)))
@@ -457,7 +461,7 @@ def least_seconds(operations, ceiling, bandwidth):
 
 
 def add_sequential_mean(measured):
-    """``measured`` with another row below the stages of sequential learning, if there are any: the mean over them."""
+    """``measured`` with another row below the stages of sequential learning, if there are any: their mean."""
     names = list(measured.times.columns)
     stages = [name for name in names if name.startswith("sequential step, stage")]
     if not stages:
@@ -503,12 +507,12 @@ def format_table(table):
 
 
 def describe_epoch(rows, table, times, sizes):
-    """Lines about how much of an epoch of DGL data, meters and log take, and what evaluating all heads costs."""
+    """Lines that say how much of an epoch of DGL data, meters and log take, and what evaluating all heads costs."""
     typical = times.median()
     seconds = {
         "data": sizes.train * (typical["data, training batch"] + typical["data, an epoch's order"])
         + sizes.test * typical["data, test batch"],
-        # A little too long for the test images, whose batches are larger
+        # A slight overestimate for the test images, whose batches are larger
         "meters": (sizes.train + sizes.test) * typical["meters, training batch"],
         "log": sizes.train * typical["log, an epoch's"],
     }
@@ -528,7 +532,7 @@ def describe_epoch(rows, table, times, sizes):
 
 
 def describe_parts(rows, table, times, sizes):
-    """Lines about how DGL's step compares with the sum of its modules at the GFLOP/s of back-propagation, and how often
+    """Lines that compare DGL's step with the sum of its modules at the GFLOP/s of back-propagation, and say how often
     synthesizers run.
     """
     (net,) = [row.net for row in rows if row.name == "DGL step"]
@@ -557,7 +561,7 @@ def synthesizer_runs(row):
     for module in row.net.modules():
         if (
             type(module).__name__ == "ConvSynthesizer"
-        ):  # by name: the class of a script loaded by path is another object
+        ):  # by name, because the class of a script loaded by path is another object
             hooks.append(module.register_forward_hook(lambda *_: runs.append(1)))
     row.step()
     for hook in hooks:

@@ -1,5 +1,5 @@
 """Reproduces the paper's results: runs the experiments in rows.csv that have no
-log yet, and writes the tables, the paper's numbers beside ours, from the logs.
+log yet, and writes tables of our results beside the paper's from the logs.
 
     python results/reproduce.py list
     python results/reproduce.py run learning_curves-parallel 'dni-*-20' --half
@@ -7,7 +7,7 @@ log yet, and writes the tables, the paper's numbers beside ours, from the logs.
     python results/reproduce.py table
     python results/reproduce.py check
 
-ROW is a name in rows.csv, or a pattern for several names.
+ROW is a name in rows.csv, or a pattern that matches several names.
 """
 
 import fnmatch
@@ -29,7 +29,7 @@ from decoupled.errors import writing
 from decoupled.logs import newest, parse_run_name
 from decoupled.training import flags
 
-GRACE = 60  # seconds in which interrupted runs must save and exit
+GRACE = 60  # seconds that interrupted runs have to save and exit
 
 
 class CommandParser(flags.Parser):
@@ -75,8 +75,8 @@ def add_run(commands):
         description="""Runs every seed of the rows that has no finished log in results/.
 
 The first seeds of all rows come before the second ones. Each run is a process with
-one CPU thread. It starts in the repository's root: relative --data-dir and --log-dir
-are relative to that. An interrupted run is resumed, with the same --half and
+one CPU thread. It starts in the repository's root, so --data-dir and --log-dir are
+relative to the root. An interrupted run is resumed and needs the same --half and
 --device. The log of a finished run is copied to results/EXPERIMENT/ROW-seedS.log.""",
     )
     parser.add_argument("rows", nargs="+", metavar="ROW", help="the rows to run")
@@ -85,7 +85,7 @@ are relative to that. An interrupted run is resumed, with the same --half and
         "--budget",
         type=flags.number(above=0),
         metavar="MINUTES",
-        help="stop all runs after this time as Ctrl-C does; the same command resumes them (default: no limit)",
+        help="stop all runs after this time, as with Ctrl-C; the same command resumes them (default: no limit)",
     )
     parser.add_argument(
         "--seeds", type=flags.integer(1), metavar="N", help="only the first N seeds of each row (default: all)"
@@ -101,19 +101,19 @@ are relative to that. An interrupted run is resumed, with the same --half and
 
 def add_results(parser):
     parser.add_argument(
-        "--results", type=flags.path, default="results", metavar="DIR", help="the folder of rows.csv and the logs"
+        "--results", type=flags.path, default="results", metavar="DIR", help="the folder with rows.csv and the logs"
     )
 
 
 def choose_rows(patterns, rows):
-    """Those of ``rows``, {name: Row}, that match one of ``patterns``, in the order of the patterns. Raises InputError
-    for a pattern that matches none.
+    """The names in ``rows``, {name: Row}, that match one of ``patterns``, in the order of the patterns. Raises
+    InputError for a pattern that matches none.
     """
     chosen = {}
     for pattern in patterns:
         names = fnmatch.filter(rows, pattern)
         if not names:
-            raise InputError(f"no row is called {pattern}: `reproduce.py list` shows their names")
+            raise InputError(f"no row is called {pattern}: `reproduce.py list` lists all rows")
         for name in names:
             chosen[name] = rows[name]
     return list(chosen.values())
@@ -203,7 +203,7 @@ def missing_runs(args):
 
 
 def first_seeds_first(rows, count):
-    """[(row, seed)]: the first seed of every row, then the second ones, and so on up to ``count``; None means all."""
+    """[(row, seed)]: the first seed of every row, then the second ones, and so on up to ``count`` (None: all)."""
     ordered = []
     for index in range(max(len(row.seeds) for row in rows)):
         for row in rows:
@@ -213,7 +213,7 @@ def first_seeds_first(rows, count):
 
 
 def run_command(row, seed, args):
-    """The words of the command that starts a run, or resumes the newest checkpoint of its name in --log-dir."""
+    """The words of the command that starts a run, or resumes the newest checkpoint with its name in --log-dir."""
     words = ["python", row.script]
     if row.experiment == "imagenet":
         words.append(args.data_dir)
@@ -241,13 +241,13 @@ def start_run(row, seed, args):
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which stops the runs itself
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which stops the runs itself
         )
     return Job(row, seed, process, output)
 
 
 def stop_runs(jobs):
-    """Interrupts the jobs and waits for them. Those that do not exit are killed; their checkpoints stay usable."""
+    """Interrupts the jobs and waits for them. Those that do not exit are killed; their checkpoints remain usable."""
     for job in jobs:
         job.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + GRACE
@@ -260,8 +260,8 @@ def stop_runs(jobs):
 
 
 def finish_run(job, args):
-    """Copies the log of a job whose process has ended to the results. Raises InputError if the run failed, or if the
-    log is not of a finished run of its row.
+    """Copies the log of a job whose process has ended to the results. Raises InputError if the run failed or if the log
+    is not that of a finished run of its row.
     """
     if job.process.returncode != 0:
         lines = job.output.read_text(errors="replace").strip().splitlines()
@@ -280,7 +280,7 @@ def finish_run(job, args):
     shutil.copyfile(path, target)
     print(f"{job.name}: {os.path.relpath(target)}")
     if job.row.experiment == "async_buffer":
-        path.with_suffix(".pt").unlink(missing_ok=True)  # with the replay buffers it takes gigabytes
+        path.with_suffix(".pt").unlink(missing_ok=True)  # with replay buffers, a checkpoint has gigabytes
 
 
 def find_log(job, folder):
@@ -307,7 +307,9 @@ def write_tables():
 
 
 def check_tables():
-    """Raises InputError if a table does not agree with the logs, or if README.md has results that no table has."""
+    """Raises InputError if a table does not agree with the logs, or if README.md quotes a result that is in no
+    table.
+    """
     rows, runs = read_all()
     stale = []
     for page in result_tables.PAGES:
@@ -317,7 +319,7 @@ def check_tables():
         raise InputError(f"the tables in {', '.join(stale)} do not agree with the logs: run `reproduce.py table`")
     untraced = result_tables.results_in_no_table()
     if untraced:
-        raise InputError(f"README.md has results that no table in results/README.md has: {', '.join(untraced)}")
+        raise InputError(f"README.md has results that are in no table of results/README.md: {', '.join(untraced)}")
 
 
 def read_all():

@@ -1,7 +1,7 @@
 """The rows of the tables (rows.csv) and the logs of each row.
 
-The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them. Each must be of a run of that
-row: of the same script, on the same data, with the same values of all arguments that influence the result.
+The logs of a row are results/EXPERIMENT/ROW-seedS.log, where reproduce.py puts them. Each must come from a run of that
+row: the same script, on the same data, with the same values of all arguments that affect the result.
 """
 
 import csv
@@ -24,7 +24,7 @@ ROOT = RESULTS.parent
 # Scripts whose first epochs depend on the total number of epochs: a longer run is not a run of the row.
 DEPEND_ON_LENGTH = ("learning_curves/cifar_sequential_greedy.py", "async_buffer/cifar_buffer.py")
 
-# Arguments that may differ: they say how and where a run was made. Seed and epochs are compared separately.
+# Arguments that may differ: they only say how and where a run was made. Seed and epochs are compared separately.
 FREE_ARGUMENTS = {
     "resume",
     "log_dir",
@@ -50,7 +50,7 @@ FREE_ARGUMENTS = {
     "epochs",
 }
 
-DATA = {  # a row's data: the pattern of the log's line about the training images
+DATA = {  # a row's data: the pattern of the log's line about training images
     "CIFAR-10": r"\d+ images of cifar10 \((PNG|original)\).*",
     "ImageNet": r"1281167 images of .*",
     "digits": r"\d+ images of digits.*",
@@ -119,7 +119,7 @@ class Log(NamedTuple):
         return self.frame.attrs["seconds"]
 
     def last_epoch(self, head):
-        """The last epoch that the log has results of ``head`` for; 0 if there is none."""
+        """The last epoch for which the log has results of ``head``; 0 if there is none."""
         return max(self.frame.loc[self.frame["n"] == head, "epoch"], default=0)
 
 
@@ -162,7 +162,7 @@ def load_parse_args(script):
 
 @functools.cache
 def parse_flags(script, flags):
-    """The arguments that ``script`` parses from ``flags``, defaults included: a dict."""
+    """The arguments that ``script`` parses from ``flags``, including defaults: a dict."""
     positional = ["DIR"] if script.startswith("imagenet/") else []
     argv = sys.argv
     sys.argv = [script, *positional, *shlex.split(flags)]
@@ -201,8 +201,8 @@ def read_run_log(path):
 
 
 def check_log(row, log):
-    """Raises InputError, which names the difference, if ``log`` is not of a run of ``row``."""
-    script = "/".join(Path(log.script).parts[-2:])  # FOLDER/SCRIPT, or SCRIPT if it was started in its folder
+    """Raises an InputError that names the difference if ``log`` is not from a run of ``row``."""
+    script = "/".join(Path(log.script).parts[-2:])  # FOLDER/SCRIPT, or only SCRIPT if it was started in its folder
     if script not in (row.script, Path(row.script).name):
         raise InputError(f"{log.path} is a run of {script}, and {row.name} of {row.script}")
     if not re.fullmatch(DATA[row.data], log.data):
@@ -222,7 +222,7 @@ def check_log(row, log):
 
 def read_runs(row, results=RESULTS):
     """The logs of ``row``, {seed: Log}, in the order of its seeds, finished or not. Raises InputError if one of them is
-    not of a run of the row with that seed.
+    not from a run of the row with that seed.
     """
     runs = {}
     for seed in row.seeds:
@@ -244,6 +244,6 @@ def is_finished(log, row):
 
 def wall_time(log, row):
     """Seconds that the epochs of ``row`` took."""
-    if row.script in DEPEND_ON_LENGTH:  # with a time per module and epoch, if modules learn one after the other
+    if row.script in DEPEND_ON_LENGTH:  # one time per module and epoch if modules learn one after the other
         return sum(log.seconds)
     return sum(log.seconds[: row.epochs])

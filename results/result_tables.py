@@ -1,5 +1,5 @@
 """The tables in the README files: Markdown made from the logs, the paper's numbers and the authors' curves. A table
-stands between these markers:
+is placed between these markers:
 
     <!-- table: NAME -->
     <!-- /table -->
@@ -136,7 +136,7 @@ def authors_value_at(variant, metric, head, epoch):
 
 
 def result_lines(rows, runs, folder, experiment, variants=None):
-    """The lines of an experiment's table, {column: value}: for each variant the published numbers, then our rows with
+    """The lines of an experiment's table, {column: value}: for each variant, the published numbers, then our rows with
     finished logs.
     """
     metrics = METRICS[experiment]
@@ -155,7 +155,7 @@ def result_lines(rows, runs, folder, experiment, variants=None):
 
 
 def published_lines(row, metrics):
-    """The numbers of the paper and of the authors' log to which ``row`` is compared."""
+    """The numbers of the paper and of the authors' log that ``row`` is compared with."""
     is_of_row = (PAPER["experiment"] == row.experiment) & (PAPER["variant"] == row.variant)
     of_row = PAPER[is_of_row & PAPER["metric"].isin([metric.metric for metric in metrics])]
     lines = []
@@ -167,7 +167,7 @@ def published_lines(row, metrics):
         line = {
             "run": row.variant,
             "size": "published",
-            "from": source,
+            "source": source,
             "data": row.data,
             "epochs": int(epoch),
         }
@@ -184,14 +184,14 @@ def our_line(row, logs, metrics, folder):
     line = {
         "run": row.variant,
         "size": row.size,
-        "from": "ours",
+        "source": "ours",
         "data": row.data,
         "epochs": row.epochs,
         "device": join_distinct(device(log) for log in logs.values()),
         "precision": join_distinct(log.precision.removesuffix(" mixed") for log in logs.values()),
         "wall time": duration(statistics.mean(wall_time(log, row) for log in logs.values())),
         "commit": join_distinct(commits),
-        "seeds: logs": " ".join(links),
+        "log of seed": " ".join(links),
     }
     for metric in metrics:
         values = values_of_logs(logs.values(), metric.metric, metric.head or row.head, row.epochs)
@@ -200,26 +200,24 @@ def our_line(row, logs, metrics, folder):
 
 
 def main_table(rows, runs, folder, experiment):
-    """The published numbers and our finished rows of an experiment. One sentence if there are neither."""
+    """The published numbers and our finished rows of an experiment, or a sentence if there are neither."""
     lines = result_lines(rows, runs, folder, experiment)
     if not lines:
         return "No run has finished yet, and the paper has no table.\n"
     titles = [metric.title for metric in METRICS[experiment]]
-    columns = ["run", "size", "from", *titles, "data", *HOW, "seeds: logs"]
+    columns = ["run", "size", "source", *titles, "data", *HOW, "log of seed"]
     return markdown(columns, lines)
 
 
 def summary_table(rows, runs, folder, experiment, variants):
     """main_table of some variants, without the columns about how the runs were made."""
     titles = [metric.title for metric in METRICS[experiment]]
-    columns = ["run", "size", "from", *titles, "data", "seeds: logs"]
+    columns = ["run", "size", "source", *titles, "data", "log of seed"]
     return markdown(columns, result_lines(rows, runs, folder, experiment, variants))
 
 
 def epochs_table(rows, runs, folder, experiment, heads, epochs):
-    """Test top-1 of our runs of published size, finished or not, beside the authors' log at the same
-    ``epochs``.
-    """
+    """Test top-1 of our runs at the published size, finished or not, beside the authors' log at the same ``epochs``."""
     columns = ["run", "data", "epoch"]
     for head in heads:
         columns += head_columns(head, heads)
@@ -251,7 +249,7 @@ def head_columns(head, heads):
 
 
 def furthest_logs(rows, runs):
-    """The logs of ``rows`` that differ only in the number of epochs: for each seed the one with the most epochs."""
+    """Of the logs of ``rows`` that differ only in the number of epochs, the one with the most epochs for each seed."""
     furthest = {}
     for row in rows:
         for seed, log in runs[row.name].items():
@@ -262,15 +260,15 @@ def furthest_logs(rows, runs):
 
 def auxiliary_costs_table(rows, runs, folder):
     """Peak memory and time of a training step with MLP-SR auxiliaries for each K, from the cost tables."""
-    columns = ["K modules"]
+    columns = ["modules K"]
     lines = {}  # K: {column: value}
     for channels in (32, 128):
         frame = pd.read_csv(RESULTS / f"aux_nets/costs-{channels}/decoupling_costs.csv", comment="#", index_col="K")
         memory_column = f"{channels} channels: peak MiB"
-        time_column = f"{channels} channels: ms a step"
+        time_column = f"{channels} channels: ms per step"
         columns += [memory_column, time_column]
         for k in frame.index:
-            line = lines.setdefault(k, {"K modules": k})
+            line = lines.setdefault(k, {"modules K": k})
             line[memory_column] = f"{frame['memory'][k] / 2**20:,.0f}"
             line[time_column] = f"{1000 * frame['time'][k]:,.0f}"
     return markdown(columns, lines.values())
