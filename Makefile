@@ -1,20 +1,24 @@
-# make demo trains DGL on the embedded digits and draws its learning curves; make test runs the tests. Both set up .venv first, once.
+# make demo trains DGL on scikit-learn's digits and draws its learning curves; make test runs the tests. Both create .venv
+# on their first run.
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python learning_curves/cifar_dgl.py --dataset digits --lr 0.05 --epochs 20 --precise-statistics --name demo --log-dir demo
+	.venv/bin/python learning_curves/cifar_dgl.py --dataset digits --channels 8 --lr 0.05 --epochs 20 --precise-statistics --name demo --log-dir demo
 	.venv/bin/python -m decoupled plot demo --output demo/learning_curves.png
-	@echo "Four modules have learned at once, each from its own loss, without a gradient between them. Next, the paper's run on CIFAR-10: .venv/bin/python learning_curves/cifar_dgl.py"
+	@echo
+	@echo "Four modules have learned at the same time, each from its own loss: see demo/learning_curves.png. Next, try"
+	@echo "    .venv/bin/python -m decoupled predict demo             # early exit: accuracy and FLOPs at each head"
+	@echo "    .venv/bin/python learning_curves/cifar_dgl.py --half   # the paper's run on CIFAR-10; without --half on older CPUs"
 
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2
 
-# make gpu is for a machine with a GPU: tests, benchmarks (module_parallel's are of its processor; imagenet_input.py is
-# left out, it needs ImageNet), then runs of the paper's tables. Each piece ends within nine minutes and leaves a file in
-# gpu/; the same command goes on with those that are missing, and each time with the runs. LIMIT ends a piece as Ctrl-C
-# does. RUNS: see results/reproduce.py list.
+# make gpu is for a machine with a GPU: tests, benchmarks (module_parallel.py measures the CPU; imagenet_input.py is left
+# out because it needs ImageNet), then runs for the paper's tables. Each piece ends within nine minutes and writes a file
+# to gpu/. The same command continues with the missing files, and with the runs. LIMIT ends a piece like Ctrl-C does.
+# RUNS: see results/reproduce.py list.
 RUNS ?= learning_curves-parallel learning_curves-sequential
 DATA ?= data
 LIMIT = timeout --signal=INT --kill-after=20 510
