@@ -1,5 +1,6 @@
 """Where a run and its tools come from: commits, and notebooks opened elsewhere."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_a_notebook_opened_elsewhere_finds_the_results_or_says_what_to_do(monkey
     assert plots.results_folder() == ROOT / "results"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "__file__", str(tmp_path / "site-packages" / "decoupled" / "plots.py"))
-    with pytest.raises(InputError, match=f"no folder of results is above {tmp_path}: open the notebook from its place"):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
         plots.results_folder()
 
 
