@@ -4,8 +4,8 @@ python -m decoupled plot LOG… [--heads all|last|1,4] [--output curves.png]
 python -m decoupled plot DIR --all --table
 
 Logs that differ only in the seed are drawn as one curve: their mean, and a band
-from the lowest to the highest. The suffix of --output gives the format: .png,
-.pdf, .svg. --table prints a table of the results instead.
+from the lowest to the highest. The suffix of --output chooses the format: .png,
+.pdf or .svg. --table prints a table of the results instead.
 """
 
 import argparse

@@ -4,16 +4,16 @@ python -m decoupled predict CHECKPOINT cat.png dog.png --early-exit 0.9
 python -m decoupled predict CHECKPOINT DIR
 python -m decoupled predict CHECKPOINT
 
-CHECKPOINT is a run's .pt file, or a folder: the newest run in it, by the time
-in its name. For each image it prints the class, the confidence (the softmax of
-the head's logits), the head, and the FLOPs saved, in % of those of all bodies
-and the last head. With --early-exit an image leaves at the first head that is
-confident enough. It has passed the heads below as well, so an image that leaves
-at the last head costs more than without early exits.
+CHECKPOINT is a run's .pt file, or a folder, whose newest run is used (by the
+time in its name). For each image, this prints the class, the confidence (the
+softmax of the head's logits), the head, and the FLOPs saved, in % of the FLOPs
+of all bodies and the last head. With --early-exit, an image leaves at the first
+head that is confident enough. It passes the lower heads as well, so an image
+that leaves at the last head costs more than without early exit.
 
-With a folder of labeled images, DIR/<class>/<image>, or with the run's own test
-set, which is used if no images are named, it prints the top-1 accuracy and the
-average FLOPs of leaving at each head, and of leaving at each confidence.
+With a folder of labeled images, DIR/<class>/<image>, or without images, when the
+run's own test set is used, this prints the top-1 accuracy and the average FLOPs
+if all images leave at the same head, and if they leave at different confidences.
 --output draws them, and writes the numbers beside the figure.
 """
 
@@ -54,12 +54,12 @@ def parse_args():
     parser.add_argument(
         "images", metavar="IMAGE", nargs="*", type=flags.path, help="image files, or one folder DIR/<class>/<image>"
     )
-    parser.add_argument("--heads", metavar="all|N", help="which head classifies, from 1, or all (default: the last)")
+    parser.add_argument("--heads", metavar="all|N", help="the head that classifies, counted from 1, or all (default: the last)")
     parser.add_argument(
         "--early-exit",
         type=flags.number(least=0),
         metavar="CONFIDENCE",
-        help="leave at the first head with at least this confidence, 0 to 1",
+        help="let each image leave at the first head with at least this confidence, from 0 to 1",
     )
     parser.add_argument("--data-dir", type=flags.path, metavar="DIR", help="the folder that has the run's data set now")
     parser.add_argument(
