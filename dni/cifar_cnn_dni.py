@@ -35,7 +35,9 @@ def parse_args():
     parser = flags.parser(__doc__, epochs=2000, batch_size=256, lr=None, test_batch_size=256)
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--dni", action="store_true", help="learn from synthetic gradients instead of back-propagating through the whole network"
+        "--dni",
+        action="store_true",
+        help="learn from synthetic gradients instead of back-propagating through the whole network",
     )
     group.add_argument("--context", action="store_true", help="with --dni: synthesizers also see the labels (cDNI)")
     group.add_argument(

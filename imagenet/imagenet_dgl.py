@@ -53,7 +53,9 @@ def parse_args():
     )
     group.add_argument("--nlin", type=flags.LAYERS, default=3, metavar="N", help="1×1 convolutions per auxiliary")
     group.add_argument("--mlp", type=flags.LAYERS, default=3, metavar="N", help="hidden layers per auxiliary")
-    group.add_argument("--ensemble", type=int, choices=(0, 1), default=1, help="1: also evaluate ensembles of heads; 0: do not")
+    group.add_argument(
+        "--ensemble", type=int, choices=(0, 1), default=1, help="1: also evaluate ensembles of heads; 0: do not"
+    )
     parser.add_dropped(
         "--ncnn",
         "--feature_size",

@@ -54,7 +54,9 @@ def parse_args():
     parser.add_argument(
         "images", metavar="IMAGE", nargs="*", type=flags.path, help="image files, or one folder DIR/<class>/<image>"
     )
-    parser.add_argument("--heads", metavar="all|N", help="the head that classifies, counted from 1, or all (default: the last)")
+    parser.add_argument(
+        "--heads", metavar="all|N", help="the head that classifies, counted from 1, or all (default: the last)"
+    )
     parser.add_argument(
         "--early-exit",
         type=flags.number(least=0),

@@ -277,7 +277,9 @@ def add_device(parser):
         action="store_true",
         help="mixed precision: fp16 with a loss scale for each module on CUDA, bf16 elsewhere",
     )
-    group.add_argument("--compile", action="store_true", help="compile each module with torch.compile; on CUDA, to CUDA graphs")
+    group.add_argument(
+        "--compile", action="store_true", help="compile each module with torch.compile; on CUDA, to CUDA graphs"
+    )
     group.add_argument(
         "--deterministic",
         action="store_true",
