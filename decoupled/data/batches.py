@@ -59,8 +59,8 @@ class Batches:
     """Mini-batches of images held as uint8 on the training device, where they are cropped, flipped and normalized:
     images (B, 3, h, w) float32, channels-last and normalized; labels (B,) int64.
 
-    The order and the augmentation of an epoch come from a separate generator, which is on the CPU for every device. They
-    depend only on the seed.
+    The order and the augmentation of an epoch come from a separate generator, which is on the CPU for every device, so
+    they depend only on the seed.
 
     ``images`` is uint8 (N, h, w, 3) and ``labels`` int64 (N,); both are kept on ``device``. With ``augment``, every
     epoch has a new random order, and each image is zero-padded by 4, cropped at random to its size and, with ``flip``,
