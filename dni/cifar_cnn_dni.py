@@ -5,8 +5,8 @@ methods that DGL is compared with in the paper's Sec. 5.1, Fig. 2.
     python dni/cifar_cnn_dni.py --dni              DNI
     python dni/cifar_cnn_dni.py --dni --context    cDNI
 
-In DNI, each block learns from synthetic gradients; in cDNI, the synthesizers also
-see the labels. The CNN and the synthesizers are those of the DNI paper
+In DNI, each block learns from synthetic gradients; in cDNI, the synthesizers
+also see the labels. The CNN and the synthesizers are those of the DNI paper
 (Jaderberg et al. 2017, App. C.1).
 
 After 2,000 epochs the authors' published logs have test top-1 84.47, 64.74 and

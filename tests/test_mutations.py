@@ -184,7 +184,7 @@ def test_every_experiments_log_is_drawn(tmp_path, monkeypatch, capsys, line):
     monkeypatch.setattr("sys.argv", words)
     plots.main()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "left out" in capsys.readouterr().out
+    assert "line 2" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*words[:-1], str(tmp_path / "curves.xyz")])
     with pytest.raises(SystemExit) as stop:
         plots.main()

@@ -74,7 +74,9 @@ def split_evenly(layers, splits):
     Raises InputError for fewer layers than ``splits``.
     """
     if not 1 <= splits <= len(layers):
-        raise InputError(f"{len(layers)} layers cannot be split into {splits} modules: choose 1 to {len(layers)}")
+        raise InputError(
+            f"{len(layers)} layers cannot be split into {splits} modules: choose 1 to {len(layers)} splits"
+        )
     groups = group_layers(layers, math.ceil(len(layers) / splits))
     if len(groups) == splits:
         return groups
