@@ -246,3 +246,29 @@ def test_readmes_table(name, line):
         authors = result_tables.authors_value_at(row.variant, "test_top1", row.head, epoch)
         ours = f"epoch {epoch}: {ours}, authors {authors:.2f}"
     assert line["ours (seeds)"] == ours
+
+
+# docs/differences.md
+
+
+def test_differences_quotes_the_logs():
+    """The first epochs beside the authors', the FLOPs of DNI's step, and the counts that results/README.md has."""
+    text = (ROOT / "docs/differences.md").read_text()
+    ours = read_log(RESULTS / "learning_curves/learning_curves-parallel-seed1.log").set_index(["n", "epoch"])
+    authors = result_tables.AUTHORS
+    assert f"{ours.loc[(4, 2), 'train_top1']:.2f} %" in text
+    assert f"authors: {authors.loc[('parallel.log', 4, 2), 'train_top1']:.2f}" in text
+    ours = read_log(RESULTS / "dni/dni-backprop-60-seed1.log").set_index(["n", "epoch"])
+    assert f"{ours.loc[(3, 1), 'loss']:.3f}" in text
+    assert f"authors: {authors.loc[('backprop.log', 3, 1), 'loss']:.3f}" in text
+    (gflop,) = re.search(
+        r"^DNI step +\S+ +\S+ +(\S+)", (RESULTS / "throughput/dni_fp32.txt").read_text(), re.MULTILINE
+    ).groups()
+    assert f"{gflop} GFLOP per image" in text
+    counts = {}
+    for line in (RESULTS / "README.md").read_text().splitlines():
+        if line.startswith(("| reads in which", "| mean staleness", "| ours | 0 |")):
+            name, *values = cells(line)
+            counts[name.split()[0]] = float(values[-1])
+    assert f"{counts['reads']:.0f} %" in text
+    assert f"{counts['mean']:.1f} steps instead of {counts['ours']:.1f}" in text
