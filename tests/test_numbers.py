@@ -5,6 +5,7 @@ the networks. Sentences may change; their numbers may not.
 """
 
 import re
+import statistics
 
 import pandas as pd
 import pytest
@@ -69,12 +70,12 @@ def speed_ups():
 
 def results():
     """What a replay buffer of one mini-batch costs, and ResNet-152's largest batches in 16 GiB."""
-    hours = []  # per PFLOP, of all finished runs in bf16 on one thread: about 1 to 3
+    hours = []  # per PFLOP, of all finished runs in bf16 on one thread: about 1 to 4
     for row in result_rows.read_rows().values():
         for log in result_rows.read_runs(row).values():
             if log.threads == "1" and log.precision.startswith("bf16") and result_rows.is_finished(log, row):
                 hours.append(result_rows.wall_time(log, row) / 3600 / row.pflop)
-    assert min(hours) > 0.5 and max(hours) < 3.5
+    assert min(hours) > 0.5 and max(hours) < 4.5
     largest = {}
     lines = (RESULTS / "imagenet/largest_resnet152_fp32.txt").read_text()
     for line in lines.split("\n\n")[1].splitlines():
@@ -171,7 +172,7 @@ def pace_beside_a_slow_process():
 # (page, heading): what computes its numbers, and its other numbers: batch sizes, K, ...
 CLAIMS = {
     ("README.md", "Status"): (status, "20 60 32 15"),
-    ("README.md", "Results"): (results, "1 1.5 3 15 16 2 30 32 4"),
+    ("README.md", "Results"): (results, "1 1.5 4 15 16 2 30 32"),
     ("README.md", "Several processes"): (speed_ups, ""),
     ("docs/early_exit.md", "Measured savings"): (early_exit, "1 359 10"),
     ("docs/memory.md", "Where it saves nothing"): (where_memory_is_not_saved, "2 4 51"),
@@ -237,7 +238,8 @@ def test_readmes_table(name, line):
         pflop = float(numbers(line["CPU"])[0].replace(",", ""))
         assert pflop == pytest.approx(row.pflop, rel=0.02)
     else:
-        assert line["CPU"].startswith(result_tables.duration(result_rows.wall_time(runs[0], row)))
+        seconds = statistics.mean(result_rows.wall_time(run, row) for run in runs)
+        assert line["CPU"].startswith(result_tables.duration(seconds))
     if not runs:
         assert line["ours (seeds)"] == ""
         return
