@@ -437,11 +437,16 @@ def test_auxiliaries_read_the_channels_of_either_layout_and_of_tokens():
     assert vector(torch.randn(4, 6)).shape == (4, 3)
 
 
-def test_the_ten_lines_in_the_docs_run():
+def test_the_blocks_in_the_docs_run(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[1] / "docs" / "own_networks.md").read_text()
-    names = {}
-    exec(re.findall(r"```python\n(.+?)```", text, re.DOTALL)[0], names)
+    training, auxiliaries, *_ = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    names = {"nn": nn}
+    monkeypatch.chdir(tmp_path)
+    exec(training, names)
     assert len(names["net"](names["images"])) == 4
+    assert capsys.readouterr().out.count(" %\n") == 2 * 4 and (tmp_path / "model.pt").is_file()
+    exec(auxiliaries, names)
+    assert kinds(names["net"][0].auxiliary).count("Linear") == 2  # one hidden layer
 
 
 def test_options_and_an_own_auxiliary():
@@ -666,7 +671,7 @@ ERRORS = {
         {"splits": 2, "auxiliary": "cnn"},
         ["'cnn'", "linear, mlp"],
     ),
-    "logits of pixels": (UNet(), images(), {"at": "refine"}, ["(10, 32, 32)", "callable"]),
+    "logits of pixels": (UNet(), images(), {"at": "refine"}, ["(B, 10, 32, 32)", "callable"]),
     "own auxiliary": (
         mlp(8, 8, 3),
         VECTORS,

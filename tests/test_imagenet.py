@@ -471,12 +471,13 @@ def alone():
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])  # None: the mean over all mini-batches
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
-def test_global_batch_norm_of_one_process_is_batch_norm(alone, shape):
-    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4).double()
+def test_global_batch_norm_of_one_process_is_batch_norm(alone, shape, momentum):
+    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4, momentum=momentum).double()
     nn.init.uniform_(plain.weight)
     nn.init.uniform_(plain.bias)
-    ours = global_batch_norm.globalize(nn.Sequential(type(plain)(4).double()), torch.device("cpu"))
+    ours = global_batch_norm.globalize(nn.Sequential(type(plain)(4, momentum=momentum).double()), torch.device("cpu"))
     ours.load_state_dict({f"0.{name}": value for name, value in plain.state_dict().items()})
     images = [(3 + 2 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for _ in range(2)]
     images[1].data.copy_(images[0].data)

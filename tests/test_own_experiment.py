@@ -133,8 +133,18 @@ def test_recipes_run_and_two_processes_do_what_one_does(name, scripts, in_two_pr
     assert_same_run(Finished(folder), left)
 
 
+def test_without_torchrun_the_lines_and_weights_are_the_same(whole, tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(changed((ROOT / SCRIPT).read_text(), RECIPES["alone"]))
+    left = whole(script)
+    expected = whole(SCRIPT)
+    assert left.lines == expected.lines
+    assert left.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(left.weights[key], weight) for key, weight in expected.weights.items())
+
+
 def test_every_recipe_runs():
-    assert sorted(itertools.chain(*TOGETHER.values())) == sorted(RECIPES)
+    assert sorted([*itertools.chain(*TOGETHER.values()), "alone"]) == sorted(RECIPES)
 
 
 def test_what_recipes_do(scripts, whole):

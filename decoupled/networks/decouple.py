@@ -71,7 +71,7 @@ def decouple(
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
     """
     if (splits is None) == (at is None):
-        raise InputError("say how many modules (splits=K) or where to cut (at=[names]): not both")
+        raise InputError("decouple needs either splits=K, the number of modules, or at=[names], where to cut")
     if splits is not None and (not isinstance(splits, int) or splits < 1):
         raise InputError(f"splits must be an integer ≥ 1, not {splits!r}")
     if layout not in (None, *LAYOUTS):
@@ -312,8 +312,10 @@ def auxiliary_after(place, examined, traced, auxiliary, layout, options):
     elif examined.logits.dim() == 3:
         net = per_token_auxiliary(auxiliary or "mlp", place.shape, examined.classes, **options)
     else:
-        shape = tuple(examined.logits.shape[1:])
-        raise InputError(f"no auxiliary has logits (B, *{shape}): pass a callable (shape, classes) → module")
+        shape = ", ".join(map(str, examined.logits.shape[1:]))
+        raise InputError(
+            f"logits have the shape (B, {shape}): pass auxiliary=, a callable (shape, classes) → module. {GUIDE}"
+        )
     net = net.to(value.device, value.dtype)
     with torch.no_grad(), eval_mode(net), seeded(value):
         logits = net(value.clone())

@@ -51,8 +51,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = AllReduceSum.apply(centered.square().sum(axes), self.group) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
         weight = (variance + self.eps).rsqrt() * self.weight
         return (centered * weight.view(per_channel) + self.bias.view(per_channel)).to(x.dtype)
 

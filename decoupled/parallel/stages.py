@@ -326,8 +326,8 @@ def as_list(labels):
 
 def batch_norms(net):
     """The batch norms in ``net`` that have running statistics."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    return [layer for layer in net.modules() if isinstance(layer, kinds) and layer.track_running_stats]
+    kind = nn.modules.batchnorm._BatchNorm  # also of three dimensions, and those over several replicas
+    return [layer for layer in net.modules() if isinstance(layer, kind) and layer.track_running_stats]
 
 
 class Heads(nn.Module):
