@@ -10,9 +10,37 @@ import torch
 from gpu_commands import ASYNC, COMMANDS, DNI, LAYERS, NARROW, OVERFLOWS, TOY, check_an_overflow, command_name
 from running import PARALLEL, SEQUENTIAL
 from simulated_cuda import DeviceError, simulated_cuda
+from torch import nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from decoupled.logs import read_log
 from decoupled.training.run import Run
+
+
+class NarrowResNet(ResNet):
+    """ResNet-18 with an eighth of the channels: CPUs compute fp16 convolutions slowly."""
+
+    def __init__(self, classes):
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(64, classes)
+
+    def _make_layer(self, block, planes, *options, **more):
+        if planes == 64:  # the first of four
+            self.inplanes = 8
+        return super()._make_layer(block, planes // 8, *options, **more)
+
+
+@pytest.fixture(autouse=True)
+def narrow_resnet18(monkeypatch):
+    real = models.get_model
+
+    def get_model(name, num_classes, **options):
+        return NarrowResNet(num_classes) if name == "resnet18" else real(name, num_classes=num_classes, **options)
+
+    monkeypatch.setattr(models, "get_model", get_model)
 
 
 @pytest.fixture
