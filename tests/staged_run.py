@@ -61,11 +61,29 @@ def fail(fault):
         raise InputError("this cannot be used: use something else")
     if fault == "SIGSTOP":
         kill_later(os.getpid())
-    torchrun = os.getppid()
-    target = torchrun if fault in ("SIGTERM", "SIGINT") else os.getpid()
-    os.kill(target, getattr(signal, fault))
-    if target == torchrun:
-        time.sleep(0.5)  # it passes the signal on to this process, perhaps under load
+    if fault in ("SIGTERM", "SIGINT"):
+        signal_torchrun(getattr(signal, fault))
+    else:
+        os.kill(os.getpid(), getattr(signal, fault))
+
+
+def signal_torchrun(number):
+    """Sends a signal to torchrun, and waits until torchrun has passed it on to this process: under load, for long."""
+    received = []
+
+    def noting(handler):
+        def note(number, frame):
+            received.append(number)
+            handler(number, frame)
+
+        return note
+
+    for passed_on in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(passed_on, noting(signal.getsignal(passed_on)))
+    os.kill(os.getppid(), number)
+    end = time.monotonic() + 60
+    while not received and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def failing(send, fault_call, fault, attempt=0):
