@@ -440,7 +440,7 @@ def test_auxiliaries_read_the_channels_of_either_layout_and_of_tokens():
 def test_the_blocks_in_the_docs_run(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[1] / "docs" / "own_networks.md").read_text()
     training, auxiliaries, *_ = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
-    names = {"nn": nn}
+    names = {}
     monkeypatch.chdir(tmp_path)
     exec(training, names)
     assert len(names["net"](names["images"])) == 4

@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from decoupled.logs import read_log
 from decoupled.parallel import batch_norm as global_batch_norm
+from decoupled.parallel.stages import batch_norms
 
 vgg, resnet = load_script("imagenet/greedy_vgg.py"), load_script("imagenet/greedy_resnet.py")
 script = load_script(DGL)
@@ -472,12 +473,16 @@ def alone():
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])  # None: the mean over all mini-batches
-@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3), (6, 4, 2, 3, 3)])
 def test_global_batch_norm_of_one_process_is_batch_norm(alone, shape, momentum):
-    plain = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4, momentum=momentum).double()
+    kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    plain = kind(4, momentum=momentum).double()
     nn.init.uniform_(plain.weight)
     nn.init.uniform_(plain.bias)
-    ours = global_batch_norm.globalize(nn.Sequential(type(plain)(4, momentum=momentum).double()), torch.device("cpu"))
+    ours = global_batch_norm.globalize(nn.Sequential(kind(4, momentum=momentum).double()), torch.device("cpu"))
+    assert (
+        batch_norms(ours) == [ours[0]] and type(ours[0]) is global_batch_norm.GlobalBatchNorm
+    )  # for precise statistics
     ours.load_state_dict({f"0.{name}": value for name, value in plain.state_dict().items()})
     images = [(3 + 2 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for _ in range(2)]
     images[1].data.copy_(images[0].data)

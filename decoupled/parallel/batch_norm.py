@@ -27,7 +27,7 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """(b, C) or (b, C, h, w) → the same shape, normalized by the mean and variance over the samples of all processes of
+    """(b, C, …) → the same shape, normalized by the mean and variance over the samples of all processes of
     ``group``. Processes may have different numbers of samples.
     """
 
@@ -66,7 +66,7 @@ def globalize(net, device, group=None):
         return nn.SyncBatchNorm.convert_sync_batchnorm(net, group)
     for module in net.modules():
         for child in module.children():
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.__class__ = GlobalBatchNorm  # keeps parameters, buffers and settings
                 child.group = group
     return net
