@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, default_collate
 import decoupled
 from decoupled import InputError
 from decoupled.data.loader import Loader
+from decoupled.logs import read_log
 from decoupled.networks.layerwise import layerwise_cnn
 from decoupled.parallel.balance import TensorFormat
 from decoupled.training.steps import Steps
@@ -32,6 +33,8 @@ TOGETHER = {  # name of a script → the recipes that it follows
     "mixed": ("mixup", "norms", "smoothing"),
     "reconstructed": ("reconstruction", "clip"),
 }
+TOO_SMALL = "the last mini-batch is too small to give each of 2 replicas a share"
+NOT_TOGETHER = "each replica would train a network of its own"
 
 
 def changed(text, recipe):
@@ -58,6 +61,11 @@ def scripts(tmp_path_factory):
             text = changed(text, RECIPES[recipe])
         paths[name] = folder / f"{name}.py"
         paths[name].write_text(text)
+    replicas = changed((ROOT / SCRIPT).read_text(), RECIPES["replicas"])
+    paths["replicas"] = folder / "replicas.py"
+    paths["replicas"].write_text(replicas)
+    paths["apart"] = folder / "apart.py"
+    paths["apart"].write_text(replicas.replace("run.mesh.data_parallel(stage.modules_here)", "stage.modules_here"))
     return paths
 
 
@@ -72,6 +80,8 @@ def in_two_processes(scripts, tmp_path_factory):
     runs["killed"] |= {"restarts": 1, "faults": {"1": [5, "SIGKILL", 0]}}  # each epoch has 2 + 1 mini-batches
     runs["stopped"]["words"] += ["--workers", "1", "--half"]
     runs["stopped"] |= {"faults": {"0": [1, "SIGTERM"]}}
+    too_small = ["--images", "81", "--log-dir", str(folder / "too small")]  # mini-batches of 32, 32 and 1
+    runs["too small"] = {"processes": 2, "words": [str(scripts["replicas"]), *SMALL.split(), *too_small]}
     ended = {}
     for name, (outcome, stderr) in zip(runs, launch(*runs.values()), strict=True):
         ended[name] = (outcome, stderr, folder / name)
@@ -133,6 +143,23 @@ def test_recipes_run_and_two_processes_do_what_one_does(name, scripts, in_two_pr
     assert_same_run(Finished(folder), left)
 
 
+def test_replicas_learn_what_one_process_learns(scripts, in_two_processes, whole):
+    expected = whole(scripts["replicas"])
+    assert_same_run(expected, whole(SCRIPT))
+    outcome, stderr, folder = in_two_processes["replicas"]
+    assert outcome == "finished", stderr
+    left = Finished(folder)
+    losses = [read_log(run.log)["loss"].tolist() for run in (left, expected)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("name, message", [("apart", NOT_TOGETHER), ("too small", TOO_SMALL)])
+def test_replicas_that_cannot_train_one_network(name, message, in_two_processes):
+    outcome, stderr, folder = in_two_processes[name]
+    assert outcome == "[2]" and message in stderr
+    assert not folder.exists()
+
+
 def test_without_torchrun_the_lines_and_weights_are_the_same(whole, tmp_path):
     script = tmp_path / "alone.py"
     script.write_text(changed((ROOT / SCRIPT).read_text(), RECIPES["alone"]))
@@ -144,7 +171,7 @@ def test_without_torchrun_the_lines_and_weights_are_the_same(whole, tmp_path):
 
 
 def test_every_recipe_runs():
-    assert sorted([*itertools.chain(*TOGETHER.values()), "alone"]) == sorted(RECIPES)
+    assert sorted([*itertools.chain(*TOGETHER.values()), "alone", "replicas"]) == sorted(RECIPES)
 
 
 def test_what_recipes_do(scripts, whole):
@@ -287,6 +314,7 @@ def test_replicas_share_each_mini_batch():
     whole = [*Loader(Noise(), 4, shuffle=True)]
     shares = [Loader(Noise(), 4, shuffle=True, replica=replica, replicas=3) for replica in range(3)]
     assert [share.common for share in shares] == [2, 2, 2]
+    assert [Loader(Noise(), size, replicas=replicas).common for size, replicas in ((4, 5), (3, 2), (2, 2))] == [0, 3, 5]
     weights = []
     parts = []
     for share in shares:

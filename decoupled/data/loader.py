@@ -136,6 +136,8 @@ class Loader:
     @property
     def common(self):
         """The number of mini-batches of which every replica has a share."""
+        if self.sampler.batch_size < self.sampler.replicas:
+            return 0
         full, rest = divmod(self.sampler.count, self.sampler.batch_size)
         return full + (rest >= self.sampler.replicas)
 

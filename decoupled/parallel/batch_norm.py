@@ -60,8 +60,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def globalize(net, device, group=None):
     """Replaces every batch norm in ``net`` with one over the processes of ``group`` (None: all processes):
-    SyncBatchNorm on CUDA, where its kernels are faster, GlobalBatchNorm elsewhere.
+    SyncBatchNorm on CUDA, where its kernels are faster, GlobalBatchNorm elsewhere. Returns the network; without
+    torchrun, unchanged.
     """
+    if not distributed.is_initialized():
+        return net
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net, group)
     for module in net.modules():

@@ -30,6 +30,7 @@ class Mesh:
         self.processes = processes
         self.stages = stages
         self.replicas = processes.size // stages
+        self.is_data_parallel = False  # whether replicas average their gradients
         self.stage_index, self.replica_index = divmod(processes.rank, self.replicas)
         # Groups of the replicas of this stage
         self.group = None  # for tensors on the device; None: all processes
@@ -95,6 +96,7 @@ class Mesh:
         """
         if self.replicas == 1:
             return list(modules)
+        self.is_data_parallel = True
         device = self.processes.device
         options = {
             "process_group": self.group,

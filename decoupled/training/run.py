@@ -234,11 +234,16 @@ class Run:
 
         Checkpoints are written before the first epoch, after each epoch, every --save-every minutes within an epoch,
         and when a signal stops the run.
+
+        With several replicas, raises InputError if their gradients are not averaged, because each would silently train
+        a network of its own, or if a mini-batch is too small to be shared.
         """
         objects = {"net": net, "optimizers": optimizers, "schedules": schedules}
         objects |= {"train": train, "test": test, "meters": meters, **further_state}
         objects = {name: value for name, value in objects.items() if value is not None}
         self.state = State(objects, self.scaler, self.mesh, self.stage)
+        if self.mesh.replicas > 1:
+            self.check_replicas()
         self.num_modules = num_modules
         self.saved_at = time.perf_counter()
         with self.signals:
@@ -258,6 +263,20 @@ class Run:
                 self.state.close()
                 self.files.close()
         self.processes.close()
+
+    def check_replicas(self):
+        """Raises InputError if the replicas cannot train one network together."""
+        if not self.mesh.is_data_parallel:
+            raise InputError(
+                "each replica would train a network of its own: train the modules that "
+                "run.mesh.data_parallel(stage.modules_here) returns"
+            )
+        for batches in self.state.get("train"):
+            if batches.common < len(batches):
+                raise InputError(
+                    f"the last mini-batch is too small to give each of {self.mesh.replicas} replicas a share: choose "
+                    "another batch size, or leave it out with drop_last=True"
+                )
 
     def finished(self):
         if self.position.within_epoch:
@@ -351,7 +370,7 @@ class Run:
         for number, mini_batch in enumerate(self.console.evaluation(batches)):
             yield mini_batch
             # Replicas agree on whether to stop, so all must ask: not after a last mini-batch that is too small to give
-            # every replica a share. (For training, imagenet_folders.check_batches refuses one.)
+            # every replica a share. (For training, check_replicas refuses one.)
             if self.mesh.replicas == 1 or number < batches.common:
                 self.save_or_stop()
 
