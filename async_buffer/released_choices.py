@@ -94,8 +94,8 @@ def main():
         reads = sum(buffer.reads for buffer in buffers)
         percent = 100 * sum(buffer.not_newest for buffer in buffers) / reads
         print(
-            f"--buffer {capacity}: {reads} reads; the released tie-break does not return the newest in {percent:.1f} %; "
-            f"mean staleness {released:.2f} steps, ours {ours:.2f}"
+            f"--buffer {capacity}: {reads} reads, of which {percent:.1f} % do not return the newest with the released "
+            f"tie-break; mean staleness {released:.2f} steps, ours {ours:.2f}"
         )
     turns, _, released = simulate(BUFFERS[-1], released_warm_up=True)
     print(

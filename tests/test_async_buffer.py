@@ -19,6 +19,7 @@ SCRIPT = "async_buffer/cifar_buffer.py"
 script = load_script(SCRIPT)  # its folder can be imported from now on
 import buffer_results  # noqa: E402
 from asynchronous_cnn import asynchronous_cnn, representation_shapes  # noqa: E402
+from released_choices import CountingBuffer, RepeatingTurns  # noqa: E402
 from turns import ImageStream, Turns, read_tallies  # noqa: E402
 
 NETWORK = {"channels": 3, "depth": 3, "down": (0, 1), "hidden_layers": 1}
@@ -489,3 +490,25 @@ def test_results_of_complete_logs_with_their_setting_and_spread(run_script, tmp_
     assert table.loc[(2, "2", 2.0), "test_top1"] == pytest.approx(two.mean(), abs=0.006)
     assert table.loc[(2, "2", 2.0), "spread"] == pytest.approx(two.std(), abs=0.006)
     assert [run.path for run in buffer_results.read_runs(tmp_path / "logs") if not run.complete] == [last]
+
+
+# The released code's choices (released_choices.py)
+
+
+@pytest.mark.parametrize("released, slots, others", [(True, [0, 2, 1, 0], 2), (False, [2, 1, 0, 2], 0)])
+def test_reads_that_the_released_tie_break_changes(released, slots, others):
+    """Slot 0 is the oldest, and the next to be overwritten."""
+    buffer = CountingBuffer(3, released)
+    for step in range(3):
+        buffer.write(torch.empty(0, 0, 0, 0), torch.empty(0, dtype=torch.int64), step)
+    assert [buffer.read().step for _ in slots] == slots
+    assert (buffer.reads, buffer.not_newest) == (4, others)
+
+
+def test_the_released_warm_up_is_repeated():
+    turns = RepeatingTurns(2, length=4, epochs=9)
+    drawn = [turns.draw() for _ in range(6)]
+    turns.repeat_warm_up()
+    drawn += [turns.draw() for _ in range(6)]
+    assert drawn == 2 * [0, 0, 1, 1, 0, 1]
+    assert (turns.warm_ups, turns.taken) == (1, 12)

@@ -202,6 +202,18 @@ def test_no_other_section_quotes_a_measurement(page):
             assert MEASUREMENT.findall(text) == [], heading
 
 
+def test_counts_of_the_released_choices():
+    output = (RESULTS / "async_buffer/released_choices.txt").read_text()
+    rows = ("| reads in which the released", "| mean staleness in steps", "| ours | 0.00")
+    lines = [line for line in (RESULTS / "README.md").read_text().splitlines() if line.startswith(rows)]
+    lines += [
+        line for line in (ROOT / "docs/differences.md").read_text().splitlines() if "the warm-up is repeated" in line
+    ]
+    assert len(lines) == 4
+    quoted = numbers(" ".join(lines).replace(",", ""))
+    assert set(quoted) <= set(numbers(output))
+
+
 # README's table
 
 ROWS = ["learning_curves-parallel", "learning_curves-sequential", "aux_nets-mlp", "aux_nets-mlp-sr", "aux_nets-cnn"]
