@@ -16,6 +16,7 @@ import torch
 from replay_buffer import ReplayBuffer
 from turns import WARM_UP, Turns
 
+from decoupled.training import flags
 from decoupled.training.environment import commit
 
 MODULES = 6
@@ -23,7 +24,14 @@ LENGTH = 390  # mini-batches per epoch
 EPOCHS = 50
 EPOCHS_PER_DROP = 15  # of the learning rate
 WEIGHTS = [1, 1, 1, 0.9, 1, 1]  # module 3 is slow
-BUFFERS = (1, 2, 5, 10, 30)
+
+
+def parse_args():
+    parser = flags.Parser(__doc__)
+    parser.add_argument(
+        "--buffers", type=flags.integer(1), nargs="+", default=(1, 2, 5, 10, 30), metavar="M", help="values of --buffer"
+    )
+    return parser.parse_args()
 
 
 class CountingBuffer(ReplayBuffer):
@@ -87,8 +95,9 @@ def simulate(capacity, released_tie_break=False, released_warm_up=False):
 
 
 def main():
+    args = parse_args()
     print(f"# python async_buffer/released_choices.py, commit {commit()}")
-    for capacity in BUFFERS:
+    for capacity in args.buffers:
         _, buffers, released = simulate(capacity, released_tie_break=True)
         _, _, ours = simulate(capacity)
         reads = sum(buffer.reads for buffer in buffers)
@@ -97,12 +106,13 @@ def main():
             f"--buffer {capacity}: {reads} reads, of which {percent:.1f} % do not return the newest with the released "
             f"tie-break; mean staleness {released:.2f} steps, ours {ours:.2f}"
         )
-    turns, _, released = simulate(BUFFERS[-1], released_warm_up=True)
+    capacity = args.buffers[-1]
+    turns, _, released = simulate(capacity, released_warm_up=True)
     print(
-        f"--buffer {BUFFERS[-1]}: the released warm-up is repeated {turns.warm_ups} times, "
+        f"--buffer {capacity}: the released warm-up is repeated {turns.warm_ups} times, "
         f"{turns.warm_ups * WARM_UP * MODULES} of {turns.taken} turns; mean staleness {released:.2f} steps"
     )
 
 
 if __name__ == "__main__":
-    main()
+    flags.start(main)
