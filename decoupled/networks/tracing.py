@@ -142,7 +142,7 @@ class ModuleTracer(fx.Tracer):
 
     def call_opened(self, module, path, args, kwargs):
         """Traces the forward of ``module``, or leaves it whole if that fails."""
-        last_node = next(reversed(self.graph.nodes))
+        last_node = next(iter(reversed(self.graph.nodes)))  # not an iterator in PyTorch 2.9
         calls = dict(self.num_calls)
         stack = dict(self.module_stack)
         lists = [(value, list(value)) for value in args if isinstance(value, list)]
