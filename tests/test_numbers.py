@@ -74,7 +74,7 @@ def processes_and_threads():
 
 
 def results():
-    """What a replay buffer of one mini-batch costs, and ResNet-152's largest batches in 16 GiB."""
+    """What a replay buffer of one mini-batch costs, what DGL costs in a ResNet-20, and ResNet-152's largest batches."""
     hours = []  # per PFLOP, of all finished runs in bf16 on one thread: about 1 to 4
     for row in result_rows.read_rows().values():
         for log in result_rows.read_runs(row).values():
@@ -92,9 +92,14 @@ def results():
         log = read_log(RESULTS / f"async_buffer/async_buffer-buffer{run}-32ch-seed0.log")
         last[run] = final(log)["test_top1"].iloc[-1]
     synchronous, many, one = last.values()
+    resnets = {}
+    for method in ("backprop", "ddg-k2", "dgl-k2"):
+        log = read_log(RESULTS / f"ddg_comparison/ddg_comparison-{method}-resnet20-seed1.log")
+        resnets[method] = final(log)["test_top1"].iloc[-1]
     paper = result_tables.PAPER
     found = [f"{synchronous:.2f}", f"{many:.2f}", f"{one:.2f}", f"{many - one:.1f}"]
     found += list(paper.loc[paper["metric"] == "% more samples than back-propagation", "value"])
+    found += [f"{resnets[method] - resnets['dgl-k2']:.1f}" for method in ("backprop", "ddg-k2")]
     found += [largest["back-propagation", 1][0], *largest["DGL", 2], largest["DGL", 4][0]]
     found += [largest["checkpointing", parts][0] for parts in (2, 4)]
     return found
@@ -178,7 +183,7 @@ def pace_beside_a_slow_process():
 # (page, heading): what computes its numbers, and its other numbers: batch sizes, K, ...
 CLAIMS = {
     ("README.md", "Status"): (status, "20 60 32 15 64 40"),
-    ("README.md", "Results"): (results, "1 1.5 3 4 15 16 2 20 30 32 64"),
+    ("README.md", "Results"): (results, "1 1.5 3 4 15 16 2 20 30 32 40 64"),
     ("README.md", "Several processes"): (processes_and_threads, ""),
     ("docs/early_exit.md", "Measured savings"): (early_exit, "1 359 10"),
     ("docs/memory.md", "Where it saves nothing"): (where_memory_is_not_saved, "2 4 51"),
@@ -223,6 +228,8 @@ ROWS += ["imagenet-resnet152-dgl-k2", "imagenet-resnet152-backprop"]
 REDUCED = {  # rows whose largest run is smaller than published
     "aux_nets-mlp": "aux_nets-mlp-64ch",
     "aux_nets-mlp-sr": "aux_nets-mlp-sr-64ch",
+    "ddg_comparison-backprop": "ddg_comparison-backprop-resnet20",
+    "ddg_comparison-ddg-k2": "ddg_comparison-ddg-k2-resnet20",
     "ddg_comparison-dgl-k2": "ddg_comparison-dgl-k2-resnet20",
     "async_buffer-buffer30": "async_buffer-buffer30-32ch",
 }
