@@ -9,10 +9,12 @@ import copy
 import io
 import itertools
 import os
+import random
 import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -778,6 +780,47 @@ def test_hooks_of_whole_modules_fire_and_the_others_are_named():
     fired.clear()
     net.eval()(images())
     assert fired == ["layer1", "avgpool"]
+
+
+class Noisy(nn.Sequential):
+    """In train mode, adds noise from ``draw()`` to the output of each layer."""
+
+    def __init__(self, draw):
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+        self.draw = draw
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x) + (self.draw() if self.training else 0)
+        return x
+
+
+def test_random_numbers_are_drawn_anew_in_each_step_or_refused():
+    inputs = torch.ones(4, 8)
+    for seed in (0, 1):  # the check of the result uses seed 0
+        torch.manual_seed(seed)
+        net = decouple(Noisy(lambda: torch.randn(1)), inputs, splits=2, auxiliary="mlp")
+        assert not torch.equal(net(inputs)[-1], net(inputs)[-1])
+    for draw in (lambda: random.random(), lambda: np.random.rand()):  # noqa: NPY002  bound methods are copied
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        with pytest.raises(InputError, match="draws random numbers"):
+            decouple(Noisy(draw), inputs, splits=2, auxiliary="mlp")
+
+
+def test_an_auxiliary_that_changes_the_representation_is_refused():
+    def auxiliary(shape, classes):
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(*shape, classes))
+
+    with pytest.raises(InputError, match="the auxiliary after 0 changes the representation"):
+        decouple(mlp(8, 8, 3), VECTORS, splits=2, auxiliary=auxiliary)
+
+
+def test_backward_hooks_of_an_opened_module_are_named():
+    model = nn.Sequential(mlp(8, 8, 8), nn.Linear(8, 3))
+    model[0].register_full_backward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on 0 will not fire"):
+        decouple(model, torch.ones(4, 8), at=["0.0"], auxiliary="mlp")
 
 
 def test_a_module_with_far_more_than_its_share_is_named():

@@ -65,7 +65,7 @@ def decouple(
     parameter.
 
     An output layer tied to the embedding gets a copy of the shared matrix, in ``model`` too. Warns about this, about
-    unbalanced modules, and about forward hooks that will not fire. Raises InputError where the model cannot be traced
+    unbalanced modules, and about hooks that will not fire. Raises InputError where the model cannot be traced
     or cut.
 
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
@@ -226,11 +226,13 @@ def warn_of_untied(tied):
 def warn_of_silent_hooks(model, class_name, cut):
     silent = []
     for path, module in model.named_modules():
-        if path in cut.opened and (module._forward_hooks or module._forward_pre_hooks):
+        forward = module._forward_hooks or module._forward_pre_hooks
+        backward = module._backward_hooks or module._backward_pre_hooks
+        if path in cut.opened and (forward or backward):
             silent.append(path or class_name)
     if silent:
         warnings.warn(
-            f"forward hooks on {listing(silent)} will not fire: their modules are not called, only the parts",
+            f"hooks on {listing(silent)} will not fire: their modules are not called, only the parts",
             stacklevel=3,
         )
 
@@ -318,7 +320,14 @@ def auxiliary_after(place, examined, traced, auxiliary, layout, options):
         )
     net = net.to(value.device, value.dtype)
     with torch.no_grad(), eval_mode(net), seeded(value):
-        logits = net(value.clone())
+        given = value.clone()
+        version = given._version
+        logits = net(given)
+    if given._version != version:
+        raise InputError(
+            f"the auxiliary after {place.name} changes the representation, which the layers above read, too: give its "
+            "first layer inplace=False"
+        )
     if logits.shape != examined.logits.shape:
         expected = tuple(examined.logits.shape)
         raise InputError(f"the auxiliary after {place.name} returns {tuple(logits.shape)}, not {expected}")

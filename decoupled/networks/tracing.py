@@ -9,13 +9,16 @@
 import copy
 import operator
 import os
+import random
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
@@ -84,10 +87,40 @@ def recorded_line(node):
 
 def untraceable(error):
     """``error``, raised by a tracer, as an Untraceable that says where it happened."""
+    if isinstance(error, Untraceable):
+        return error
     place = line_of_error(error)
     if place:
         return Untraceable(f"cannot be traced past {place}: {first_line(error)}")
     return Untraceable(f"cannot be traced: {first_line(error)}")
+
+
+@contextmanager
+def no_random_numbers(which=("Python", "NumPy", "PyTorch")):
+    """Raises Untraceable if the block draws random numbers: traced, they would be constants. Restores the generators'
+    states.
+    """
+    before = random_states()
+    try:
+        yield
+    finally:
+        after = random_states()
+        random.setstate(before["Python"])
+        np.random.set_state(before["NumPy"])  # noqa: NPY002  the ones that models use
+        torch.set_rng_state(torch.tensor(before["PyTorch"], dtype=torch.uint8, device="cpu"))
+    for name in which:
+        if after[name] != before[name]:
+            raise Untraceable(f"draws random numbers of {name} that would be constants when traced")
+
+
+def random_states():
+    """{library: the state of its generator}, without arrays."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "Python": random.getstate(),
+        "NumPy": (name, keys.tolist(), *rest),
+        "PyTorch": torch.get_rng_state().tolist(),
+    }
 
 
 def logits_of(output):
@@ -147,7 +180,8 @@ class ModuleTracer(fx.Tracer):
         stack = dict(self.module_stack)
         lists = [(value, list(value)) for value in args if isinstance(value, list)]
         try:
-            return super().call_module(module, module.forward, args, kwargs)
+            with no_random_numbers():
+                return super().call_module(module, module.forward, args, kwargs)
         except Exception as error:  # a forward may raise anything when given a stand-in
             if self.opened is not None:
                 raise
@@ -202,7 +236,8 @@ def trace_with_fx(model, training, returns_object, opened=None):
     model.train(training)
     tracer = ModuleTracer(returns_object, opened)
     try:
-        graph = tracer.trace(model)
+        with no_random_numbers():
+            graph = tracer.trace(model)
     except Exception as error:  # a forward may raise anything when given a stand-in
         raise untraceable(error) from error
     remove_unused_items(graph)
@@ -280,7 +315,9 @@ def trace_with_export(model, training, example):
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(ReturnsLogits(exported), (example,), dynamic_shapes=(sizes,), strict=False)
+            model_with_logits = ReturnsLogits(exported)
+            with no_random_numbers(which=("Python", "NumPy")):  # PyTorch's are recorded
+                program = torch.export.export(model_with_logits, (example,), dynamic_shapes=(sizes,), strict=False)
             module = program.module()
     except Exception as error:  # a forward may raise anything when given a tensor without values
         if "Constraints violated" in str(error):
