@@ -305,7 +305,7 @@ def test_differences_quotes_the_logs():
         r"^DNI step +\S+ +\S+ +(\S+)", (RESULTS / "throughput/dni_fp32.txt").read_text(), re.MULTILINE
     ).groups()
     assert f"{gflop} GFLOP per image" in text
-    (others, released, ours) = re.search(
+    others, released, ours = re.search(
         r"--buffer 30: .* of which (\S+) % .* mean staleness (\S+) steps, ours (\S+)",
         (RESULTS / "async_buffer/released_choices.txt").read_text(),
     ).groups()

@@ -65,8 +65,7 @@ def decouple(
     parameter.
 
     An output layer tied to the embedding gets a copy of the shared matrix, in ``model`` too. Warns about this, about
-    unbalanced modules, and about hooks that will not fire. Raises InputError where the model cannot be traced
-    or cut.
+    unbalanced modules, and about hooks that will not fire. Raises InputError where the model cannot be traced or cut.
 
     Moving the network to a device moves the model's parameters; ``model.to(device)`` then moves the rest of the model.
     """

@@ -105,9 +105,10 @@ def no_random_numbers(which=("Python", "NumPy", "PyTorch")):
         yield
     finally:
         after = random_states()
-        random.setstate(before["Python"])
-        np.random.set_state(before["NumPy"])  # noqa: NPY002  the ones that models use
-        torch.set_rng_state(torch.tensor(before["PyTorch"], dtype=torch.uint8, device="cpu"))
+        if after != before:
+            random.setstate(before["Python"])
+            np.random.set_state(before["NumPy"])  # noqa: NPY002  the ones that models use
+            torch.set_rng_state(torch.tensor(before["PyTorch"], dtype=torch.uint8, device="cpu"))
     for name in which:
         if after[name] != before[name]:
             raise Untraceable(f"draws random numbers of {name} that would be constants when traced")
